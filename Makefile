@@ -1,0 +1,38 @@
+# Two commands do everything: `make quickstart` and `make test`. Both create .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: quickstart test lint types docs unit clean
+
+quickstart: $(STAMP)-quickstart
+	$(BIN)/deepseek quickstart
+
+test: lint types unit docs
+
+lint: $(STAMP)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)-dev
+	$(BIN)/mypy
+
+unit: $(STAMP)-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+docs: $(STAMP)-dev
+	$(BIN)/mkdocs build --strict --quiet
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+$(STAMP)-quickstart: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf]"
+	touch $@
+
+$(STAMP)-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv site build dist .mypy_cache .ruff_cache .pytest_cache

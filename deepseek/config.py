@@ -1,0 +1,152 @@
+"""Strict configuration: frozen typed dataclasses, read from TOML and ``--a.b=c``, printed back as used.
+
+``@configclass`` makes a frozen dataclass that refuses what it does not know and names the nearest thing it does:
+
+    ConfigError: unknown key 'expert' in model.moe (did you mean 'experts'?)
+
+A config class lives beside the class that reads it; this file only knows how to read, check and print them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import tomli_w
+from typing_extensions import dataclass_transform
+
+from deepseek.errors import ConfigError, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+C = TypeVar("C")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def configclass(cls: type[C]) -> type[C]:
+    """A frozen, keyword-only dataclass whose constructor rejects unknown options by name.
+
+    A ``check(self)`` method, if there is one, runs after construction and raises ``ConfigError``.
+    """
+    made: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    init = made.__init__
+    names = [f.name for f in dataclasses.fields(made)]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **values: Any) -> None:
+        for name in values:
+            if name not in names:
+                raise ConfigError(
+                    f"{cls.__name__} has no option '{name}'{did_you_mean(name, names)}; it has: {', '.join(names)}"
+                )
+        init(self, *args, **values)
+        if hasattr(self, "check"):
+            self.check()
+
+    made.__init__ = checked
+    return made
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
+    """``values`` (as TOML gives them) as a ``cls``; unknown keys and wrong types raise ``ConfigError``."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            place = where or "the top level"
+            raise ConfigError(f"unknown key '{key}' in {place}{did_you_mean(key, names)}")
+    read = {k: _coerce(hints[k], v, f"{where}.{k}" if where else k) for k, v in values.items()}
+    try:
+        return cls(**read)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where and not str(error).startswith(where) else str(error)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """``config`` as nested plain values, ``None`` left out: what TOML and JSON can hold."""
+    plain: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value is None:
+            continue
+        plain[f.name] = _plain(value)
+    return plain
+
+
+def load_toml(path: Path | str) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ``ConfigError`` for a missing file or bad syntax."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.toml")])
+        raise ConfigError(f"no config file {path}{near}") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def to_toml(config: Any) -> str:
+    """``config`` as TOML text that ``load_toml`` and ``from_dict`` read back to an equal config."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def replace(config: C, **changes: Any) -> C:
+    """A copy with some fields changed; unknown names raise ``ConfigError``."""
+    names = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    for name in changes:
+        if name not in names:
+            raise ConfigError(f"{type(config).__name__} has no option '{name}'{did_you_mean(name, names)}")
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as ``hint`` asks, or a ``ConfigError`` that says what ``where`` should be."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = [a for a in get_args(hint) if a is not type(None)]
+        if value is None and len(options) < len(get_args(hint)):
+            return None
+        for option in options[:-1]:
+            try:
+                return _coerce(option, value, where)
+            except ConfigError:
+                continue
+        return _coerce(options[-1], value, where)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        choices = [str(a) for a in get_args(hint)]
+        raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return from_dict(typing.cast("type[Any]", hint), value, where)
+        raise ConfigError(f"{where} must be a table of options, not {value!r}")
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, not {value!r}")
+        return origin(_coerce(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}")

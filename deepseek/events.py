@@ -1,0 +1,142 @@
+"""``emit(name, step, **values)``: the only telemetry call. Nothing leaves the machine.
+
+A training step emits what it knows and goes on; sinks decide what to do with it. Values may be device tensors:
+``emit`` does not read them, so telemetry adds no synchronisation. A sink that needs numbers calls ``plain`` when it
+drains, every few steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened: ``name`` ('train', 'checkpoint', ...), the step, a Unix time, and values."""
+
+    name: str
+    step: int | None
+    values: dict[str, Any]
+    time: float = field(default_factory=time.time)
+
+
+class Sink(ABC):
+    """Receives events. ``write`` must be cheap; ``close`` flushes."""
+
+    @abstractmethod
+    def write(self, event: Event) -> None: ...
+
+    def close(self) -> None:  # noqa: B027 - sinks without resources need no close
+        """Flush and release resources."""
+
+
+_sinks: list[Sink] = []
+
+
+def emit(name: str, step: int | None = None, **values: Any) -> None:
+    """Tell every attached sink that ``name`` happened at ``step``."""
+    if _sinks:
+        event = Event(name, step, values)
+        for sink in _sinks:
+            sink.write(event)
+
+
+@contextmanager
+def attached(*sinks: Sink) -> Iterator[None]:
+    """Attach ``sinks`` for the length of a ``with`` block, then close them."""
+    _sinks.extend(sinks)
+    try:
+        yield
+    finally:
+        for sink in sinks:
+            _sinks.remove(sink)
+            sink.close()
+
+
+def plain(value: Any) -> Any:
+    """``value`` with tensors read into Python numbers and lists (this synchronises with the device)."""
+    if isinstance(value, Tensor):
+        return plain(value.detach().float().cpu().tolist() if value.is_floating_point() else value.tolist())
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+class MemorySink(Sink):
+    """Keeps events in a list: for tests and notebooks."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def write(self, event: Event) -> None:
+        self.events.append(event)
+
+    def series(self, name: str, key: str) -> list[Any]:
+        """Every ``key`` of the events called ``name``, in order, as plain numbers."""
+        return [plain(e.values[key]) for e in self.events if e.name == name and key in e.values]
+
+
+class JsonlSink(Sink):
+    """Appends one JSON object a line to ``path``; drains every ``every`` events and on anything but 'train'.
+
+    Infinities and NaN, which JSON lacks, are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
+    """
+
+    def __init__(self, path: Path, every: int = 10) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._every, self._pending = every, list[Event]()
+
+    def write(self, event: Event) -> None:
+        self._pending.append(event)
+        if event.name != "train" or len(self._pending) >= self._every:
+            self.drain()
+
+    def drain(self) -> None:
+        lines = [
+            json.dumps({"event": e.name, "step": e.step, "time": round(e.time, 3), **_finite(plain(e.values))})
+            for e in self._pending
+        ]
+        self._pending.clear()
+        if lines:
+            self._file.write("\n".join(lines) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self.drain()
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The events of a ``JsonlSink`` file. A torn last line (the writer was killed) is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value
