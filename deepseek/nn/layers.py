@@ -1,0 +1,33 @@
+"""Norm, feed-forward and initialisation: the small layers every block is made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.ops.experts import swiglu
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202); gate and up are one matrix."""
+
+    def __init__(self, hidden: int, size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * size, bias=bias)
+        self.down = nn.Linear(size, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))

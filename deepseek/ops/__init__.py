@@ -1,0 +1,1 @@
+"""Operations: plain-torch references, and kernels registered over them (``deepseek.registry``)."""
