@@ -1,0 +1,74 @@
+"""Hybrid attention layer: sliding window + pooled global branch, blended by a gate per head (F11, S1 §1).
+
+Keys and values are shared by both branches. The gate is ``sigmoid(W x + b)`` per token and head, or with
+``gate="static"`` the source's γ: one learned constant per head.
+
+Shape letters: B rows, T positions, H query heads, K key/value heads, D head size, C hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.nn.attention import Attention, AttentionConfig, Context
+from deepseek.nn.cache import LayerCache
+from deepseek.nn.rope import rotate
+from deepseek.ops.attention import causal_mask, dense_attention, window_mask
+from deepseek.ops.hybrid_attention import hybrid_attention, pooled_attention, pooled_mask
+
+
+class HybridAttention(Attention):
+    """``γ · attention over pooled blocks + (1 − γ) · attention over the window``."""
+
+    def __init__(self, hidden: int, config: AttentionConfig) -> None:
+        super().__init__(hidden, config)
+        self.sink = nn.Parameter(torch.zeros(2, config.kv_heads, config.head_dim))
+        self.gate_bias = nn.Parameter(torch.full((config.heads,), config.gate_init))
+        self.gate = nn.Linear(hidden, config.heads, bias=False) if config.gate == "token" else None
+
+    def gates(self, x_BTC: Tensor) -> Tensor:
+        """γ ``[B, H, T]`` in (0, 1), fp32."""
+        if self.gate is None:
+            return self.gate_bias.float().sigmoid()[None, :, None].expand(x_BTC.shape[0], -1, x_BTC.shape[1])
+        return (self.gate(x_BTC).float() + self.gate_bias.float()).sigmoid().transpose(1, 2)
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, context: Context, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        gate = self.gates(x_BTC)
+        if cache is not None and context.start:
+            y = self._decode(q, k, v, gate, context, cache)
+        else:
+            y = self._rows(q, k, v, gate, context)
+            if cache is not None:
+                cache.extend(k, v)
+        return y, gate.detach().mean((0, 2))
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, context: Context) -> Tensor:
+        c, T, documents = self.config, context.length, context.documents
+        local = context.mask("window", lambda: window_mask(T, c.window, documents, context.device))
+        whole = context.mask("pooled", lambda: pooled_mask(context.index, T, c.block, c.stride, documents))
+        q_rope, k_rope = rotate(q, context.rope), rotate(k, context.rope)
+        return hybrid_attention(
+            q, k, v, q_rope, k_rope, self.sink, gate,
+            window=c.window, block=c.block, stride=c.stride, window_mask=local, global_mask=whole,
+        )  # fmt: skip
+
+    def _decode(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, context: Context, cache: LayerCache
+    ) -> Tensor:
+        c = self.config
+        keys, values, first = cache.extend(k, v)
+        places = torch.arange(first, first + keys.shape[2], device=context.device)
+        mask = causal_mask(context.index, places, c.window)
+        local = dense_attention(rotate(q, context.rope), rotate(keys, context.rope_at(places)), values, mask)
+        k_pool, v_pool = cache.pooled() or (k[:, :, :0], v[:, :, :0])
+        seen = pooled_mask(context.index, cache.length, c.block, c.stride)
+        whole = pooled_attention(q, k_pool, v_pool, self.sink, seen)
+        g = gate[..., None].to(local.dtype)
+        return g * whole + (1 - g) * local
+
+    def new_cache(self) -> LayerCache:
+        c = self.config
+        return LayerCache(keep=max(c.window, c.block), block=c.block, stride=c.stride)

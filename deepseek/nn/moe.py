@@ -1,0 +1,193 @@
+"""Sparse mixture of experts (F12, S1 §2): an fp32 router, top-k experts, and four ways of keeping experts alive.
+
+* **entropy loss** ``α (Σ p̄ log p̄ + log E)`` on the mean router probability: the source's balance term, differentiable;
+* **bias** added to the probabilities for the selection only, moved by the sign of each expert's load error after every
+  step, outside autograd (auxiliary-loss-free balancing, arXiv 2408.15664);
+* **token floor**: while training, an expert that was chosen by fewer than ``floor · T·K/E`` tokens also gets the tokens
+  that like it best, each with its own small probability as weight. (It looks at the whole batch, like expert choice;
+  evaluation and generation never use it.)
+* **default outputs**: an exponential average of each expert's output stands in for the experts that were not chosen, in
+  the router's gradient only (straight-through form of Default MoE, arXiv 2504.12463).
+
+``forward`` is pure: what the step learnt about routing is returned as ``RoutingStats`` and applied by ``update`` once per
+optimizer step, after the micro-batches and ranks were added up.
+
+Shape letters: N tokens, E experts, K experts per token, C hidden size, F expert size, R assignments.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.config import configclass
+from deepseek.errors import ConfigError
+from deepseek.nn.layers import SwiGLU
+from deepseek.ops.experts import Backend, run_experts
+
+
+@configclass
+class MoEConfig:
+    """A sparse feed-forward layer. ``experts=0`` means a dense one."""
+
+    experts: int = 0
+    top_k: int = 2
+    expert_ffn: int = 256
+    shared_experts: int = 0  # always-on experts, as one SwiGLU of shared_experts × expert_ffn
+    normalise_gates: bool = True  # the k gates of a token sum to one
+    entropy_weight: float = 0.01  # α of the balance loss
+    bias_rate: float = 1e-3  # step of the selection bias; 0 = off
+    token_floor: float = 0.1  # share of the mean load every expert is guaranteed while training; 0 = off
+    default_decay: float = 0.99  # horizon of the default outputs; 0 = off
+    backend: Backend = "auto"
+
+    def check(self) -> None:
+        if self.experts and not 1 <= self.top_k <= self.experts:
+            raise ConfigError(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
+        if not 0 <= self.token_floor <= 1 or not 0 <= self.default_decay < 1:
+            raise ConfigError(
+                f"token_floor={self.token_floor} must lie in [0, 1] and default_decay={self.default_decay} in [0, 1)"
+            )
+
+
+class RoutingStats(NamedTuple):
+    """What one forward pass learnt about one layer's routing; ``+`` of micro-batches is a plain sum of tensors."""
+
+    balance_loss: Tensor  #: scalar, already weighted
+    chosen_E: Tensor  #: how many tokens chose each expert (top-k only)
+    served_E: Tensor  #: how many tokens each expert worked on (with the floor's)
+    output_sum_EC: Tensor  #: sum of each expert's outputs, for the default outputs
+    entropy: Tensor  #: mean entropy of the router's distribution, nats
+
+
+class Routing(NamedTuple):
+    """Which token goes where: ``token_R``, ``expert_R``, ``gate_R``, and what the choice was made from."""
+
+    token_R: Tensor
+    expert_R: Tensor
+    gate_R: Tensor
+    chosen_NE: Tensor
+    probs_NE: Tensor
+
+
+def coverage(load_E: Tensor) -> Tensor:
+    """Σ min(fᵢ, 1/E): 1 when every expert has its share, 1/E when one has everything. ``load_E`` sums to one."""
+    return load_E.clamp(max=1 / load_E.numel()).sum()
+
+
+def max_violation(load_E: Tensor) -> Tensor:
+    """MaxVio of arXiv 2408.15664: (largest load − mean load) / mean load."""
+    return load_E.max() * load_E.numel() - 1
+
+
+class Router(nn.Module):
+    """Softmax router in fp32; the bias takes part in the selection only."""
+
+    bias: Tensor
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.experts, hidden))
+        self.register_buffer("bias", torch.zeros(config.experts))
+
+    def forward(self, x_NC: Tensor) -> Routing:
+        c = self.config
+        with torch.autocast(x_NC.device.type, enabled=False):
+            probs = F.linear(x_NC.float(), self.weight.float()).softmax(-1)
+        expert_NK = (probs.detach() + self.bias).topk(c.top_k, dim=-1).indices
+        gate_NK = probs.gather(1, expert_NK)
+        if c.normalise_gates:
+            gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
+        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, expert_NK, True)
+        token = torch.arange(probs.shape[0], device=probs.device).repeat_interleave(c.top_k)
+        routing = Routing(token, expert_NK.flatten(), gate_NK.flatten(), chosen, probs)
+        return self._rescue(routing) if self.training and c.token_floor > 0 else routing
+
+    def _rescue(self, routing: Routing) -> Routing:
+        """Give every expert at least ``ceil(token_floor · N·K/E)`` tokens (at most N)."""
+        N, E = routing.probs_NE.shape
+        floor = min(N, math.ceil(self.config.token_floor * N * self.config.top_k / E))
+        missing_E = (floor - routing.chosen_NE.sum(0)).clamp(min=0)
+        eager = routing.probs_NE.detach().masked_fill(routing.chosen_NE, -1.0).topk(floor, dim=0).indices
+        taken = torch.arange(floor, device=eager.device)[:, None] < missing_E
+        token = eager[taken]
+        expert = torch.arange(E, device=eager.device).expand_as(eager)[taken]
+        return routing._replace(
+            token_R=torch.cat((routing.token_R, token)),
+            expert_R=torch.cat((routing.expert_R, expert)),
+            gate_R=torch.cat((routing.gate_R, routing.probs_NE[token, expert])),
+        )
+
+
+class MoE(nn.Module):
+    """Router, experts, weighted sum; drop-in for a feed-forward layer."""
+
+    default_EC: Tensor
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.router = Router(hidden, c)
+        self.gate_up = nn.Parameter(torch.empty(c.experts, hidden, 2 * c.expert_ffn))
+        self.down = nn.Parameter(torch.empty(c.experts, c.expert_ffn, hidden))
+        self.shared = SwiGLU(hidden, c.shared_experts * c.expert_ffn) if c.shared_experts else None
+        self.register_buffer("default_EC", torch.zeros(c.experts, hidden), persistent=c.default_decay > 0)
+
+    def forward(self, x_BTC: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+        """``[B, T, C]`` → ``[B, T, C]`` and what was learnt about routing; padding (not ``valid``) is not counted."""
+        x = x_BTC.flatten(0, 1)
+        routing = self.router(x)
+        work = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        y_RC, order, ends_E = run_experts(
+            work, routing.token_R, routing.expert_R, self.gate_up, self.down, self.config.backend
+        )
+        weighted = y_RC.float() * routing.gate_R[order, None]
+        out = torch.zeros_like(x, dtype=torch.float32).index_add(0, routing.token_R[order], weighted)
+        if self.training and self.config.default_decay > 0:
+            out = out + self._default_gradient(routing)
+        out = out.to(x.dtype).view_as(x_BTC)
+        if self.shared is not None:
+            out = out + self.shared(x_BTC)
+        return out, self._stats(routing, y_RC, ends_E, valid_BT)
+
+    def _default_gradient(self, routing: Routing) -> Tensor:
+        """Zero in value; in gradient, what the experts not chosen would have answered on average."""
+        absent = routing.probs_NE.masked_fill(routing.chosen_NE, 0.0) @ self.default_EC.clone()
+        return absent - absent.detach()
+
+    def _stats(
+        self, routing: Routing, y_RC: Tensor, ends_E: Tensor, valid_BT: Tensor | None
+    ) -> RoutingStats:
+        probs, c = routing.probs_NE, self.config
+        counted = torch.ones_like(probs[:, 0]) if valid_BT is None else valid_BT.flatten().to(probs.dtype)
+        mean_E = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)
+        loss = c.entropy_weight * (torch.xlogy(mean_E, mean_E).sum() + math.log(c.experts))
+        with torch.no_grad():
+            served = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).to(probs.dtype)
+            sums = probs.new_zeros(c.experts, y_RC.shape[1])
+            if self.training and c.default_decay > 0:
+                rows = torch.repeat_interleave(
+                    torch.arange(c.experts, device=probs.device), served.long(), output_size=y_RC.shape[0]
+                )
+                sums = sums.index_add(0, rows, y_RC.detach().float())
+            entropy = -(torch.xlogy(probs, probs).sum(-1) * counted).sum() / counted.sum().clamp(min=1)
+            chosen = (routing.chosen_NE * counted[:, None]).sum(0)
+        return RoutingStats(loss, chosen, served, sums, entropy)
+
+    @torch.no_grad()
+    def update(self, stats: RoutingStats) -> None:
+        """Apply a whole step's routing statistics: move the selection bias and the default outputs."""
+        c = self.config
+        if c.bias_rate > 0:
+            load = stats.chosen_E / stats.chosen_E.sum().clamp(min=1)
+            self.router.bias += c.bias_rate * torch.sign(1 / c.experts - load)
+            self.router.bias -= self.router.bias.mean()
+        if c.default_decay > 0:
+            served = stats.served_E[:, None]
+            mean = torch.where(served > 0, stats.output_sum_EC / served.clamp(min=1), self.default_EC)
+            self.default_EC.lerp_(mean, 1 - c.default_decay)
