@@ -1,0 +1,156 @@
+"""Model shapes. A preset is a function that returns a ``ModelConfig``; keyword arguments change it.
+
+``pattern`` gives each layer its attention, one letter a layer, repeated to the depth: ``F`` full, ``L`` local window,
+``H`` hybrid (window + pooled blocks + gate). ``"LLLH"`` makes every fourth layer global. ``ffn_pattern`` does the same
+for the feed-forward: ``D`` dense, ``E`` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from deepseek.config import configclass, from_dict, replace, to_dict
+from deepseek.errors import ConfigError, did_you_mean
+from deepseek.nn.attention import AttentionConfig
+from deepseek.nn.moe import MoEConfig
+
+
+@configclass
+class ModelConfig:
+    """The shape of a decoder-only transformer."""
+
+    vocab_size: int = 4096
+    hidden: int = 256
+    layers: int = 4
+    ffn: int = 704  # inner size of a dense feed-forward layer
+    pattern: str = "LLLH"
+    ffn_pattern: str = ""  # empty: 'E' when there are experts, else 'D'
+    max_length: int = 2048  # positions the model is meant for; generation stops there
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    ffn_bias: bool = False
+    init_std: float = 0.02
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+
+    def check(self) -> None:
+        for name, letters in (("pattern", "FLH"), ("ffn_pattern", "DE")):
+            value = getattr(self, name)
+            wrong = sorted(set(value) - set(letters))
+            if wrong or (name == "pattern" and not value):
+                raise ConfigError(f"{name}={value!r} may hold the letters {', '.join(letters)} only")
+        if "E" in self.ffn_pattern and not self.moe.experts:
+            raise ConfigError(f"ffn_pattern={self.ffn_pattern!r} asks for experts, but moe.experts is 0")
+        for name in ("vocab_size", "hidden", "layers", "max_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def kinds(self) -> str:
+        """The attention letter of every layer."""
+        return (self.pattern * self.layers)[: self.layers]
+
+    @property
+    def ffn_kinds(self) -> str:
+        """The feed-forward letter of every layer."""
+        pattern = self.ffn_pattern or ("E" if self.moe.experts else "D")
+        return (pattern * self.layers)[: self.layers]
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """What the quickstart trains: 4 layers, hybrid attention, 16 experts, top-2; minutes on two cores."""
+    base = ModelConfig(
+        vocab_size=4096, hidden=192, layers=4, ffn=512, pattern="LLLH", max_length=512,
+        attention=AttentionConfig(heads=6, kv_heads=3, head_dim=32, qk_norm=True, window=128),
+        moe=MoEConfig(experts=16, top_k=2, expert_ffn=192),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def small(**changes: Any) -> ModelConfig:
+    """About 100M parameters, 30M active: an evening on one consumer GPU."""
+    base = ModelConfig(
+        vocab_size=16_384, hidden=512, layers=8, ffn=1408, pattern="LLLH", max_length=4096,
+        attention=AttentionConfig(heads=8, kv_heads=2, head_dim=64, qk_norm=True, window=128),
+        moe=MoEConfig(experts=32, top_k=2, expert_ffn=384),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def dense_856m(**changes: Any) -> ModelConfig:
+    """The dense shape of the speed targets: 856M parameters, full attention."""
+    base = ModelConfig(
+        vocab_size=32_768, hidden=2048, layers=16, ffn=5632, pattern="F", max_length=4096, tie_embeddings=False,
+        attention=AttentionConfig(heads=16, kv_heads=4, head_dim=128, rope_theta=10_000.0),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def moe_64x2(**changes: Any) -> ModelConfig:
+    """The sparse shape of the speed targets: 64 experts, top-2; 2.53B parameters, 152M active."""
+    base = ModelConfig(
+        vocab_size=32_768, hidden=1024, layers=16, pattern="F", max_length=4096, tie_embeddings=False,
+        attention=AttentionConfig(heads=16, kv_heads=4, head_dim=64),
+        moe=MoEConfig(experts=64, top_k=2, expert_ffn=768),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def llama(**changes: Any) -> ModelConfig:
+    """The shape of Llama 3.1 8B."""
+    base = ModelConfig(
+        vocab_size=128_256, hidden=4096, layers=32, ffn=14_336, pattern="F", max_length=8192,
+        norm_eps=1e-5, tie_embeddings=False,
+        attention=AttentionConfig(heads=32, kv_heads=8, head_dim=128, rope_theta=500_000.0),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def qwen3(**changes: Any) -> ModelConfig:
+    """The shape of Qwen3 0.6B."""
+    base = ModelConfig(
+        vocab_size=151_936, hidden=1024, layers=28, ffn=3072, pattern="F", max_length=40_960,
+        attention=AttentionConfig(heads=16, kv_heads=8, head_dim=128, rope_theta=1e6, qk_norm=True),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def qwen3_moe(**changes: Any) -> ModelConfig:
+    """The shape of Qwen3 30B-A3B: 128 experts, top-8."""
+    base = ModelConfig(
+        vocab_size=151_936, hidden=2048, layers=48, ffn=6144, pattern="F", max_length=40_960, tie_embeddings=False,
+        attention=AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, qk_norm=True),
+        moe=MoEConfig(experts=128, top_k=8, expert_ffn=768),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def mixtral(**changes: Any) -> ModelConfig:
+    """The shape of Mixtral 8x7B: 8 experts, top-2."""
+    base = ModelConfig(
+        vocab_size=32_000, hidden=4096, layers=32, ffn=14_336, pattern="F", max_length=32_768,
+        norm_eps=1e-5, tie_embeddings=False,
+        attention=AttentionConfig(heads=32, kv_heads=8, head_dim=128, rope_theta=1e6),
+        moe=MoEConfig(experts=8, top_k=2, expert_ffn=14_336),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+PRESETS: dict[str, Callable[..., ModelConfig]] = {
+    f.__name__: f for f in (tiny, small, dense_856m, moe_64x2, llama, qwen3, qwen3_moe, mixtral)
+}
+
+
+def model_config(values: dict[str, Any], where: str = "model") -> ModelConfig:
+    """A ``ModelConfig`` from a TOML table, which may start from ``preset = "tiny"`` and change parts of it."""
+    values = dict(values)
+    name = values.pop("preset", None)
+    if name is None:
+        return from_dict(ModelConfig, values, where)
+    if name not in PRESETS:
+        raise ConfigError(f"unknown {where}.preset {name!r}{did_you_mean(str(name), PRESETS)}; one of {', '.join(PRESETS)}")
+    base = to_dict(PRESETS[name]())
+    for key, value in values.items():
+        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) and isinstance(value, dict) else value
+    return from_dict(ModelConfig, base, where)

@@ -1,0 +1,139 @@
+"""The one model file: a decoder-only transformer whose blocks take any attention and any feed-forward.
+
+Precision, placement and memory are applied from outside; here is only the model. ``forward`` returns hidden states, so
+that a loss may avoid holding the logits, and per-layer statistics, so that nothing is measured twice.
+
+Shape letters: B rows, T positions, C hidden size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.models.config import ModelConfig
+from deepseek.nn.attention import Attention, Context, FullAttention, WindowAttention
+from deepseek.nn.cache import Cache, LayerCache
+from deepseek.nn.hybrid import HybridAttention
+from deepseek.nn.layers import RMSNorm, SwiGLU
+from deepseek.nn.moe import MoE, RoutingStats
+
+ATTENTION: dict[str, type[Attention]] = {"F": FullAttention, "L": WindowAttention, "H": HybridAttention}
+
+
+class LayerStats(NamedTuple):
+    """What one block has to tell: its routing (expert layers), its mean gate per head (hybrid layers)."""
+
+    routing: RoutingStats | None
+    gate_H: Tensor | None
+
+
+class Output(NamedTuple):
+    """``hidden [B, T, C]`` after the final norm, and one ``LayerStats`` per layer."""
+
+    hidden: Tensor
+    layers: list[LayerStats]
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, hidden: int, eps: float, attention: Attention, ffn: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(hidden, eps), attention
+        self.ffn_norm, self.ffn = RMSNorm(hidden, eps), ffn
+
+    def forward(
+        self, x_BTC: Tensor, context: Context, valid_BT: Tensor | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerStats]:
+        mixed, gate = self.attention(self.attention_norm(x_BTC), context, cache)
+        x_BTC = x_BTC + mixed
+        y = self.ffn_norm(x_BTC)
+        routing = None
+        if isinstance(self.ffn, MoE):
+            y, routing = self.ffn(y, valid_BT)
+        else:
+            y = self.ffn(y)
+        return x_BTC + y, LayerStats(routing, gate)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm, head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden)
+        self.blocks = nn.ModuleList(
+            self._block(config, attention, ffn) for attention, ffn in zip(config.kinds, config.ffn_kinds)
+        )
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @staticmethod
+    def _block(config: ModelConfig, attention: str, ffn: str) -> Block:
+        inner = (
+            MoE(config.hidden, config.moe) if ffn == "E" else SwiGLU(config.hidden, config.ffn, config.ffn_bias)
+        )
+        return Block(config.hidden, config.norm_eps, ATTENTION[attention](config.hidden, config.attention), inner)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal(0, init_std) matrices; projections back into the residual stream and gates start at zero."""
+        for name, p in self.named_parameters():
+            if p.is_meta:
+                continue
+            if name.endswith(("attention.output.weight", "down.weight", ".down", "gate.weight", "bias", "sink")):
+                if not name.endswith("gate_bias"):
+                    p.zero_()
+            elif p.dim() >= 2:
+                nn.init.normal_(p, std=self.config.init_std)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Hidden states of every position.
+
+        Args:
+            tokens_BT: int64 ids ``[B, T]``.
+            documents: ``[B, T]`` ids; attention stays inside a document, -1 is padding. ``None``: one document a row.
+            positions: ``[B, T]`` position of each token in its document; ``None``: ``0…T-1`` (plus the cache's length).
+            cache: keys and values of the positions before; extended in place. Not with ``documents``.
+        """
+        start = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        context = Context(self.config.attention, positions, documents, start)
+        valid = None if documents is None else documents >= 0
+        x = self.embedding(tokens_BT)
+        layers: list[LayerStats] = []
+        for index, block in enumerate(self.blocks):
+            x, stats = block(x, context, valid, cache.layers[index] if cache is not None else None)
+            layers.append(stats)
+        return Output(self.norm(x), layers)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``[V, C]``; the embedding itself when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., C]`` → ``[..., V]``."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    def new_cache(self) -> Cache:
+        """An empty cache of keys and values."""
+        return Cache([cast(Block, block).attention.new_cache() for block in self.blocks])
+
+    def moe_layers(self) -> dict[int, MoE]:
+        """The expert layers by index."""
+        ffns = {i: cast(Block, block).ffn for i, block in enumerate(self.blocks)}
+        return {i: ffn for i, ffn in ffns.items() if isinstance(ffn, MoE)}
