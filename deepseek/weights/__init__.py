@@ -1,0 +1,1 @@
+"""Model state on the disk: checkpoints, and the formats of other libraries."""
