@@ -79,7 +79,8 @@ class Transformer(nn.Module):
         inner = (
             MoE(config.hidden, config.moe) if ffn == "E" else SwiGLU(config.hidden, config.ffn, config.ffn_bias)
         )
-        return Block(config.hidden, config.norm_eps, ATTENTION[attention](config.hidden, config.attention), inner)
+        mixer = ATTENTION[attention](config.hidden, config.attention, config.norm_eps)
+        return Block(config.hidden, config.norm_eps, mixer, inner)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

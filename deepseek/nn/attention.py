@@ -84,15 +84,15 @@ class Context:
 class Attention(nn.Module, ABC):
     """Project to heads, ``mix`` positions, project back."""
 
-    def __init__(self, hidden: int, config: AttentionConfig) -> None:
+    def __init__(self, hidden: int, config: AttentionConfig, eps: float = 1e-6) -> None:
         super().__init__()
         c = self.config = config
         self.query = nn.Linear(hidden, c.heads * c.head_dim, bias=c.bias)
         self.key = nn.Linear(hidden, c.kv_heads * c.head_dim, bias=c.bias)
         self.value = nn.Linear(hidden, c.kv_heads * c.head_dim, bias=c.bias)
         self.output = nn.Linear(c.heads * c.head_dim, hidden, bias=c.output_bias)
-        self.query_norm = RMSNorm(c.head_dim) if c.qk_norm else None
-        self.key_norm = RMSNorm(c.head_dim) if c.qk_norm else None
+        self.query_norm = RMSNorm(c.head_dim, eps) if c.qk_norm else None
+        self.key_norm = RMSNorm(c.head_dim, eps) if c.qk_norm else None
 
     def forward(
         self, x_BTC: Tensor, context: Context, cache: LayerCache | None = None

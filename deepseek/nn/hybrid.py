@@ -21,8 +21,8 @@ from deepseek.ops.hybrid_attention import hybrid_attention, pooled_attention, po
 class HybridAttention(Attention):
     """``γ · attention over pooled blocks + (1 − γ) · attention over the window``."""
 
-    def __init__(self, hidden: int, config: AttentionConfig) -> None:
-        super().__init__(hidden, config)
+    def __init__(self, hidden: int, config: AttentionConfig, eps: float = 1e-6) -> None:
+        super().__init__(hidden, config, eps)
         self.sink = nn.Parameter(torch.zeros(2, config.kv_heads, config.head_dim))
         self.gate_bias = nn.Parameter(torch.full((config.heads,), config.gate_init))
         self.gate = nn.Linear(hidden, config.heads, bias=False) if config.gate == "token" else None

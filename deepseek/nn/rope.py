@@ -9,7 +9,8 @@ from torch import Tensor
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines for ``positions [..., T]``: two fp32 tensors ``[..., T, head_dim / 2]``."""
     half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[..., None].float() / theta ** (half / head_dim)
+    frequency = 1.0 / theta ** (half / head_dim)  # the order of rounding that public checkpoints were trained with
+    angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
 
 
