@@ -1,0 +1,1 @@
+"""Meshes, launching and collectives."""

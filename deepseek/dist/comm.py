@@ -1,0 +1,67 @@
+"""Collectives over all ranks that are no-ops in one process, so that the same code runs everywhere.
+
+Launch with ``torchrun --nproc-per-node N -m deepseek.cli pretrain …``: ``start`` reads its environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start() -> tuple[int, int]:
+    """Join the group that torchrun described, if it did. Returns ``(rank, world)``."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def stop() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_in_place(tensors: Iterable[Tensor]) -> None:
+    """Add each tensor over all ranks, in place; one collective per dtype."""
+    if world() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for same in by_dtype.values():
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.all_reduce(flat)
+        for tensor, part in zip(same, flat.split([t.numel() for t in same])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def agree(flag: bool) -> bool:
+    """Whether any rank says yes."""
+    if world() == 1:
+        return flag
+    votes: list[Any] = [None] * world()
+    dist.all_gather_object(votes, flag)
+    return any(votes)

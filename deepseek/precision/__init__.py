@@ -1,0 +1,5 @@
+"""Number formats: which are used where, and how that is decided."""
+
+from deepseek.precision.policy import Policy, choose, matmul_flops
+
+__all__ = ["Policy", "choose", "matmul_flops"]

@@ -1,0 +1,91 @@
+"""Which number format the arithmetic uses, decided by measurement.
+
+A CPU that lists bfloat16 support may still run it hundreds of times slower than fp32 (no AMX or AVX512-BF16: the
+fallback converts element by element), so ``auto`` times one matrix product in each format and takes the faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from deepseek.errors import ConfigError
+
+Mode = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The compute format, the loss scale (fp16 only), and why. Master weights and optimizer state stay fp32."""
+
+    name: str
+    dtype: torch.dtype
+    loss_scale: float
+    reason: str
+
+    @contextmanager
+    def compute(self, device: torch.device) -> Iterator[None]:
+        """Matmuls in the compute format; norms, softmax, router and loss stay fp32."""
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+
+@cache
+def matmul_flops(device_type: str, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """FLOP/s of a square matrix product, measured now: the ceiling that MFU is relative to."""
+    size = 4096 if device_type != "cpu" else 1024
+    a, b = (torch.randn(size, size, device=device_type, dtype=torch.float32).to(dtype) for _ in range(2))
+    pilot = 64 if device_type == "cpu" else size
+    a_small, b_small = a[:pilot, :pilot].contiguous(), b[:pilot, :pilot].contiguous()
+    if _rate(a_small, b_small, 0.0) < 2e9:  # hopeless: do not spend seconds on the large product
+        return _rate(a_small, b_small, seconds / 4)
+    return _rate(a, b, seconds)
+
+
+def _rate(a: torch.Tensor, b: torch.Tensor, seconds: float) -> float:
+    a @ b
+    _synchronize(a.device)
+    start, done = time.perf_counter(), 0
+    while done < 3 or time.perf_counter() - start < seconds:
+        a @ b
+        done += 1
+        if done % 8 == 0:
+            _synchronize(a.device)
+    _synchronize(a.device)
+    return 2.0 * a.shape[0] * a.shape[1] * b.shape[1] * done / (time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def choose(mode: str, device: torch.device, loss_scaling_factor: float = 128.0) -> Policy:
+    """The policy for ``mode`` on ``device``; 'auto' measures on a CPU and takes bf16 on an accelerator that has it.
+
+    Raises:
+        ConfigError: unknown mode.
+    """
+    if mode not in ("auto", *DTYPES):
+        raise ConfigError(f"precision_mode={mode!r}; choose auto, {', '.join(DTYPES)}")
+    reason = "as configured"
+    if mode == "auto":
+        mode, reason = _auto(device)
+    return Policy(mode, DTYPES[mode], loss_scaling_factor if mode == "fp16" else 1.0, reason)
+
+
+def _auto(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu":
+        fp32, bf16 = (matmul_flops("cpu", DTYPES[name]) / 1e9 for name in ("fp32", "bf16"))
+        name = "bf16" if bf16 > 1.2 * fp32 else "fp32"
+        return name, f"measured on this CPU: fp32 {fp32:.0f}, bf16 {bf16:.1f} GFLOP/s"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return "fp32", "this GPU has no bfloat16"
+    return "bf16", f"{device.type} computes bf16 natively"

@@ -1,0 +1,57 @@
+"""Held-out loss and bits per byte: the only figure that compares models with different tokenizers, and with gzip."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from deepseek.batch import Batch
+from deepseek.dist import comm
+from deepseek.models.transformer import Transformer
+from deepseek.precision import Policy
+from deepseek.train.losses import cross_entropy_sum
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``loss`` in nats per token; ``bits_per_byte`` of the text those tokens stand for."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy) -> Evaluation:
+    """Cross-entropy over every target of ``batches``, added up over ranks, in evaluation mode.
+
+    Batches of different ranks must be disjoint.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    began, was_training = time.perf_counter(), model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = batch.to(device)
+            with policy.compute(device):
+                hidden = model(batch.tokens, batch.documents, batch.positions).hidden
+                nats = cross_entropy_sum(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
+            sums += torch.tensor([float(nats), batch.n_targets, batch.n_bytes], dtype=torch.float64, device=device)
+    finally:
+        model.train(was_training)
+    comm.sum_in_place([sums])
+    nats_total, tokens, n_bytes = sums.tolist()
+    return Evaluation(
+        loss=nats_total / max(tokens, 1),
+        bits_per_byte=nats_total / math.log(2) / max(n_bytes, 1),
+        tokens=int(tokens),
+        bytes=int(n_bytes),
+        seconds=time.perf_counter() - began,
+    )

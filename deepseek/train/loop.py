@@ -1,0 +1,176 @@
+"""The training loop. ``fit`` is the whole of it; what happens around a step is a hook.
+
+A hook is called as ``hook(step, result)`` after step number ``step`` (1 is the first) and may save, evaluate, or do
+nothing; ``Stop`` asks the loop to end after the current step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from deepseek.batch import Batch
+from deepseek.config import configclass
+from deepseek.dist import comm
+from deepseek.errors import ConfigError, TrainingError
+from deepseek.events import emit
+from deepseek.train.schedule import Schedule
+from deepseek.train.step import StepResult, TrainStep
+
+Hook = Callable[[int, StepResult], None]
+
+
+@configclass
+class TrainingConfig:
+    """How long, how much at once, and how carefully."""
+
+    steps: int = 0  # 0: from `tokens`
+    tokens: int = 0  # 0 with steps=0: 20 tokens per active parameter
+    batch_tokens: int = 8192  # tokens per optimizer step, over all ranks and micro-batches
+    length: int = 512  # positions per packed row
+    micro_rows: int = 0  # rows per forward pass; 0: as many as memory_budget allows
+    memory_budget: float = 4.0  # GiB for activations on a CPU; on an accelerator 60% of its free memory
+    precision_mode: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    loss_scaling_factor: float = 128.0  # fp16 only
+    grad_clip_threshold: float = 1.0  # 0: none
+    max_nonfinite: int = 5  # consecutive non-finite steps before giving up
+    compile: bool = False
+    deterministic: bool = False
+    seed: int = 0
+    device: str = "auto"
+
+    def check(self) -> None:
+        for name in ("steps", "tokens", "micro_rows", "grad_clip_threshold", "max_nonfinite"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")
+        if self.length < 2 or self.batch_tokens < self.length:
+            raise ConfigError(
+                f"train.batch_tokens={self.batch_tokens} must hold at least one row of train.length={self.length} "
+                "(and a row at least 2 positions)"
+            )
+        if self.loss_scaling_factor <= 0:
+            raise ConfigError(f"train.loss_scaling_factor={self.loss_scaling_factor} must be positive")
+
+
+class Stop:
+    """Asks the loop to end after the current step: by a signal, or by ``request``."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def request(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    @contextmanager
+    def on_signals(self) -> Iterator[Stop]:
+        """SIGINT and SIGTERM request a stop; a second SIGINT interrupts at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.reason and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.request(signal.Signals(number).name)
+
+        try:
+            previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the caller handles signals
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class NonFiniteGuard:
+    """A hook that ends training after ``limit`` consecutive steps without a finite loss and gradient."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.run = limit, 0
+
+    def __call__(self, step: int, result: StepResult) -> None:
+        self.run = self.run + 1 if result.skipped else 0
+        if result.skipped:
+            emit("warning", step, text=f"step {step} skipped: loss {float(result.loss)}, gradient norm "
+                 f"{float(result.grad_norm)}; weights unchanged")  # fmt: skip
+        if self.run > self.limit:
+            raise TrainingError(
+                f"{self.run} consecutive non-finite steps up to step {step} (loss {float(result.loss)}); weights are "
+                "those before the first of them. Lower optim.lr, use precision_mode='fp32', or resume from an "
+                "earlier checkpoint with --from"
+            )
+
+
+def fit(
+    train_step: TrainStep,
+    batches: Iterable[Batch],
+    schedule: Schedule,
+    *,
+    steps: int,
+    start: int = 0,
+    hooks: Sequence[Hook] = (),
+    stop: Stop | None = None,
+) -> int:
+    """Train from step ``start`` to ``steps``; returns the number of the last step done.
+
+    Raises:
+        TrainingError: from a guard, or when the batches run out.
+    """
+    stream = iter(batches)
+    for step in range(start + 1, steps + 1):
+        began = time.perf_counter()
+        lr = schedule.apply(train_step.optimizer, step - 1)
+        batch = next(stream, None)
+        if batch is None:
+            raise TrainingError(f"the data ended before step {step} of {steps}")
+        waited = time.perf_counter() - began
+        result = train_step(batch)
+        took = time.perf_counter() - began
+        emit("train", step, lr=lr, **_values(result, waited, took))
+        for hook in hooks:
+            hook(step, result)
+        if stop is not None and comm.agree(bool(stop.reason)):
+            return step
+    return max(start, steps)
+
+
+def _values(result: StepResult, waited: float, took: float) -> dict[str, Any]:
+    """The fields of the 'train' event; tensors stay where they are."""
+    seconds = {"data": waited, **result.seconds}
+    seconds["other"] = max(0.0, took - sum(seconds.values()))
+    return {
+        "loss": result.loss,
+        "bits_per_byte": result.loss * (result.tokens / (math.log(2) * max(result.n_bytes, 1))),
+        "balance_loss": result.balance_loss,
+        "grad_norm": result.grad_norm,
+        "clipped": result.clipped,
+        "skipped": result.skipped,
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens / took,
+        "seconds": {k: round(v, 5) for k, v in seconds.items()},
+        "load": result.load,
+        "gates": result.gates,
+        "coverage": result.coverage,
+        "max_vio": result.max_violation,
+        "router_entropy": result.router_entropy,
+    }
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch; ``deterministic`` also refuses operations without a deterministic form."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,185 @@
+"""One optimizer step: micro-batches forward and backward, ranks added up, clip, guard, update.
+
+The order of additions is fixed, so a step is a pure function of weights, optimizer state and batch: two runs that see
+the same batches are bit-identical on a CPU, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.batch import Batch
+from deepseek.dist import comm
+from deepseek.models.transformer import LayerStats, Transformer
+from deepseek.nn.moe import RoutingStats, coverage, max_violation
+from deepseek.precision import Policy
+from deepseek.train.clip import clip_gradients
+from deepseek.train.losses import Loss
+from deepseek.train.optim import Optimizers
+
+LossFunction = Callable[[Transformer, Batch], Loss]
+
+
+@dataclass
+class StepResult:
+    """What a step did. Tensors stay on the device until somebody reads them.
+
+    Attributes:
+        loss: mean cross-entropy, nats per target. grad_norm: before clipping. skipped: the update was not applied.
+        tokens: targets counted. n_bytes: their bytes. load: per expert layer the share of tokens per expert ``[E]``.
+        gates: per hybrid layer the mean gate per head ``[H]``. seconds: where the time went.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    balance_loss: Tensor
+    skipped: bool
+    clipped: bool
+    tokens: int
+    n_bytes: int
+    load: list[Tensor]
+    gates: dict[int, Tensor]
+    router_entropy: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> float:
+        """Mean over expert layers of Σ min(fᵢ, 1/E)."""
+        return _mean([float(coverage(load)) for load in self.load])
+
+    @property
+    def max_violation(self) -> float:
+        """Mean over expert layers of (largest load − mean) / mean."""
+        return _mean([float(max_violation(load)) for load in self.load])
+
+
+class Stopwatch:
+    """Seconds by name. On an accelerator, work is asynchronous: only the total of a step means something there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._detailed, self._last = device.type == "cpu", time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        name = name if self._detailed else "step"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+class TrainStep:
+    """``step(batch) -> StepResult`` for a model, a loss and an optimizer.
+
+    Args:
+        micro_rows: rows per forward pass; a batch with more is accumulated. 0: all at once.
+        grad_clip: largest gradient norm, 0 for none.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        loss_fn: LossFunction,
+        optimizer: Optimizers,
+        policy: Policy,
+        *,
+        micro_rows: int = 0,
+        grad_clip: float = 1.0,
+    ) -> None:
+        self.model, self.loss_fn, self.optimizer, self.policy = model, loss_fn, optimizer, policy
+        self.micro_rows, self.grad_clip = micro_rows, grad_clip
+        self.device = next(model.parameters()).device
+        self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, batch: Batch) -> StepResult:
+        watch = Stopwatch(self.device)
+        loss, total, layers = self._accumulate(batch, watch)
+        self._reduce(loss, total, layers)
+        for p in self.parameters:
+            if p.grad is not None and self.policy.loss_scale != 1.0:
+                p.grad.div_(self.policy.loss_scale)
+        norm = clip_gradients(self.parameters, self.grad_clip)
+        skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))
+        if not skipped:
+            self.optimizer.step()
+            self._update_routing(layers)
+        self.optimizer.zero_grad()
+        watch.lap("optimizer")
+        routings = [layer.routing for layer in layers if layer.routing is not None]
+        nothing = torch.zeros_like(loss)
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            balance_loss=total - loss,
+            skipped=skipped,
+            clipped=bool(norm > self.grad_clip > 0),
+            tokens=batch.n_targets,
+            n_bytes=batch.n_bytes,
+            load=[r.chosen_E / r.chosen_E.sum().clamp(min=1) for r in routings],
+            gates={i: layer.gate_H for i, layer in enumerate(layers) if layer.gate_H is not None},
+            router_entropy=torch.stack([r.entropy for r in routings]).mean() if routings else nothing,
+            seconds=watch.seconds,
+        )
+
+    def _accumulate(self, batch: Batch, watch: Stopwatch) -> tuple[Tensor, Tensor, list[LayerStats]]:
+        """Forward and backward of every micro-batch; sums of the losses and of the layers' statistics."""
+        parts = list(batch.split(self.micro_rows or batch.rows))
+        loss = torch.zeros((), device=self.device)
+        total, layers = loss.clone(), list[LayerStats]()
+        for part in parts:
+            part = part.to(self.device)
+            with self.policy.compute(self.device):
+                result = self.loss_fn(self.model, part)
+            watch.lap("forward")
+            (result.total * self.policy.loss_scale).backward()  # type: ignore[no-untyped-call]
+            watch.lap("backward")
+            loss, total = loss + result.cross_entropy, total + result.total.detach()
+            layers = _add_layers(layers, result.layers, 1 / len(parts))
+        return loss, total, layers
+
+    def _reduce(self, loss: Tensor, total: Tensor, layers: list[LayerStats]) -> None:
+        """Add gradients, losses and counts over the data-parallel ranks."""
+        ranks = comm.world()
+        if ranks == 1:
+            return
+        tensors = [p.grad for p in self.parameters if p.grad is not None] + [loss, total]
+        for layer in layers:
+            if layer.routing is not None:
+                layer.routing.entropy.div_(ranks)
+                tensors += [layer.routing.chosen_E, layer.routing.served_E, layer.routing.output_sum_EC]
+                tensors += [layer.routing.entropy]
+            if layer.gate_H is not None:
+                tensors.append(layer.gate_H.div_(ranks))
+        comm.sum_in_place(tensors)
+
+    def _update_routing(self, layers: list[LayerStats]) -> None:
+        for index, moe in self.model.moe_layers().items():
+            stats = layers[index].routing
+            assert stats is not None
+            moe.update(stats)
+
+
+def _add_layers(sums: list[LayerStats], new: list[LayerStats], share: float) -> list[LayerStats]:
+    """``sums + new``: counts add up, means (entropy, gates) are weighted by ``share``. Everything is detached."""
+
+    def scaled(stats: LayerStats) -> LayerStats:
+        routing = stats.routing
+        if routing is not None:
+            routing = RoutingStats(*(t.detach() for t in routing))._replace(entropy=routing.entropy.detach() * share)
+        return LayerStats(routing, stats.gate_H * share if stats.gate_H is not None else None)
+
+    def add(a: LayerStats, b: LayerStats) -> LayerStats:
+        routing = RoutingStats(*(x + y for x, y in zip(a.routing, b.routing))) if a.routing and b.routing else None
+        gate = a.gate_H + b.gate_H if a.gate_H is not None and b.gate_H is not None else None
+        return LayerStats(routing, gate)
+
+    fresh = [scaled(stats) for stats in new]
+    return [add(a, b) for a, b in zip(sums, fresh)] if sums else fresh
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
