@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek.errors import ConfigError
+
 IGNORE = -100  #: target value that no loss counts: padding and positions without a next token
 
 
@@ -25,9 +27,9 @@ class Batch:
         documents: ``[B, T]`` int32, id of the document a position belongs to, unique in its row and
             contiguous; ``-1`` marks padding. Attention never crosses documents. ``None`` means that each row
             is one document.
-        positions: ``[B, T]`` int32, offset inside the document's piece in this row; ``None`` means ``0..T-1``.
-        n_targets: how many targets are counted (not ``IGNORE``).
-        n_bytes: how many bytes of text those targets stand for, the unit of bits per byte.
+        positions: ``[B, T]`` int32, offset inside the document's piece in this row; ``None`` means
+        ``0..T-1``. n_targets: how many targets are counted (not ``IGNORE``). n_bytes: how many bytes
+        of text those targets stand for, the unit of bits per byte.
     """
 
     tokens: Tensor
@@ -40,6 +42,7 @@ class Batch:
     @classmethod
     def from_rows(cls, rows: Tensor) -> Batch:
         """A batch of unpacked rows ``[B, T + 1]``: inputs are ``rows[:, :-1]``, targets ``rows[:, 1:]``."""
+        rows = rows.long()
         targets = rows[:, 1:].contiguous()
         return cls(rows[:, :-1].contiguous(), targets, n_targets=targets.numel(), n_bytes=targets.numel())
 
@@ -56,7 +59,14 @@ class Batch:
         return replace(self, **moved)
 
     def split(self, rows: int) -> Iterator[Batch]:
-        """Micro-batches of at most ``rows`` rows; ``n_targets`` and ``n_bytes`` stay those of the whole batch."""
+        """Micro-batches of at most ``rows`` rows; ``n_targets`` and ``n_bytes`` stay those of the
+        whole batch.
+
+        Raises:
+            ConfigError: ``rows`` is not positive.
+        """
+        if rows < 1:
+            raise ConfigError(f"a micro-batch has at least 1 row, not {rows}")
         for start in range(0, self.rows, rows):
             part: dict[str, Any] = {
                 f.name: value[start : start + rows]

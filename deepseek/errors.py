@@ -52,7 +52,10 @@ class MissingExtraError(DeepseekError, ImportError):
         super().__init__(
             f"{purpose} needs the package '{package}': pip install 'deepseek-framework[{extra}]'"
         )
-        self.package, self.extra = package, extra
+        self.package, self.extra, self.purpose = package, extra, purpose
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return type(self), (self.package, self.extra, self.purpose)  # or a worker process cannot hand it back
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,22 +1,24 @@
 """``emit(name, step, **values)``: the only telemetry call. Nothing leaves the machine.
 
-A training step emits what it knows and goes on; sinks decide what to do with it. Values may be device tensors:
-``emit`` does not read them, so telemetry adds no synchronisation. A sink that needs numbers calls ``plain`` when it
-drains, every few steps.
+A training step emits what it knows and goes on; sinks decide what to do with it. Values may be device
+tensors: ``emit`` does not read them, so telemetry adds no synchronisation. A sink that needs numbers calls
+``plain`` when it drains, every few steps.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from torch import Tensor
 
 
@@ -31,7 +33,7 @@ class Event:
 
 
 class Sink(ABC):
-    """Receives events. ``write`` must be cheap; ``close`` flushes."""
+    """Receives events, from any thread but one at a time. ``write`` must be cheap; ``close`` flushes."""
 
     @abstractmethod
     def write(self, event: Event) -> None: ...
@@ -41,32 +43,38 @@ class Sink(ABC):
 
 
 _sinks: list[Sink] = []
+_lock = threading.RLock()  # a signal handler may emit while its own thread is in ``emit``
 
 
 def emit(name: str, step: int | None = None, **values: Any) -> None:
     """Tell every attached sink that ``name`` happened at ``step``."""
     if _sinks:
         event = Event(name, step, values)
-        for sink in _sinks:
-            sink.write(event)
+        with _lock:
+            for sink in tuple(_sinks):
+                sink.write(event)
 
 
 @contextmanager
 def attached(*sinks: Sink) -> Iterator[None]:
     """Attach ``sinks`` for the length of a ``with`` block, then close them."""
-    _sinks.extend(sinks)
+    with _lock:
+        _sinks.extend(sinks)
     try:
         yield
     finally:
-        for sink in sinks:
-            _sinks.remove(sink)
-            sink.close()
+        with _lock, ExitStack() as closing:
+            for sink in sinks:
+                _sinks.remove(sink)
+                closing.callback(sink.close)  # every sink is closed, even if another one fails to
 
 
 def plain(value: Any) -> Any:
-    """``value`` with tensors read into Python numbers and lists (this synchronises with the device)."""
+    """``value`` with tensors and arrays as Python numbers and lists (this synchronises with the device)."""
     if isinstance(value, Tensor):
-        return plain(value.detach().float().cpu().tolist() if value.is_floating_point() else value.tolist())
+        return value.detach().cpu().tolist()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -93,12 +101,17 @@ class MemorySink(Sink):
 class JsonlSink(Sink):
     """Appends one JSON object a line to ``path``; drains every ``every`` events and on anything but 'train'.
 
-    Infinities and NaN, which JSON lacks, are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
+    Infinities and NaN, which JSON lacks, are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``;
+    what JSON cannot hold at all is written as its ``str``. A line that a killed process left torn is
+    closed first.
     """
 
     def __init__(self, path: Path, every: int = 10) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file: TextIO = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
         self._every, self._pending = every, list[Event]()
 
     def write(self, event: Event) -> None:
@@ -108,7 +121,10 @@ class JsonlSink(Sink):
 
     def drain(self) -> None:
         lines = [
-            json.dumps({"event": e.name, "step": e.step, "time": round(e.time, 3), **_finite(plain(e.values))})
+            json.dumps(
+                {**_finite(plain(e.values)), "event": e.name, "step": e.step, "time": round(e.time, 3)},
+                default=str,
+            )
             for e in self._pending
         ]
         self._pending.clear()
@@ -122,9 +138,9 @@ class JsonlSink(Sink):
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The events of a ``JsonlSink`` file. A torn last line (the writer was killed) is left out."""
+    """The events of a ``JsonlSink`` file. Torn lines (the writer was killed) are left out."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

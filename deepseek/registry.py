@@ -1,7 +1,7 @@
 """Tables where outsiders add rows: ``@register_op("attention", "mine")`` and entry-point plug-ins.
 
-Inside the package, plain imports do. A table exists only where somebody else's code has to be found by name: an
-operation with several implementations, each beside a plain-torch reference.
+Inside the package, plain imports do. A table exists only where somebody else's code has to be found by name:
+an operation with several implementations, each beside a plain-torch reference.
 """
 
 from __future__ import annotations
@@ -57,9 +57,17 @@ def backends(op: str) -> list[str]:
 
 
 def load_plugins() -> None:
-    """Import every installed entry point of the group ``deepseek.plugins``, once."""
+    """Import every installed entry point of the group ``deepseek.plugins``, once.
+
+    Raises:
+        ConfigError: a plug-in fails to import.
+    """
     global _plugins_loaded
     if not _plugins_loaded:
         _plugins_loaded = True
         for point in entry_points(group=ENTRY_POINT_GROUP):
-            point.load()
+            try:
+                point.load()
+            except Exception as error:
+                what = f"the plug-in '{point.name}' ({point.value}) cannot be loaded: {error!r}"
+                raise ConfigError(f"{what}; fix or uninstall it") from error

@@ -1,5 +1,5 @@
-"""Finding and reading checkpoints. What is damaged is refused by name, with the way out; nothing older is loaded
-in its place."""
+"""Finding and reading checkpoints. What is damaged is refused by name, with the way out; an older one is never
+loaded in its place."""
 
 from __future__ import annotations
 
