@@ -142,7 +142,9 @@ class MoE(nn.Module):
         """``[B, T, C]`` → ``[B, T, C]`` and what was learnt about routing; padding (not ``valid``) is not counted."""
         x = x_BTC.flatten(0, 1)
         routing = self.router(x)
-        work = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        work = (
+            x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        )
         y_RC, order, ends_E = run_experts(
             work, routing.token_R, routing.expert_R, self.gate_up, self.down, self.config.backend
         )
@@ -157,12 +159,12 @@ class MoE(nn.Module):
 
     def _default_gradient(self, routing: Routing) -> Tensor:
         """Zero in value; in gradient, what the experts not chosen would have answered on average."""
-        absent = routing.probs_NE.masked_fill(routing.chosen_NE, 0.0) @ self.default_EC.clone()
+        absent = routing.probs_NE.masked_fill(routing.chosen_NE, 0.0) @ self.default_EC.to(
+            torch.float32, copy=True
+        )
         return absent - absent.detach()
 
-    def _stats(
-        self, routing: Routing, y_RC: Tensor, ends_E: Tensor, valid_BT: Tensor | None
-    ) -> RoutingStats:
+    def _stats(self, routing: Routing, y_RC: Tensor, ends_E: Tensor, valid_BT: Tensor | None) -> RoutingStats:
         probs, c = routing.probs_NE, self.config
         counted = torch.ones_like(probs[:, 0]) if valid_BT is None else valid_BT.flatten().to(probs.dtype)
         mean_E = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)

@@ -58,7 +58,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def window_mask(length: int, window: int, documents: Tensor | None, device: torch.device | str) -> Tensor:
-    """The mask ``window_attention`` needs: bool ``[N, W, 2W]``, or ``[B·N, 1, W, 2W]`` with documents ``[B, T]``."""
+    """The mask ``window_attention`` needs: bool ``[N, W, 2W]``, or ``[B·N, 1, W, 2W]`` with documents ``[B, T]``.
+
+    A window longer than the row is the row: W is ``min(window, length)``.
+    """
+    window = min(window, length)
     chunks = -(-length // window)
     local = torch.arange(window, device=device)
     key = torch.arange(-window, window, device=device)
@@ -90,6 +94,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor 
     B, H, T, D = q.shape
     if mask is None:
         mask = window_mask(T, window, None, q.device)
+    window = min(window, T)
     chunks = -(-T // window)
     pad = chunks * window - T
 
