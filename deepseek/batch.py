@@ -27,9 +27,9 @@ class Batch:
         documents: ``[B, T]`` int32, id of the document a position belongs to, unique in its row and
             contiguous; ``-1`` marks padding. Attention never crosses documents. ``None`` means that each row
             is one document.
-        positions: ``[B, T]`` int32, offset inside the document's piece in this row; ``None`` means
-        ``0..T-1``. n_targets: how many targets are counted (not ``IGNORE``). n_bytes: how many bytes
-        of text those targets stand for, the unit of bits per byte.
+        positions: ``[B, T]`` int32, offset inside the document's piece in this row; ``None``: ``0..T-1``.
+        n_targets: how many targets are counted (not ``IGNORE``).
+        n_bytes: how many bytes of text those targets stand for, the unit of bits per byte.
     """
 
     tokens: Tensor

@@ -162,16 +162,18 @@ class Checkpointer:
 
         Args:
             step: optimizer steps done.
-            tensors: groups of named tensors, any device, dtype and strides: ``{"model":
-            model.state_dict()}``. state: what JSON can hold, with string keys. metric: for
-            ``keep_best``, lower is better. wait: return only when the checkpoint is on the disk.
+            tensors: groups of named tensors, any device, dtype and strides: ``{"model": state_dict}``.
+            state: what JSON can hold, with string keys.
+            metric: for ``keep_best``, lower is better.
+            wait: return only when the checkpoint is on the disk.
 
         Raises:
-            CheckpointError: this save, or the background save before it, is impossible or failed;
-            what is on the
-                disk is as it was.
+            CheckpointError: this save, or the background save before it, is impossible or failed; the
+                checkpoints on the disk are as they were.
         """
         started = time.perf_counter()
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise CheckpointError(f"a checkpoint's step is a whole number of 0 or more, not {step!r}")
         path = self.run / f"step-{step:06d}"
         if self.rank != 0:
             return path
@@ -223,8 +225,6 @@ class Checkpointer:
         metric: float | None,
         started: float,
     ) -> _Job:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise CheckpointError(f"a checkpoint's step is a whole number of 0 or more, not {step!r}")
         for name in tensors:
             if not GROUP.fullmatch(name):
                 raise CheckpointError(

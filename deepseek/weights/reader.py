@@ -1,5 +1,5 @@
-"""Finding and reading checkpoints. What is damaged is refused by name, with the way out; an older one is never
-loaded in its place."""
+"""Finding and reading checkpoints. What is damaged is refused by name, with the way out; an older one is
+never loaded in its place."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ def load(
     Raises:
         RunError: ``path`` is neither a run nor a checkpoint.
         CheckpointError: the checkpoint is missing or damaged. The message names the newest intact
-        one, if any;
-            it is never loaded instead.
+            one, if any; it is never loaded instead.
     """
     directory = _resolve(Path(path))
     wanted = None if groups is None else list(groups)
