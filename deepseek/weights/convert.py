@@ -1,0 +1,274 @@
+"""Hugging Face model directories in and out: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral, and our own.
+
+A directory that plain ``transformers`` loads is written wherever one of its families says exactly what the model does;
+everything else is written as our own architecture, which ``import deepseek.transformers`` registers. A family is a row
+in ``families``, so this file is only: read the config, fill the tensors, write both out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek.config import from_dict, to_dict
+from deepseek.errors import CheckpointError, ConfigError, WeightsError
+from deepseek.events import emit
+from deepseek.files import staged
+from deepseek.models import ModelConfig, Transformer
+from deepseek.weights.families import FAMILIES, Family, Slot, family_named, slots
+from deepseek.weights.family_config import from_hf, matching_family, obstacle, to_hf
+from deepseek.weights.hf_files import (
+    INDEX,
+    SHARD,
+    SINGLE,
+    TensorFiles,
+    listed,
+    model_directory,
+    read_json,
+    write_json,
+    write_weights,
+)
+from deepseek.weights.hf_tokenizer import TOKENIZER_FILES, TokenIds, write_tokenizer
+from deepseek.weights.shards import SHARD_BYTES
+
+OURS = "deepseek_hybrid"
+ARCHITECTURE = "DeepseekHybridForCausalLM"
+KEPT_FLOAT32 = ("router.bias", "default_EC")  # statistics, not weights: too fine for bf16
+IGNORED = ("rotary_emb.inv_freq",)  # a constant that old Llama directories carry
+
+
+class Exported(NamedTuple):
+    """What ``save_hf`` wrote: the ``model_type``, why it is not a family of ``transformers`` (or ''), the directory."""
+
+    model_type: str
+    reason: str
+    directory: Path
+
+
+def read_config(directory: Path | str) -> ModelConfig:
+    """The shape of the model in a Hugging Face directory.
+
+    Raises:
+        WeightsError: not a model directory, an architecture we do not have, or an option our layers cannot express.
+    """
+    return _read(model_directory(directory))[1]
+
+
+def load_hf(
+    directory: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The model in a Hugging Face directory, in evaluation mode.
+
+    Tensors are read one at a time straight into their places, so memory peaks at the weights plus one tensor.
+
+    Args:
+        dtype: of the weights; ``None`` keeps each as it is in the files.
+
+    Raises:
+        WeightsError: as ``read_config``; or a file is damaged, a tensor is missing, left over or of the wrong shape.
+    """
+    directory = model_directory(directory)
+    family, config = _read(directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    with TensorFiles(directory) as files:
+        names = tensor_slots(model, family, files.names)
+        _check_names(directory, names, files, config)
+        state = _fill(model, names, files, dtype, torch.device(device))
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def tensor_slots(
+    model: Transformer, family: Family | None, present: list[str] | None = None
+) -> dict[str, Slot]:
+    """Every tensor name of a directory of ``family`` (``None``: our own) and the part of our tensors that it is."""
+    if family is None:
+        return {f"model.{name}": Slot(name) for name in model.state_dict()}
+    return slots(family, model.config, set(present or ()))
+
+
+def save_hf(
+    model: Transformer,
+    directory: Path | str,
+    tokenizer_dir: Path | str | None = None,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    family: str = "auto",
+    generation: dict[str, Any] | None = None,
+    chat_template: str | None = None,
+) -> Exported:
+    """Write a Hugging Face directory; it appears whole or not at all, and replaces an earlier export.
+
+    Args:
+        tokenizer_dir: where ``tokenizer.json`` is; ``None`` writes no tokenizer.
+        max_shard_bytes: larger weights are cut into shards with an index.
+        dtype: of the weights in the files; ``None`` keeps each as it is.
+        family: 'auto' (a family of ``transformers`` where it says exactly what the model does, else our own), the name
+            of one, or 'deepseek_hybrid'.
+        generation: keys for ``generation_config.json``, over those that follow from the tokenizer.
+        chat_template: Jinja text instead of ours.
+
+    Raises:
+        WeightsError: the family asked for cannot express the model, the target holds something else, or writing failed.
+    """
+    directory = Path(directory)
+    chosen, reason = _choose(model, family)
+    _check_target(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with staged(directory) as temp:
+            ids = (
+                write_tokenizer(Path(tokenizer_dir), temp, model.config, chat_template)
+                if tokenizer_dir
+                else TokenIds()
+            )
+            _write_weights(model, chosen, temp, max_shard_bytes, dtype)
+            write_json(temp / "config.json", _config_json(model, chosen, dtype, ids))
+            write_json(temp / "generation_config.json", {**ids.generation(), **(generation or {})})
+    except (OSError, CheckpointError) as error:
+        raise WeightsError(f"cannot write {directory}: {error}") from None
+    exported = Exported(chosen.model_type if chosen else OURS, reason, directory)
+    emit("export", model_type=exported.model_type, reason=reason, directory=str(directory))
+    return exported
+
+
+def _read(directory: Path) -> tuple[Family | None, ModelConfig]:
+    values = read_json(directory / "config.json")
+    if values.get("model_type") != OURS:
+        family = family_named(values.get("model_type"))
+        return family, from_hf(values, family)
+    shape = values.get("model")
+    if not isinstance(shape, dict):
+        raise WeightsError(
+            f"{directory / 'config.json'} lacks 'model', the table that describes our architecture"
+        )
+    try:
+        return None, from_dict(ModelConfig, shape, "model")
+    except ConfigError as error:
+        raise WeightsError(f"{directory / 'config.json'}: {error}") from None
+
+
+def _check_names(directory: Path, names: dict[str, Slot], files: TensorFiles, config: ModelConfig) -> None:
+    """Every tensor is there and none is left over."""
+    missing = [name for name in names if name not in set(files.names)]
+    extra = [n for n in files.names if n not in names and not n.endswith(IGNORED)]
+    if config.tie_embeddings and "lm_head.weight" in extra and not missing:
+        if not torch.equal(files.get("lm_head.weight"), files.get("model.embed_tokens.weight")):
+            raise WeightsError(
+                f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+            )
+        extra.remove("lm_head.weight")
+    if missing or extra:
+        parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
+        parts += [f"{len(extra)} without a place ({listed(extra)})"] if extra else []
+        raise WeightsError(f"{directory}: tensors and config.json do not match: {'; '.join(parts)}")
+
+
+def _fill(
+    model: Transformer,
+    names: dict[str, Slot],
+    files: TensorFiles,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Our state with every tensor read; also gives the model's buffers that no file holds their zeros."""
+    expected, state = model.state_dict(), dict[str, Tensor]()
+    for name, slot in names.items():
+        tensor = files.get(name)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise WeightsError(
+                f"{name} is {tensor.dtype}; quantised weights are not supported: dequantise them first"
+            )
+        want = slot.view(expected[slot.name]).shape
+        if tensor.shape != want:
+            raise WeightsError(
+                f"{name} is {list(tensor.shape)} in the file; config.json asks for {list(want)}"
+            )
+        if slot.name not in state:
+            kept = tensor.dtype if dtype is None or slot.name.endswith(KEPT_FLOAT32) else dtype
+            state[slot.name] = torch.empty(expected[slot.name].shape, dtype=kept, device=device)
+        slot.view(state[slot.name]).copy_(tensor)
+    for name, buffer in model.named_buffers():
+        zeros = torch.zeros(buffer.shape, dtype=torch.float32, device=device)
+        if name in expected:
+            state.setdefault(name, zeros)
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, zeros)
+    return state
+
+
+def _choose(model: Transformer, wanted: str) -> tuple[Family | None, str]:
+    """The family to write and, for our own architecture, why."""
+    if wanted == OURS:
+        return None, "asked for"
+    if wanted == "auto":
+        family, reason = matching_family(model.config)
+    else:
+        family = FAMILIES.get(wanted)
+        if family is None:
+            raise WeightsError(f"family {wanted!r} is unknown; choose auto, {OURS}, {', '.join(FAMILIES)}")
+        reason = obstacle(model.config, family)
+    biased = [i for i, moe in model.moe_layers().items() if bool(moe.router.bias.any())]
+    if not reason and biased:
+        reason = (
+            f"the router's selection bias is not zero in layers {listed(map(str, biased))}: no family has one"
+        )
+    if reason and wanted != "auto":
+        raise WeightsError(f"family {wanted!r} cannot hold this model: {reason}; use 'auto' or {OURS!r}")
+    return (None if reason else family), reason
+
+
+def _check_target(directory: Path) -> None:
+    """Never replace what is not an earlier export."""
+    if directory.exists() and not directory.is_dir():
+        raise WeightsError(f"{directory} is a file; name a directory to write")
+    held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    known = {"config.json", "generation_config.json", SINGLE, INDEX, *TOKENIZER_FILES}
+    foreign = sorted(name for name in held - known if not SHARD.fullmatch(name))
+    if held and ("config.json" not in held or foreign):
+        raise WeightsError(
+            f"{directory} exists and is not an earlier export: it holds {listed(foreign or sorted(held))}"
+        )
+
+
+def _write_weights(
+    model: Transformer, family: Family | None, directory: Path, limit: int, dtype: torch.dtype | None
+) -> None:
+    state = model.state_dict()
+    names = tensor_slots(model, family)
+
+    def cast(name: str, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if dtype is None or name.endswith(KEPT_FLOAT32) else dtype
+
+    write_weights(directory, {name: slot.view(state[slot.name]) for name, slot in names.items()}, limit, cast)
+
+
+def _config_json(
+    model: Transformer, family: Family | None, dtype: torch.dtype | None, ids: TokenIds
+) -> dict[str, Any]:
+    stored = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
+    values = to_hf(model.config, family) if family else our_config_json(model.config)
+    return {**values, "dtype": stored, **ids.config()}
+
+
+def our_config_json(config: ModelConfig) -> dict[str, Any]:
+    """``config.json`` of our own architecture: the table ``model`` is what counts, the rest is for other tools."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": OURS,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.attention.heads,
+        "num_key_value_heads": config.attention.kv_heads,
+        "head_dim": config.attention.head_dim,
+        "max_position_embeddings": config.max_length,
+        "tie_word_embeddings": config.tie_embeddings,
+        "model": to_dict(config),
+    }
