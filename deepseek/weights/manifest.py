@@ -92,7 +92,7 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged: its content does not match its own hash")
         try:
             return _parse(body)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{path} is not a valid manifest: {error}") from None
 
     def check_files(self, directory: Path, names: set[str] | None = None, *, verify: bool = True) -> None:
@@ -130,6 +130,9 @@ def _parse(body: dict[str, Any]) -> Manifest:
     for name, group in groups.items():
         if missing := [f for f in group.files if f not in files]:
             raise ValueError(f"group {name!r} names the unlisted file {missing[0]!r}")
+    owned = {file for group in groups.values() for file in group.files}
+    if orphans := sorted(f for f in files if f.endswith(".safetensors") and f not in owned):
+        raise ValueError(f"the file {orphans[0]!r} belongs to no tensor group")
     if STATE not in files:
         raise ValueError(f"it does not list {STATE}")
     metric, parent = body["metric"], body["parent"]
