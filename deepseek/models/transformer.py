@@ -1,7 +1,8 @@
 """The one model file: a decoder-only transformer whose blocks take any attention and any feed-forward.
 
-Precision, placement and memory are applied from outside; here is only the model. ``forward`` returns hidden states, so
-that a loss may avoid holding the logits, and per-layer statistics, so that nothing is measured twice.
+Precision, placement and memory are applied from outside; here is only the model. ``forward`` returns hidden
+states, so that a loss may avoid holding the logits, and per-layer statistics, so that nothing is measured
+twice.
 
 Shape letters: B rows, T positions, C hidden size, V vocabulary, L layers.
 """
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.errors import ConfigError
 from deepseek.models.config import ModelConfig
 from deepseek.nn.attention import Attention, Context, FullAttention, WindowAttention
 from deepseek.nn.cache import Cache, LayerCache
@@ -22,6 +24,9 @@ from deepseek.nn.layers import RMSNorm, SwiGLU
 from deepseek.nn.moe import MoE, RoutingStats
 
 ATTENTION: dict[str, type[Attention]] = {"F": FullAttention, "L": WindowAttention, "H": HybridAttention}
+
+#: What starts at zero although it is a matrix: ways back into the residual stream, gates, sinks, averages.
+ZERO = ("attention.output.weight", "down.weight", ".down", "gate.weight", "sink", "default_EC")
 
 
 class LayerStats(NamedTuple):
@@ -77,21 +82,30 @@ class Transformer(nn.Module):
     @staticmethod
     def _block(config: ModelConfig, attention: str, ffn: str) -> Block:
         inner = (
-            MoE(config.hidden, config.moe) if ffn == "E" else SwiGLU(config.hidden, config.ffn, config.ffn_bias)
+            MoE(config.hidden, config.moe)
+            if ffn == "E"
+            else SwiGLU(config.hidden, config.ffn, config.ffn_bias)
         )
         mixer = ATTENTION[attention](config.hidden, config.attention, config.norm_eps)
         return Block(config.hidden, config.norm_eps, mixer, inner)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal(0, init_std) matrices; projections back into the residual stream and gates start at zero."""
-        for name, p in self.named_parameters():
+        """Normal(0, init_std) matrices; projections back into the residual stream and gates start at zero.
+
+        Sets every parameter and buffer, so that a model made on the meta device and then given memory is
+        complete.
+        """
+        for name, p in [*self.named_parameters(), *self.named_buffers()]:
             if p.is_meta:
                 continue
-            if name.endswith(("attention.output.weight", "down.weight", ".down", "gate.weight", "bias", "sink")):
-                if not name.endswith("gate_bias"):
-                    p.zero_()
-            elif p.dim() >= 2:
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith("gate_bias"):
+                p.fill_(self.config.attention.gate_init)
+            elif p.dim() < 2 or name.endswith(ZERO):
+                p.zero_()
+            else:
                 nn.init.normal_(p, std=self.config.init_std)
 
     def forward(
@@ -105,10 +119,17 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BT: int64 ids ``[B, T]``.
-            documents: ``[B, T]`` ids; attention stays inside a document, -1 is padding. ``None``: one document a row.
-            positions: ``[B, T]`` position of each token in its document; ``None``: ``0…T-1`` (plus the cache's length).
+            documents: ``[B, T]`` ids; attention stays inside a document, -1 is padding. ``None``: one
+                document a row.
+            positions: ``[B, T]`` position of each token in its document; ``None``: ``0…T-1`` (plus the
+                cache's length).
             cache: keys and values of the positions before; extended in place. Not with ``documents``.
+
+        Raises:
+            ConfigError: both ``cache`` and ``documents``.
         """
+        if cache is not None and documents is not None:
+            raise ConfigError("a cache holds one document a row: pass documents or a cache, not both")
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)

@@ -1,7 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245) over whole rows or a sliding window; RoPE, optional QK-norm.
 
-``Attention`` does what every kind shares: project, normalise heads, mix, project out. A kind says only how positions
-are mixed. ``Context`` is what all layers of one forward pass share: rotations, documents, masks.
+``Attention`` does what every kind shares: project, normalise heads, mix, project out. A kind says only how
+positions are mixed. ``Context`` is what all layers of one forward pass share: rotations, documents, masks.
 
 Shape letters: B rows, T positions, H query heads, K key/value heads, D head size, C hidden size.
 """
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.nn.cache import LayerCache
-from deepseek.nn.layers import RMSNorm
+from deepseek.nn.layers import RMSNorm, to_compute_dtype
 from deepseek.nn.rope import rope_table, rotate
 from deepseek.ops.attention import causal_mask, dense_attention, window_attention, window_mask
 
 
 @configclass
 class AttentionConfig:
-    """How attention is made; sizes are shared by every layer, the kind of each layer is the model's ``pattern``."""
+    """How attention is made; all layers share the sizes, the model's ``pattern`` says the kind of each."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -43,12 +43,15 @@ class AttentionConfig:
     def check(self) -> None:
         if self.heads < 1 or self.kv_heads < 1 or self.heads % self.kv_heads:
             divisors = [str(d) for d in range(1, self.heads + 1) if self.heads % d == 0]
-            raise ConfigError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}; try {', '.join(divisors)}")
+            raise ConfigError(
+                f"kv_heads={self.kv_heads} does not divide heads={self.heads}; try {', '.join(divisors)}"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
         if self.window < 1 or self.block < 1 or not 1 <= self.stride <= self.block:
             raise ConfigError(
-                f"window={self.window} and block={self.block} must be positive and 1 <= stride={self.stride} <= block"
+                f"window={self.window} and block={self.block} must be positive "
+                f"and 1 <= stride={self.stride} <= block"
             )
 
 
@@ -98,6 +101,7 @@ class Attention(nn.Module, ABC):
         self, x_BTC: Tensor, context: Context, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, C]`` → ``[B, T, C]`` and the mean gate per head ``[H]`` (hybrid layers only)."""
+        x_BTC = to_compute_dtype(x_BTC)
         q = self.query(x_BTC).unflatten(-1, (-1, self.config.head_dim))
         k = self.key(x_BTC).unflatten(-1, (-1, self.config.head_dim))
         v = self.value(x_BTC).unflatten(-1, (-1, self.config.head_dim))
@@ -148,7 +152,9 @@ class WindowAttention(Attention):
         if context.start:
             places = torch.arange(first, first + keys.shape[2], device=context.device)
             return dense_attention(q, keys, values, causal_mask(context.index, places, window)), None
-        mask = context.mask("window", lambda: window_mask(context.length, window, context.documents, context.device))
+        mask = context.mask(
+            "window", lambda: window_mask(context.length, window, context.documents, context.device)
+        )
         return window_attention(q, k, v, window, mask), None
 
     def new_cache(self) -> LayerCache:

@@ -1,7 +1,8 @@
 """Key/value caches for decoding, one per layer kind.
 
-A full layer keeps every position. A window layer keeps the last W. A hybrid layer keeps the last max(W, block) raw
-positions and one pooled key and value per ``stride`` positions, which is why a long context costs it so little memory.
+A full layer keeps every position. A window layer keeps the last W. A hybrid layer keeps the last max(W,
+block) raw positions and one pooled key and value per ``stride`` positions, which is why a long context costs
+it so little memory.
 
 Shape letters: B rows, K key/value heads, T positions, D head size, J pooled blocks.
 """
@@ -15,7 +16,7 @@ from deepseek.ops.hybrid_attention import pool_blocks, pooled_length
 
 
 class Growing:
-    """A tensor that grows along dimension 2; capacity doubles, so appending is amortised O(1) per position."""
+    """A tensor that grows along dimension 2; capacity doubles, so appending is O(1) amortised."""
 
     def __init__(self) -> None:
         self._data: Tensor | None = None
@@ -42,7 +43,7 @@ class Growing:
 
 
 class LayerCache:
-    """Keys and values of one layer: the last ``keep`` positions (all when ``None``), and pooled blocks if asked."""
+    """Keys and values of one layer: the last ``keep`` positions (``None``: all), and pooled blocks if asked."""
 
     def __init__(self, keep: int | None = None, block: int = 0, stride: int = 0) -> None:
         self.keep, self.block, self.stride = keep, block, stride
@@ -55,7 +56,8 @@ class LayerCache:
         """Append ``k, v [B, K, T, D]``.
 
         Returns:
-            Every key and value needed to attend from the new positions, and the position of the first of them.
+            Every key and value needed to attend from the new positions, and the position of the first of
+            them.
         """
         if self.keep is None:
             assert isinstance(self._k, Growing)

@@ -15,7 +15,7 @@ from deepseek.nn.attention import Attention, AttentionConfig, Context
 from deepseek.nn.cache import LayerCache
 from deepseek.nn.rope import rotate
 from deepseek.ops.attention import causal_mask, dense_attention, window_mask
-from deepseek.ops.hybrid_attention import hybrid_attention, pooled_attention, pooled_mask
+from deepseek.ops.hybrid_attention import document_blocks, hybrid_attention, pooled_attention, pooled_mask
 
 
 class HybridAttention(Attention):
@@ -49,10 +49,14 @@ class HybridAttention(Attention):
         c, T, documents = self.config, context.length, context.documents
         local = context.mask("window", lambda: window_mask(T, c.window, documents, context.device))
         whole = context.mask("pooled", lambda: pooled_mask(context.index, T, c.block, c.stride, documents))
+        starts = None
+        if documents is not None:
+            starts = context.mask("blocks", lambda: document_blocks(documents, c.block, c.stride))
         q_rope, k_rope = rotate(q, context.rope), rotate(k, context.rope)
         return hybrid_attention(
             q, k, v, q_rope, k_rope, self.sink, gate,
             window=c.window, block=c.block, stride=c.stride, window_mask=local, global_mask=whole,
+            starts=starts,
         )  # fmt: skip
 
     def _decode(

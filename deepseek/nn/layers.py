@@ -9,8 +9,19 @@ from torch import Tensor, nn
 from deepseek.ops.experts import swiglu
 
 
+def widen(x: Tensor) -> Tensor:
+    """``x`` in fp32, or as it is when it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype where autocast is on: here once, not once in every layer that reads it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in fp32 (arXiv 1910.07467)."""
+    """Root-mean-square norm over the last dimension, computed in fp32 at least (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -18,7 +29,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        wide = widen(x)
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

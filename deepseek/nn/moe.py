@@ -1,16 +1,17 @@
-"""Sparse mixture of experts (F12, S1 §2): an fp32 router, top-k experts, and four ways of keeping experts alive.
+"""Sparse mixture of experts (F12, S1 §2): fp32 router, top-k experts, four ways of keeping experts alive.
 
-* **entropy loss** ``α (Σ p̄ log p̄ + log E)`` on the mean router probability: the source's balance term, differentiable;
-* **bias** added to the probabilities for the selection only, moved by the sign of each expert's load error after every
-  step, outside autograd (auxiliary-loss-free balancing, arXiv 2408.15664);
-* **token floor**: while training, an expert that was chosen by fewer than ``floor · T·K/E`` tokens also gets the tokens
-  that like it best, each with its own small probability as weight. (It looks at the whole batch, like expert choice;
-  evaluation and generation never use it.)
-* **default outputs**: an exponential average of each expert's output stands in for the experts that were not chosen, in
-  the router's gradient only (straight-through form of Default MoE, arXiv 2504.12463).
+* **entropy loss** ``α (Σ p̄ log p̄ + log E)`` on the mean router probability: the source's balance term,
+  differentiable;
+* **bias** added to the probabilities for the selection only, moved by the sign of each expert's load error
+  after every step, outside autograd (auxiliary-loss-free balancing, arXiv 2408.15664);
+* **token floor**: while training, an expert that was chosen by fewer than ``floor · T·K/E`` tokens also gets
+  the tokens that like it best, each with its own small probability as weight. (It looks at the whole batch,
+  like expert choice; evaluation and generation never use it.)
+* **default outputs**: an exponential average of each expert's output stands in for the experts that were not
+  chosen, in the router's gradient only (straight-through form of Default MoE, arXiv 2504.12463).
 
-``forward`` is pure: what the step learnt about routing is returned as ``RoutingStats`` and applied by ``update`` once per
-optimizer step, after the micro-batches and ranks were added up.
+``forward`` is pure: what the step learnt about routing is returned as ``RoutingStats`` and applied by
+``update`` once per optimizer step, after the micro-batches and ranks were added up.
 
 Shape letters: N tokens, E experts, K experts per token, C hidden size, F expert size, R assignments.
 """
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
-from deepseek.nn.layers import SwiGLU
-from deepseek.ops.experts import Backend, run_experts
+from deepseek.nn.layers import SwiGLU, to_compute_dtype, widen
+from deepseek.ops.experts import Backend, combine, run_experts
 
 
 @configclass
@@ -50,12 +51,13 @@ class MoEConfig:
             raise ConfigError(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
         if not 0 <= self.token_floor <= 1 or not 0 <= self.default_decay < 1:
             raise ConfigError(
-                f"token_floor={self.token_floor} must lie in [0, 1] and default_decay={self.default_decay} in [0, 1)"
+                f"token_floor={self.token_floor} must lie in [0, 1] "
+                f"and default_decay={self.default_decay} in [0, 1)"
             )
 
 
 class RoutingStats(NamedTuple):
-    """What one forward pass learnt about one layer's routing; ``+`` of micro-batches is a plain sum of tensors."""
+    """What one forward pass learnt about one layer's routing; micro-batches add up tensor by tensor."""
 
     balance_loss: Tensor  #: scalar, already weighted
     chosen_E: Tensor  #: how many tokens chose each expert (top-k only)
@@ -75,7 +77,7 @@ class Routing(NamedTuple):
 
 
 def coverage(load_E: Tensor) -> Tensor:
-    """Σ min(fᵢ, 1/E): 1 when every expert has its share, 1/E when one has everything. ``load_E`` sums to one."""
+    """Σ min(fᵢ, 1/E) of shares that sum to one: 1 when all are equal, 1/E when one expert has everything."""
     return load_E.clamp(max=1 / load_E.numel()).sum()
 
 
@@ -95,10 +97,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.experts, hidden))
         self.register_buffer("bias", torch.zeros(config.experts))
 
-    def forward(self, x_NC: Tensor) -> Routing:
+    def forward(self, x_NC: Tensor, valid_N: Tensor | None = None) -> Routing:
         c = self.config
         with torch.autocast(x_NC.device.type, enabled=False):
-            probs = F.linear(x_NC.float(), self.weight.float()).softmax(-1)
+            wide = widen(x_NC)
+            probs = F.linear(wide, self.weight.to(wide.dtype)).softmax(-1)
         expert_NK = (probs.detach() + self.bias).topk(c.top_k, dim=-1).indices
         gate_NK = probs.gather(1, expert_NK)
         if c.normalise_gates:
@@ -106,14 +109,17 @@ class Router(nn.Module):
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, expert_NK, True)
         token = torch.arange(probs.shape[0], device=probs.device).repeat_interleave(c.top_k)
         routing = Routing(token, expert_NK.flatten(), gate_NK.flatten(), chosen, probs)
-        return self._rescue(routing) if self.training and c.token_floor > 0 else routing
+        return self._rescue(routing, valid_N) if self.training and c.token_floor > 0 else routing
 
-    def _rescue(self, routing: Routing) -> Routing:
-        """Give every expert at least ``ceil(token_floor · N·K/E)`` tokens (at most N)."""
+    def _rescue(self, routing: Routing, valid_N: Tensor | None) -> Routing:
+        """Give every expert at least ``ceil(token_floor · N·K/E)`` tokens (at most N), padding last."""
         N, E = routing.probs_NE.shape
         floor = min(N, math.ceil(self.config.token_floor * N * self.config.top_k / E))
         missing_E = (floor - routing.chosen_NE.sum(0)).clamp(min=0)
-        eager = routing.probs_NE.detach().masked_fill(routing.chosen_NE, -1.0).topk(floor, dim=0).indices
+        liking = routing.probs_NE.detach()
+        if valid_N is not None:  # padding: below every real token, above those that chose the expert
+            liking = liking - 1.0 * ~valid_N[:, None]
+        eager = liking.masked_fill(routing.chosen_NE, -2.0).topk(floor, dim=0).indices
         taken = torch.arange(floor, device=eager.device)[:, None] < missing_E
         token = eager[taken]
         expert = torch.arange(E, device=eager.device).expand_as(eager)[taken]
@@ -139,17 +145,18 @@ class MoE(nn.Module):
         self.register_buffer("default_EC", torch.zeros(c.experts, hidden), persistent=c.default_decay > 0)
 
     def forward(self, x_BTC: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
-        """``[B, T, C]`` → ``[B, T, C]`` and what was learnt about routing; padding (not ``valid``) is not counted."""
+        """``[B, T, C]`` → ``[B, T, C]`` and what routing was; padding (not ``valid``) is not counted."""
         x = x_BTC.flatten(0, 1)
-        routing = self.router(x)
-        work = (
-            x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-        )
+        routing = self.router(x, None if valid_BT is None else valid_BT.flatten())
         y_RC, order, ends_E = run_experts(
-            work, routing.token_R, routing.expert_R, self.gate_up, self.down, self.config.backend
+            to_compute_dtype(x),
+            routing.token_R,
+            routing.expert_R,
+            self.gate_up,
+            self.down,
+            self.config.backend,
         )
-        weighted = y_RC.float() * routing.gate_R[order, None]
-        out = torch.zeros_like(x, dtype=torch.float32).index_add(0, routing.token_R[order], weighted)
+        out = combine(y_RC, routing.gate_R[order], routing.token_R[order], x.shape[0])
         if self.training and self.config.default_decay > 0:
             out = out + self._default_gradient(routing)
         out = out.to(x.dtype).view_as(x_BTC)
@@ -158,10 +165,13 @@ class MoE(nn.Module):
         return out, self._stats(routing, y_RC, ends_E, valid_BT)
 
     def _default_gradient(self, routing: Routing) -> Tensor:
-        """Zero in value; in gradient, what the experts not chosen would have answered on average."""
-        absent = routing.probs_NE.masked_fill(routing.chosen_NE, 0.0) @ self.default_EC.to(
-            torch.float32, copy=True
+        """Zero in value; in gradient, what the experts a token did not reach answer on average."""
+        probs = routing.probs_NE
+        served = torch.zeros_like(routing.chosen_NE).index_put(
+            (routing.token_R, routing.expert_R), torch.ones_like(routing.token_R, dtype=torch.bool)
         )
+        # A copy: ``update`` moves the averages in place, perhaps before this graph's backward.
+        absent = probs.masked_fill(served, 0.0) @ self.default_EC.to(probs.dtype, copy=True)
         return absent - absent.detach()
 
     def _stats(self, routing: Routing, y_RC: Tensor, ends_E: Tensor, valid_BT: Tensor | None) -> RoutingStats:

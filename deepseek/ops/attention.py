@@ -1,10 +1,11 @@
 """Scaled dot-product attention over whole rows and over a sliding window, grouped-query, document-masked.
 
-``window_attention`` splits the row into chunks as long as the window; a chunk attends to itself and the chunk before
-it, so the work is O(T·W) in plain torch, forward and backward, on any device. ``dense_attention`` is the same thing
-with an explicit T×T mask: the reference in tests, and the path for odd cases.
+``window_attention`` splits the row into chunks as long as the window; a chunk attends to itself and the chunk
+before it, so the work is O(T·W) in plain torch, forward and backward, on any device. ``dense_attention`` is
+the same thing with an explicit T×T mask: the reference in tests, and the path for odd cases.
 
-Shape letters: B rows, H query heads, K key/value heads (K divides H), T positions, D head size, W window, N chunks.
+Shape letters: B rows, H query heads, K key/value heads (K divides H), T positions, D head size, W window, N
+chunks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def causal_mask(
         queries_T, keys_T: int positions ``[Tq]`` and ``[Tk]``.
         window: a query sees the last ``window`` positions, itself included; ``None`` means all.
         documents: ``[B, T]`` document ids of a row in which ``queries_T`` and ``keys_T`` index; positions of
-            different documents never see each other. Padding (id -1) sees padding only, so that no row is empty.
+            different documents never see each other. Padding (id -1) sees padding only, so that no row is
+            empty.
 
     Returns:
         bool ``[Tq, Tk]``, or ``[B, 1, Tq, Tk]`` with documents.
@@ -51,14 +53,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     """
     grouped = q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and grouped:
-        # The fused CPU kernel wants equal head counts; with enable_gqa torch falls back to the slow maths path.
+        # The fused CPU kernel wants equal head counts; with enable_gqa torch takes the slow maths path.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def window_mask(length: int, window: int, documents: Tensor | None, device: torch.device | str) -> Tensor:
-    """The mask ``window_attention`` needs: bool ``[N, W, 2W]``, or ``[B·N, 1, W, 2W]`` with documents ``[B, T]``.
+    """The mask ``window_attention`` needs: bool ``[N, W, 2W]``, or ``[B·N, 1, W, 2W]`` with documents.
 
     A window longer than the row is the row: W is ``min(window, length)``.
     """
@@ -91,7 +93,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor 
     Returns:
         ``[B, H, T, D]``.
     """
-    B, H, T, D = q.shape
+    B, T = q.shape[0], q.shape[2]
     if mask is None:
         mask = window_mask(T, window, None, q.device)
     window = min(window, T)

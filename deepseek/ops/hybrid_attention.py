@@ -1,9 +1,11 @@
 """Hybrid attention: a sliding window, a global branch over pooled blocks, and a gate between them (F11).
 
-The global branch sees one key and value per block of positions (the mean of ``block`` positions, every ``stride``
-positions), so its cost falls by ``stride``. A block is visible to a query only once it is complete and only inside the
-same document; what is more recent is the window's business. A learned sink slot is always visible, so that the softmax
-is defined for the first positions. Close relatives: NSA (arXiv 2502.11089) and S1 §1 of the source documents.
+The global branch sees one key and value per block of positions (the mean of ``block`` positions, every
+``stride`` positions), so its cost falls by ``stride``. Blocks are counted from the start of each document, so
+a packed document gives what it gives alone. A block is visible to a query only once it is complete and only
+inside the same document; what is more recent is the window's business. A learned sink slot is always visible,
+so that the softmax is defined for the first positions. Close relatives: NSA (arXiv 2502.11089) and S1 §1 of
+the source documents.
 
 Shape letters: B rows, H query heads, K key/value heads, T positions, D head size, J pooled blocks.
 """
@@ -23,10 +25,31 @@ def pooled_length(length: int, block: int, stride: int) -> int:
     return max(0, (length - block) // stride + 1)
 
 
-def pool_blocks(x_BKTD: Tensor, block: int, stride: int) -> Tensor:
-    """Mean over each complete block: ``[B, K, T, D]`` → ``[B, K, J, D]``."""
+def document_blocks(documents: Tensor, block: int, stride: int) -> Tensor:
+    """Where blocks start when every document counts its own: ``[B, T]`` ids → ``[B, J]``, unused slots ``T``.
+
+    Documents of a row never hold more complete blocks together than one document of the same length (stride ≤
+    block).
+    """
+    B, T = documents.shape
+    t = torch.arange(T, device=documents.device).expand(B, T)
+    new = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    origin = torch.where(new, t, 0).cummax(1).values
+    last = t + block - 1
+    whole = (last < T) & (origin.gather(1, last.clamp(max=T - 1)) == origin)
+    starts = torch.where(whole & ((t - origin) % stride == 0), t, T)
+    return starts.sort(1).values[:, : pooled_length(T, block, stride)]
+
+
+def pool_blocks(x_BKTD: Tensor, block: int, stride: int, starts: Tensor | None = None) -> Tensor:
+    """Mean over each complete block: ``[B, K, T, D]`` → ``[B, K, J, D]``; ``starts``: ``document_blocks``."""
     B, K, T, D = x_BKTD.shape
     blocks = pooled_length(T, block, stride)
+    if starts is not None and blocks:
+        place = starts.clamp(max=T - block)[..., None] + torch.arange(block, device=starts.device)
+        row = (place + torch.arange(B, device=starts.device)[:, None, None] * T).flatten()
+        picked = x_BKTD.transpose(1, 2).reshape(B * T, K * D).index_select(0, row)
+        return picked.view(B, blocks, block, K, D).mean(2).transpose(1, 2)
     if block % stride:
         return x_BKTD.unfold(2, block, stride)[:, :, :blocks].mean(-1)
     # Sums of stride-long pieces, then of block/stride neighbouring pieces: no overlapping copy of the row.
@@ -41,16 +64,16 @@ def pooled_mask(
 ) -> Tensor:
     """Which slot each query may see: bool ``[T, 1 + J]`` or ``[B, 1, T, 1 + J]`` with documents ``[B, T]``.
 
-    Slot 0 is the sink. Block j covers positions ``j·stride … j·stride + block − 1``.
+    Slot 0 is the sink. Block j covers positions ``j·stride … j·stride + block − 1``, of the row or of its
+    document.
     """
-    starts = torch.arange(pooled_length(length, block, stride), device=queries_T.device) * stride
-    ends = starts + block - 1
-    mask = ends[None, :] <= queries_T[:, None]
-    if documents is not None:
-        ids = documents[:, queries_T, None]
-        same = (documents[:, None, starts] == ids) & (documents[:, None, ends] == ids)
-        mask = (mask & same)[:, None]
-    return F.pad(mask, (1, 0), value=True)
+    if documents is None:
+        starts = torch.arange(pooled_length(length, block, stride), device=queries_T.device) * stride
+        return F.pad(starts + block - 1 <= queries_T[:, None], (1, 0), value=True)
+    starts = document_blocks(documents, block, stride)
+    same = documents.gather(1, starts.clamp(max=length - 1))[:, None] == documents[:, queries_T, None]
+    mask = (starts[:, None] + block - 1 <= queries_T[:, None]) & same
+    return F.pad(mask[:, None], (1, 0), value=True)
 
 
 def pooled_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, sink: Tensor, mask: Tensor) -> Tensor:
@@ -75,15 +98,18 @@ def hybrid_attention(
     stride: int,
     window_mask: Tensor | None = None,
     global_mask: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """``gate · global + (1 − gate) · local``.
 
-    The local branch uses rotated queries and keys; pooled keys have no single position, so the global branch uses them
-    unrotated.
+    The local branch uses rotated queries and keys; pooled keys have no single position, so the global branch
+    uses them unrotated.
 
     Args:
         q, q_rope: ``[B, H, T, D]``; k, v, k_rope: ``[B, K, T, D]``; sink: ``[2, K, D]``;
         gate: ``[B, H, T]`` or broadcastable, in (0, 1).
+        window_mask, global_mask, starts: what ``window_mask``, ``pooled_mask`` and ``document_blocks``
+            return; needed when rows hold several documents.
 
     Returns:
         ``[B, H, T, D]``.
@@ -91,7 +117,8 @@ def hybrid_attention(
     local = window_attention(q_rope, k_rope, v, window, window_mask)
     if global_mask is None:
         global_mask = pooled_mask(torch.arange(q.shape[2], device=q.device), q.shape[2], block, stride)
-    whole = pooled_attention(q, pool_blocks(k, block, stride), pool_blocks(v, block, stride), sink, global_mask)
+    k_pool, v_pool = (pool_blocks(x, block, stride, starts) for x in (k, v))
+    whole = pooled_attention(q, k_pool, v_pool, sink, global_mask)
     g = gate[..., None].to(local.dtype)
     return g * whole + (1 - g) * local
 
@@ -111,7 +138,19 @@ def hybrid_attention_reference(
     stride: int,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """The same function written with explicit softmaxes over dense masks and loops over blocks; slow and obvious."""
+    """The same function with explicit softmaxes and loops, one document at a time; slow and obvious."""
+    if documents is not None:
+        y = torch.zeros_like(q)
+        for row, ids in enumerate(documents):
+            start = 0
+            for length in ids.unique_consecutive(return_counts=True)[1].tolist():
+                here = (slice(row, row + 1), slice(None), slice(start, start + length))
+                y[here] = hybrid_attention_reference(
+                    q[here], k[here], v[here], q_rope[here], k_rope[here], sink, gate[here],
+                    window=window, block=block, stride=stride,
+                )  # fmt: skip
+                start += length
+        return y
     B, H, T, D = q.shape
     repeat = H // k.shape[1]
     k, v, k_rope = (x.repeat_interleave(repeat, 1) for x in (k, v, k_rope))
@@ -122,18 +161,13 @@ def hybrid_attention_reference(
         scores = (q @ k.transpose(-1, -2)) * D**-0.5
         return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
-    local = softmax_attention(q_rope, k_rope, v, causal_mask(t, t, window, documents))
-    keys, values, visible = [sink[0, None, :].expand(B, H, D)], [sink[1, None, :].expand(B, H, D)], []
-    visible.append(torch.ones(B, T, dtype=torch.bool, device=q.device))
+    local = softmax_attention(q_rope, k_rope, v, causal_mask(t, t, window))
+    keys, values = [sink[0].expand(B, H, D)], [sink[1].expand(B, H, D)]
+    visible = [torch.ones(T, dtype=torch.bool, device=q.device)]
     for start in range(0, T - block + 1, stride):
         keys.append(k[:, :, start : start + block].mean(2))
         values.append(v[:, :, start : start + block].mean(2))
-        seen = (t >= start + block - 1)[None].expand(B, T)
-        if documents is not None:
-            inside = documents[:, start : start + block]
-            one = (inside == inside[:, :1]).all(1)
-            seen = seen & one[:, None] & (documents == inside[:, :1])
-        visible.append(seen)
-    whole = softmax_attention(q, torch.stack(keys, 2), torch.stack(values, 2), torch.stack(visible, -1)[:, None])
+        visible.append(t >= start + block - 1)
+    whole = softmax_attention(q, torch.stack(keys, 2), torch.stack(values, 2), torch.stack(visible, -1))
     g = gate[..., None]
     return g * whole + (1 - g) * local
