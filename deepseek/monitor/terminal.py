@@ -1,0 +1,434 @@
+"""``TerminalSink``: what a person sees while a model trains.
+
+In a terminal it is a panel that is drawn again at most four times a second; in a pipe it is one plain line
+now and then. ``write`` is called at every step, so it only keeps what it is given: values stay tensors, on
+their device, until the next drawing. A drawing that turns out slow makes the next one wait, so that all
+drawing together stays below ``budget`` of the time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.errors import LiveError
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from deepseek.events import Event, Sink, plain
+from deepseek.monitor.history import gates_of, rows_of
+from deepseek.monitor.narrator import ACCENT, BAD, GOOD, QUIET, WARN, Glyphs, comparison, glyphs, sparkline
+from deepseek.monitor.units import (
+    MISSING,
+    duration,
+    finite,
+    fixed,
+    number,
+    one_line,
+    percent,
+    si,
+    significant,
+    size,
+)
+
+STARVED, CROWDED = 0.25, 2.0  #: shares of the mean load below and above which an expert is coloured
+PENDING = 256  #: losses kept as tensors before they are read, however slow the drawing
+
+
+class TerminalSink(Sink):
+    """Draws events on a ``rich`` console.
+
+    Args:
+        console: where to draw; by default the standard output.
+        quiet: draw nothing at all, except warnings.
+        every_seconds: without a terminal, the time between two lines.
+        every_steps: without a terminal, also a line at each multiple of this step; 0 for none.
+        budget: the share of the wall time that drawing may take.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+        every_seconds: float = 5.0,
+        every_steps: int = 0,
+        budget: float = 0.005,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.console = console or Console()
+        self.quiet, self.every_seconds, self.every_steps = quiet, every_seconds, every_steps
+        self.budget, self.clock = budget, clock
+        self.state = State(glyphs(self.console))
+        self.drawings, self.drawing_seconds = 0, 0.0
+        self._live: Live | None = None
+        self._next = -math.inf
+        self._last: Event | None = None
+        self._closed = False
+
+    def write(self, event: Event) -> None:
+        """Keep ``event``; draw when it is time. Never raises."""
+        try:
+            self._write(event)
+        except Exception as error:  # a strange value must not stop a training run
+            self.state.say(f"cannot show the event '{event.name}': {one_line(error)}", WARN)
+
+    def close(self) -> None:
+        """Draw a last time, give the terminal back, and print the summary."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        try:
+            if self._live is not None:
+                self.state.read()
+                self._live.update(self.state.panel(self.console.width), refresh=True)
+        except Exception:
+            pass  # the terminal is given back below, whatever the state holds
+        finally:
+            if self._live is not None:
+                self._live.stop()
+        if not self.quiet and self.state.steps_seen:
+            self._summary()
+
+    def _write(self, event: Event) -> None:
+        if self._closed:
+            return
+        if event.name == "train":
+            self.state.keep(event)
+        else:
+            self.state.note(event)
+        now = self.clock()
+        if self.quiet:
+            if event.name == "warning":
+                self._line(f"warning: {one_line(event.values.get('text'))}")
+        elif self.console.is_terminal:
+            if now >= self._next or event.name not in {"train", "prepare"}:
+                self._draw(now)
+        else:
+            self._plain(event, now)
+
+    def _draw(self, now: float) -> None:
+        if self._live is None and not self.state.steps_seen:
+            return
+        started = time.perf_counter()
+        self.state.read()
+        panel = self.state.panel(self.console.width)
+        if self._live is None:
+            self._start(panel)
+        else:
+            self._live.update(panel, refresh=True)
+        took = time.perf_counter() - started
+        self.drawings, self.drawing_seconds = self.drawings + 1, self.drawing_seconds + took
+        self._next = now + max(0.25, took / self.budget)
+
+    def _start(self, panel: RenderableType) -> None:
+        live = Live(panel, console=self.console, auto_refresh=False, vertical_overflow="crop")
+        try:
+            live.start(refresh=True)
+        except LiveError:  # something else, a spinner for instance, owns the terminal at the moment
+            return
+        self._live = live
+        atexit.register(self.close)
+
+    def _plain(self, event: Event, now: float) -> None:
+        if event.name == "train":
+            step = event.step or 0
+            if now >= self._next or (self.every_steps and step % self.every_steps == 0):
+                self.state.read()
+                self._line(self.state.line())
+                self._next = now + self.every_seconds
+        elif event.name == "prepare":
+            if now >= self._next:
+                self._line(self.state.preparing)
+                self._next = now + self.every_seconds
+        elif self.state.messages and self.state.messages[-1][3] is event:
+            self._line(self.state.messages[-1][1])
+
+    def _line(self, text: str) -> None:
+        if self.console.encoding.lower().replace("-", "") != "utf8":
+            text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
+        self.console.print(Text(text), soft_wrap=True)
+
+    def _summary(self) -> None:
+        state = self.state
+        state.read()
+        last = state.latest
+        marks = state.marks
+        parts = [
+            f"step {step_text(state.step, state.total)}",
+            f"loss {fixed(last.get('loss'))}",
+            f"{si(state.tokens)} tokens",
+            f"median {si(state.median_speed())} tokens/s",
+            f"{duration(state.elapsed())}",
+        ]
+        self._line(f" {marks.dot} ".join(parts))
+        rows = [("this model", state.held_out), *state.compressors.items()]
+        if state.held_out is not None and len(rows) > 1:
+            comparison("Held-out text", rows, "bits per byte, lower is better", console=self.console)
+
+
+class State:
+    """What the last events said, and how to draw it."""
+
+    def __init__(self, marks: Glyphs) -> None:
+        self.marks = marks
+        self.run: dict[str, Any] = {}
+        self.latest: dict[str, Any] = {}
+        self.step, self.total, self.steps_seen = 0, 0, 0
+        self.tokens = 0.0
+        self.losses: deque[float] = deque(maxlen=2000)
+        self.speeds: deque[float] = deque(maxlen=200)
+        self.messages: deque[tuple[float, str, str, Event | None]] = deque(maxlen=4)
+        self.compressors: dict[str, float] = {}
+        self.held_out: float | None = None
+        self.preparing = ""
+        self.stopped_text = ""
+        self._pending: deque[Any] = deque(maxlen=PENDING)
+        self._unread: Event | None = None
+        self._times: deque[tuple[float, int]] = deque(maxlen=200)
+        self._first_time: float | None = None
+        self._last_time: float | None = None
+
+    def keep(self, event: Event) -> None:
+        """Take a training step without reading any tensor."""
+        self.steps_seen += 1
+        self._unread = event
+        if "loss" in event.values:
+            self._pending.append(event.values["loss"])
+        if isinstance(event.step, int):
+            self.step = event.step
+            self._times.append((event.time, event.step))
+        self._first_time = event.time if self._first_time is None else self._first_time
+        self._last_time = event.time
+
+    def read(self) -> None:
+        """Turn what was kept into numbers; this synchronises with the device."""
+        for loss in self._pending:
+            found = finite(loss)
+            if found is not None:
+                self.losses.append(found)
+        self._pending.clear()
+        if self._unread is not None:
+            values, self._unread = self._unread.values, None
+            self.latest = {str(k): plain(v) for k, v in values.items()}
+            self.tokens = finite(self.latest.get("tokens")) or self.tokens
+            speed = finite(self.latest.get("tokens_per_second"))
+            if speed is not None:
+                self.speeds.append(speed)
+            if self.latest.get("skipped") is True:
+                self.say(f"step {self.step} skipped: the gradient was not finite", WARN)
+
+    def note(self, event: Event) -> None:
+        """Take any other event."""
+        values = {str(k): plain(v) for k, v in event.values.items()}
+        if event.name == "run":
+            self.run.update(values)
+            self.total = int(finite(values.get("total_steps")) or self.total)
+            self._times.clear()
+        elif event.name == "prepare":
+            done, total = finite(values.get("done")), finite(values.get("total"))
+            share = f" of {si(total)} ({done / total:.0%})" if done is not None and total else ""
+            self.preparing = f"{one_line(values.get('stage', 'preparing'))}: {si(done)}{share}"
+        elif event.name == "evaluate":
+            self.held_out = finite(values.get("bits_per_byte")) or self.held_out
+        elif event.name == "compress" and finite(values.get("bits_per_byte")) is not None:
+            self.compressors[one_line(values.get("name", "?"))] = float(values["bits_per_byte"])
+        text, style = message(event.name, event.step, values, self.marks)
+        if text:
+            self.say(text, style, event)
+
+    def say(self, text: str, style: str = QUIET, event: Event | None = None) -> None:
+        self.messages.append((event.time if event else time.time(), one_line(text), style, event))
+
+    def elapsed(self) -> float | None:
+        if self._first_time is None or self._last_time is None:
+            return None
+        return self._last_time - self._first_time
+
+    def median_speed(self) -> float | None:
+        return sorted(self.speeds)[len(self.speeds) // 2] if self.speeds else None
+
+    def remaining(self) -> float | None:
+        """Seconds to the last step at the pace of the last 200 steps."""
+        if len(self._times) < 2 or self.total <= self.step:
+            return 0.0 if self.total and self.step >= self.total else None
+        (t0, s0), (t1, s1) = self._times[0], self._times[-1]
+        return (t1 - t0) / (s1 - s0) * (self.total - s1) if s1 > s0 else None
+
+    def line(self) -> str:
+        """One plain line: the state of the run."""
+        v = self.latest
+        parts = [f"step {step_text(self.step, self.total)}"]
+        if self.total:
+            parts.append(f"{self.step / self.total:4.0%}")
+        parts += [f"loss {fixed(v.get('loss'))}", f"bpb {fixed(v.get('bits_per_byte'), 3)}"]
+        parts += [f"{si(v.get('tokens_per_second'))} tok/s", f"mfu {percent(v.get('mfu'))}"]
+        parts += [f"lr {significant(v.get('lr'))}", f"|g| {significant(v.get('grad_norm'))}"]
+        if finite(v.get("max_vio")) is not None:
+            parts.append(f"maxvio {significant(v['max_vio'], 2)}")
+        parts.append(f"eta {duration(self.remaining())}")
+        return "  ".join(parts)
+
+    def panel(self, width: int) -> RenderableType:
+        """The live view, at most ``width`` columns wide."""
+        width = max(min(width, 120), 40)
+        v = self.latest
+        rows: list[RenderableType] = [self._title(width), self._progress(width), Text("")]
+        rows.append(self._numbers(width))
+        loads, gates = rows_of(v.get("load")), gates_of(v.get("gates"))
+        if loads or gates:
+            rows.append(Text(""))
+        if loads:
+            rows += self._experts(loads, width)
+        if gates:
+            rows += self._gates(gates, width)
+        if self.messages:
+            rows.append(Text(""))
+            rows += [self._message(m, width) for m in self.messages]
+        return Group(*rows)
+
+    def _title(self, width: int) -> Text:
+        run = self.run
+        name = Text(one_line(run.get("run") or "training", 40), style=f"bold {ACCENT}")
+        facts = [one_line(run[k], 30) for k in ("preset", "device", "dtype") if run.get(k)]
+        if finite(run.get("parameters")) is not None:
+            active = si(run.get("active_parameters"))
+            facts.append(
+                f"{si(run['parameters'])} parameters" + (f", {active} active" if active != MISSING else "")
+            )
+        name.append("  " + f" {self.marks.dot} ".join(facts), style=QUIET)
+        name.truncate(width, overflow="ellipsis" if self.marks.done == "✓" else "crop")
+        return name
+
+    def _progress(self, width: int) -> Text:
+        share = min(self.step / self.total, 1.0) if self.total else 0.0
+        left = f" {step_text(self.step, self.total)}  {share:4.0%}  {duration(self.elapsed())} "
+        left += f"{self.marks.dot} {duration(self.remaining())} left"
+        room = max(width - len(left) - 1, 8)
+        filled = round(share * room)
+        bar = Text(self.marks.track * filled, style=GOOD if share >= 1 else ACCENT)
+        return bar.append(self.marks.track * (room - filled), style=QUIET).append(left)
+
+    def _numbers(self, width: int) -> Table:
+        v = self.latest
+        grid = Table.grid(padding=(0, 2), expand=False)
+        for style, justify in (
+            (QUIET, "left"),
+            ("bold", "right"),
+            (QUIET, "left"),
+            ("bold", "right"),
+            ("", "left"),
+        ):
+            grid.add_column(style=style, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        spark = Text(sparkline(list(self.losses), max(width - 52, 8), self.marks), style=ACCENT)
+        held = f"held-out {fixed(self.held_out, 3)}" if self.held_out is not None else ""
+        clipped = "clipped" if v.get("clipped") is True else ""
+        peak = finite(self.run.get("peak_flops"))
+        of_peak = f"of {si(peak)}FLOP/s" if peak else ""
+        if of_peak and self.run.get("peak_source"):
+            of_peak += f" ({one_line(self.run['peak_source'], max(width - 72, 8))})"
+        rest = Text(f" {self.marks.dot} ".join(t for t in (of_peak, held) if t), style=QUIET)
+        grad = Text(significant(v.get("grad_norm")), style=WARN if clipped else "bold")
+        loss = number(v.get("loss"))
+        loss_text = Text(fixed(loss), style=BAD if loss is not None and not math.isfinite(loss) else "bold")
+        grid.add_row("loss", loss_text, "bits per byte", fixed(v.get("bits_per_byte"), 3), spark)
+        grid.add_row("tokens/s", si(v.get("tokens_per_second")), "MFU", percent(v.get("mfu")), rest)
+        trailer = f"{si(self.tokens)} tokens" + (f" {self.marks.dot} {clipped}" if clipped else "")
+        grid.add_row("lr", significant(v.get("lr")), "gradient norm", grad, Text(trailer, style=QUIET))
+        return grid
+
+    def _experts(self, loads: list[list[float]], width: int) -> list[Text]:
+        v = self.latest
+        head = Text("experts", style=QUIET)
+        for key, label in (("coverage", "coverage"), ("max_vio", "MaxVio"), ("router_entropy", "entropy")):
+            if finite(v.get(key)) is not None:
+                shown = percent(v[key]) if key == "coverage" else significant(v[key], 3)
+                head.append(f"  {label} ", style=QUIET).append(shown)
+        return (
+            [head] + [self._load_line(i, shares, width) for i, shares in enumerate(loads[:12])] + more(loads)
+        )
+
+    def _load_line(self, layer: int, shares: list[float], width: int) -> Text:
+        line, mean = Text(f"  {layer:>2} ", style=QUIET), sum(shares) / len(shares)
+        ratios = [s / mean if mean > 0 else 0.0 for s in shares]
+        room = width - 24
+        for group in _groups(ratios, room):
+            worst = max(group, key=lambda r: abs(r - 1))
+            height = (
+                self.marks.heights[min(int(worst / CROWDED * 8), 7)] if worst > 0 else self.marks.heights[0]
+            )
+            line.append(height, style=BAD if worst > CROWDED else WARN if worst < STARVED else GOOD)
+        line.append(f"  {min(ratios):.2f}–{max(ratios):.2f}×", style=QUIET)
+        return line if self.marks.done == "✓" else Text(line.plain.replace("–", " to ").replace("×", "x"))
+
+    def _gates(self, gates: dict[str, list[float]], width: int) -> list[Text]:
+        head = Text("gates", style=QUIET).append("    local 0 … 1 global, one bar a head", style=QUIET)
+        if self.marks.done != "✓":
+            head = Text("gates    local 0 .. 1 global, one bar a head")
+        lines = [head]
+        for layer, heads in list(gates.items())[:12]:
+            line = Text(f"  {one_line(layer, 4):>2} ", style=QUIET)
+            for gate in heads[: width - 24]:
+                line.append(self.marks.heights[min(max(int(gate * 8), 0), 7)], style="magenta")
+            lines.append(line.append(f"  mean {sum(heads) / len(heads):.2f}", style=QUIET))
+        return lines + more(list(gates))
+
+    def _message(self, entry: tuple[float, str, str, Event | None], width: int) -> Text:
+        when, text, style, _ = entry
+        line = Text(time.strftime("%H:%M:%S ", time.localtime(when)), style=QUIET).append(text, style=style)
+        line.truncate(width, overflow="ellipsis" if self.marks.done == "✓" else "crop")
+        return line
+
+
+def message(name: str, step: int | None, v: dict[str, Any], marks: Glyphs) -> tuple[str, str]:
+    """One line about an event that is not a step, and its style; an empty line for events nobody needs."""
+    at = f" at step {step}" if step is not None else ""
+    if name == "evaluate":
+        return (
+            f"evaluation{at}: {fixed(v.get('bits_per_byte'), 3)} bits per byte, loss {fixed(v.get('loss'))}",
+            ACCENT,
+        )
+    if name == "compress":
+        return f"{v.get('name')}: {fixed(v.get('bits_per_byte'), 3)} bits per byte ({v.get('how')})", QUIET
+    if name == "checkpoint":
+        stall = f", training waited {duration(v['stall_seconds'])}" if "stall_seconds" in v else ""
+        return (
+            f"{marks.done} checkpoint{at}: {size(v.get('bytes'))} in {duration(v.get('seconds'))}{stall}",
+            GOOD,
+        )
+    if name == "interrupted":
+        return f"interrupted{at} by {v.get('signal', 'a signal')}", WARN
+    if name == "resume":
+        loss = f", loss was {fixed(v['previous_loss'])}" if "previous_loss" in v else ""
+        return f"resumed{at}{loss}", ACCENT
+    if name == "warning":
+        return f"{marks.warning} {v.get('text')}", WARN
+    if name == "bad_record":
+        return f"skipped {v.get('path')} at byte {v.get('offset')}: {v.get('reason')}", WARN
+    if name == "export":
+        return f"{marks.done} exported {v.get('path')}", GOOD
+    if name == "done":
+        return f"{marks.done} done{at} after {duration(v.get('seconds'))}", GOOD
+    return "", QUIET
+
+
+def step_text(step: int, total: int) -> str:
+    return f"{step:,}/{total:,}" if total else f"{step:,}"
+
+
+def more(items: list[Any]) -> list[Text]:
+    return [Text(f"     and {len(items) - 12} more layers", style=QUIET)] if len(items) > 12 else []
+
+
+def _groups(values: list[float], room: int) -> list[list[float]]:
+    """``values`` one by one, or neighbours together when there are more than ``room``."""
+    each = max(math.ceil(len(values) / max(room, 1)), 1)
+    return [values[i : i + each] for i in range(0, len(values), each)]
