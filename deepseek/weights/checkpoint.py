@@ -18,6 +18,7 @@ import errno
 import functools
 import importlib.metadata
 import json
+import math
 import shutil
 import subprocess
 import threading
@@ -247,7 +248,10 @@ class Checkpointer:
 
     def _check_space(self, job: _Job) -> None:
         needed = job.bytes + (1 << 20) + 256 * sum(len(g.tensors) for g in job.groups.values())
-        free = shutil.disk_usage(self.run).free
+        try:
+            free = shutil.disk_usage(self.run).free
+        except OSError as error:
+            raise CheckpointError(f"cannot write {job.path}: {error.strerror or error}") from error
         if needed > free:
             raise _disk_full(job.path, needed, free)
 

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -261,3 +262,27 @@ def test_a_malformed_rng_state_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="random state"):
         set_rng_state({})
     set_rng_state(state)
+
+
+def test_a_run_directory_that_vanished_is_named(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run") as writer:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(CheckpointError, match=r"cannot write .*run"):
+            writer.save(1, tensors=model(1), state={})
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_an_accelerator_is_copied_and_its_generators_go_on(tmp_path: Path) -> None:
+    device = torch.accelerator.current_accelerator()
+    weights = torch.randn(2000, 2000, device=device)
+    expected = weights.cpu()
+    with Checkpointer(tmp_path) as writer:
+        for step in (1, 2):
+            writer.save(step, tensors={"model": {"w": weights}}, state={"rng": rng_state()})
+            weights.add_(1)
+    drawn = torch.rand(5, device=device)
+    read = load(tmp_path / "step-000001", device=str(device))
+    assert read.model["w"].device.type == weights.device.type
+    assert torch.equal(read.model["w"].cpu(), expected)
+    set_rng_state(load(tmp_path).state["rng"])
+    assert torch.equal(torch.rand(5, device=device), drawn)
