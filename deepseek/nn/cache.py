@@ -36,6 +36,11 @@ class Growing:
         assert self._data is not None, "nothing was appended yet"
         return self._data[:, :, : self.length]
 
+    def select(self, rows: Tensor) -> None:
+        """Keep ``rows`` (int64 indices into dimension 0) in this order; a row may come twice."""
+        if self._data is not None:
+            self._data = self._data.index_select(0, rows)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the positions held (spare capacity not counted)."""
@@ -43,7 +48,7 @@ class Growing:
 
 
 class LayerCache:
-    """Keys and values of one layer: the last ``keep`` positions (``None``: all), and pooled blocks if asked."""
+    """Keys and values of one layer: the last ``keep`` positions (``None``: all), perhaps pooled blocks."""
 
     def __init__(self, keep: int | None = None, block: int = 0, stride: int = 0) -> None:
         self.keep, self.block, self.stride = keep, block, stride
@@ -79,6 +84,14 @@ class LayerCache:
         """Pooled keys and values ``[B, K, J, D]``, or ``None`` before the first complete block."""
         return (self._k_pool.view(), self._v_pool.view()) if self._k_pool.length else None
 
+    def select(self, rows: Tensor) -> None:
+        """Keep ``rows`` in this order, as beam search asks."""
+        if isinstance(self._k, Tensor) and isinstance(self._v, Tensor):
+            self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+        for grown in (self._k, self._v, self._k_pool, self._v_pool):
+            if isinstance(grown, Growing):
+                grown.select(rows)
+
     def _pool(self, k: Tensor, v: Tensor, first: int) -> None:
         start = self._k_pool.length * self.stride - first
         if pooled_length(self.length, self.block, self.stride) > self._k_pool.length:
@@ -105,6 +118,11 @@ class Cache:
     def length(self) -> int:
         """Positions seen so far."""
         return self.layers[0].length
+
+    def select(self, rows: Tensor) -> None:
+        """Keep ``rows`` (int64 indices into the batch) in this order; a row may come twice."""
+        for layer in self.layers:
+            layer.select(rows)
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,9 @@
 """Hugging Face model directories in and out: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral, and our own.
 
-A directory that plain ``transformers`` loads is written wherever one of its families says exactly what the model does;
-everything else is written as our own architecture, which ``import deepseek.transformers`` registers. A family is a row
-in ``families``, so this file is only: read the config, fill the tensors, write both out.
+A directory that plain ``transformers`` loads is written wherever one of its families says exactly what the
+model does; everything else is written as our own architecture, which ``import deepseek.transformers``
+registers. A family is a row in ``families``, so this file is only: read the config, fill the tensors, write
+both out.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ IGNORED = ("rotary_emb.inv_freq",)  # a constant that old Llama directories carr
 
 
 class Exported(NamedTuple):
-    """What ``save_hf`` wrote: the ``model_type``, why it is not a family of ``transformers`` (or ''), the directory."""
+    """What ``save_hf`` wrote and where; ``reason`` says why it is our own architecture, or is empty."""
 
     model_type: str
     reason: str
@@ -52,7 +53,7 @@ def read_config(directory: Path | str) -> ModelConfig:
     """The shape of the model in a Hugging Face directory.
 
     Raises:
-        WeightsError: not a model directory, an architecture we do not have, or an option our layers cannot express.
+        WeightsError: not a model directory, or an architecture or option that our layers cannot express.
     """
     return _read(model_directory(directory))[1]
 
@@ -68,7 +69,7 @@ def load_hf(
         dtype: of the weights; ``None`` keeps each as it is in the files.
 
     Raises:
-        WeightsError: as ``read_config``; or a file is damaged, a tensor is missing, left over or of the wrong shape.
+        WeightsError: as ``read_config``; or a file is damaged, a tensor missing, left over or misshapen.
     """
     directory = model_directory(directory)
     family, config = _read(directory)
@@ -85,7 +86,7 @@ def load_hf(
 def tensor_slots(
     model: Transformer, family: Family | None, present: list[str] | None = None
 ) -> dict[str, Slot]:
-    """Every tensor name of a directory of ``family`` (``None``: our own) and the part of our tensors that it is."""
+    """Every tensor name of a ``family`` directory (``None``: our own) and the part of ours that it is."""
     if family is None:
         return {f"model.{name}": Slot(name) for name in model.state_dict()}
     return slots(family, model.config, set(present or ()))
@@ -108,25 +109,22 @@ def save_hf(
         tokenizer_dir: where ``tokenizer.json`` is; ``None`` writes no tokenizer.
         max_shard_bytes: larger weights are cut into shards with an index.
         dtype: of the weights in the files; ``None`` keeps each as it is.
-        family: 'auto' (a family of ``transformers`` where it says exactly what the model does, else our own), the name
-            of one, or 'deepseek_hybrid'.
+        family: 'auto' (a family of ``transformers`` where it says exactly what the model does, else our own),
+            the name of one, or 'deepseek_hybrid'.
         generation: keys for ``generation_config.json``, over those that follow from the tokenizer.
         chat_template: Jinja text instead of ours.
 
     Raises:
-        WeightsError: the family asked for cannot express the model, the target holds something else, or writing failed.
+        WeightsError: the family cannot express the model, the target holds something else, or writing failed.
     """
     directory = Path(directory)
-    chosen, reason = _choose(model, family)
+    source = Path(tokenizer_dir) if tokenizer_dir is not None else None
+    chosen, reason = _choose(model, family, source)
     _check_target(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with staged(directory) as temp:
-            ids = (
-                write_tokenizer(Path(tokenizer_dir), temp, model.config, chat_template)
-                if tokenizer_dir
-                else TokenIds()
-            )
+            ids = write_tokenizer(source, temp, model.config, chat_template) if source else TokenIds()
             _write_weights(model, chosen, temp, max_shard_bytes, dtype)
             write_json(temp / "config.json", _config_json(model, chosen, dtype, ids))
             write_json(temp / "generation_config.json", {**ids.generation(), **(generation or {})})
@@ -203,25 +201,35 @@ def _fill(
     return state
 
 
-def _choose(model: Transformer, wanted: str) -> tuple[Family | None, str]:
+def _choose(model: Transformer, wanted: str, tokenizer: Path | None) -> tuple[Family | None, str]:
     """The family to write and, for our own architecture, why."""
     if wanted == OURS:
         return None, "asked for"
-    if wanted == "auto":
-        family, reason = matching_family(model.config)
-    else:
-        family = FAMILIES.get(wanted)
-        if family is None:
-            raise WeightsError(f"family {wanted!r} is unknown; choose auto, {OURS}, {', '.join(FAMILIES)}")
-        reason = obstacle(model.config, family)
-    biased = [i for i, moe in model.moe_layers().items() if bool(moe.router.bias.any())]
-    if not reason and biased:
+    if wanted != "auto" and wanted not in FAMILIES:
+        raise WeightsError(f"family {wanted!r} is unknown; choose auto, {OURS}, {', '.join(FAMILIES)}")
+    family, reason = matching_family(model.config) if wanted == "auto" else (FAMILIES[wanted], "")
+    if family is not None:
         reason = (
-            f"the router's selection bias is not zero in layers {listed(map(str, biased))}: no family has one"
+            obstacle(model.config, family) or _weight_obstacle(model) or _text_obstacle(family, tokenizer)
         )
     if reason and wanted != "auto":
         raise WeightsError(f"family {wanted!r} cannot hold this model: {reason}; use 'auto' or {OURS!r}")
     return (None if reason else family), reason
+
+
+def _weight_obstacle(model: Transformer) -> str:
+    biased = [str(i) for i, moe in model.moe_layers().items() if bool(moe.router.bias.any())]
+    return f"the router's selection bias is not zero in layers {listed(biased)}" if biased else ""
+
+
+def _text_obstacle(family: Family, tokenizer: Path | None) -> str:
+    if not family.tokenizer or tokenizer is None:
+        return ""
+    path = tokenizer / "tokenizer_config.json"
+    named = read_json(path).get("tokenizer_class") if path.is_file() else None
+    if isinstance(named, str) and named.removesuffix("Fast") == family.tokenizer:
+        return ""
+    return f"AutoTokenizer would read a {family.model_type} directory with {family.tokenizer}, other ids"
 
 
 def _check_target(directory: Path) -> None:
@@ -258,7 +266,7 @@ def _config_json(
 
 
 def our_config_json(config: ModelConfig) -> dict[str, Any]:
-    """``config.json`` of our own architecture: the table ``model`` is what counts, the rest is for other tools."""
+    """``config.json`` of our own architecture: the table ``model`` counts, the rest is for other tools."""
     return {
         "architectures": [ARCHITECTURE],
         "model_type": OURS,

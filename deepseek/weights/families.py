@@ -1,11 +1,11 @@
 """Model families of the Hugging Face format that our layers express exactly, as rows of one table.
 
-A family is two mappings: ``config.json`` ↔ ``ModelConfig``, and tensor name ↔ ``Slot``, the part of one of our tensors
-that the foreign tensor is. A slot is a view, so the same table fills our tensors, reads them out again, and carries
-gradients across.
+A family is two mappings: ``config.json`` ↔ ``ModelConfig``, and tensor name ↔ ``Slot``, the part of one of
+our tensors that the foreign tensor is. A slot is a view, so the same table fills our tensors, reads them out
+again, and carries gradients across.
 
-Keys that a ``config.json`` leaves out mean what ``transformers`` makes of them, so every row holds those defaults.
-What our layers cannot express is refused with the key and its value.
+Keys that a ``config.json`` leaves out mean what ``transformers`` makes of them, so every row holds those
+defaults. What our layers cannot express is refused with the key and its value.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Slot(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """How a family spells an expert layer: the router, and each expert's three matrices or all experts' two."""
+    """How a family spells an expert layer: the router; each expert's three matrices or all experts' two."""
 
     router: str
     gate: str
@@ -66,9 +66,10 @@ class Family:
 
     Attributes:
         defaults: what a missing key of ``config.json`` means.
-        bias: attention biases: none; query, key and value; or the option ``attention_bias``, which adds the output's.
+        bias: attention biases: none; query, key and value; or the option ``attention_bias``: those and output.
         window: sliding windows: none, one for every layer, or by layer.
         experts: spellings of the expert tensors, the one to write first; empty for a dense family.
+        tokenizer: the class ``AutoTokenizer`` takes whatever the directory says, with text rules of its own.
     """
 
     model_type: str
@@ -79,6 +80,7 @@ class Family:
     ffn_bias: bool = False
     window: Literal["none", "all", "layers"] = "none"
     experts: tuple[Experts, ...] = ()
+    tokenizer: str = ""
 
 
 COMMON: dict[str, Any] = {
@@ -121,6 +123,7 @@ FAMILIES: dict[str, Family] = {
             },
             bias="qkv",
             window="layers",
+            tokenizer="Qwen2Tokenizer",
         ),
         Family(
             "qwen3",
@@ -192,8 +195,8 @@ def family_named(model_type: Any) -> Family:
 def slots(family: Family, config: ModelConfig, present: Container[str] = ()) -> dict[str, Slot]:
     """Every tensor of a ``family`` directory and which part of our tensors it is.
 
-    ``present`` holds the names of a directory about to be read: where a family has several spellings, each layer
-    follows them.
+    ``present`` holds the names of a directory about to be read: where a family has several spellings, each
+    layer follows them.
     """
     names = {"model.embed_tokens.weight": Slot("embedding.weight"), "model.norm.weight": Slot("norm.weight")}
     if not config.tie_embeddings:

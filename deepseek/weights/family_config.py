@@ -1,7 +1,8 @@
 """``config.json`` of a Hugging Face model family ↔ ``ModelConfig``.
 
-Reading takes what ``transformers`` would take, defaults included, and refuses what our layers cannot express, with the
-key and the value. Writing first asks ``obstacle``: a family is used only where it says exactly what the model does.
+Reading takes what ``transformers`` would take, defaults included, and refuses what our layers cannot express,
+with the key and the value. Writing first asks ``obstacle``: a family is used only where it says exactly what
+the model does.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Keys:
 
 
 def from_hf(values: dict[str, Any], family: Family) -> ModelConfig:
-    """The shape a family's ``config.json`` describes. Raises ``WeightsError`` for what our layers do not do."""
+    """The shape ``config.json`` describes. Raises ``WeightsError`` for what our layers do not do."""
     keys = Keys(values, family)
     _refuse_unsupported(values, keys)
     kinds = _kinds(keys, family)
@@ -102,7 +103,7 @@ def _refuse_unsupported(values: dict[str, Any], keys: Keys) -> None:
 
 
 def _theta(keys: Keys) -> float:
-    """The rotary base, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
+    """The rotary base: ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
     theta = keys.number("rope_theta")
     for key in ("rope_parameters", "rope_scaling"):
         rope = keys[key]
@@ -166,7 +167,7 @@ def _attention(keys: Keys, family: Family, kinds: str) -> AttentionConfig:
 
 
 def _moe(keys: Keys, family: Family) -> MoEConfig:
-    """The expert layer; our training-time balancing is off, so that a loaded model computes what it did elsewhere."""
+    """The expert layer; our balancing is off, so that training computes what it did elsewhere."""
     off: dict[str, Any] = {"entropy_weight": 0.0, "bias_rate": 0.0, "token_floor": 0.0, "default_decay": 0.0}
     if not family.experts:
         return MoEConfig()
@@ -291,7 +292,7 @@ def _expert_obstacle(config: ModelConfig, family: Family) -> str:
 
 
 def matching_family(config: ModelConfig) -> tuple[Family | None, str]:
-    """The first family that says exactly what ``config`` does, or ``None`` and the reason of each that does not."""
+    """The first family that says exactly what ``config`` does, or ``None`` and why each does not."""
     reasons = []
     for family in FAMILIES.values():
         reason = obstacle(config, family)

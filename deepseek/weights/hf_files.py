@@ -1,7 +1,7 @@
 """The files of a Hugging Face model directory: JSON, and safetensors in one file or in shards with an index.
 
-Reading is lazy, one tensor at a time, and checks before it trusts: names in an index are plain file names, every file it
-names is there, and index and files hold the same tensors. Pickles are never opened.
+Reading is lazy, one tensor at a time, and checks before it trusts: names in an index are plain file names,
+every file it names is there, and index and files hold the same tensors. Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -139,10 +139,11 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 def write_weights(
     directory: Path, tensors: dict[str, Tensor], limit: int, cast: Callable[[str, Tensor], torch.dtype]
 ) -> list[str]:
-    """Write ``tensors`` (views are fine) as ``model.safetensors``, or as shards of at most ``limit`` bytes and an index.
+    """Write ``tensors`` (views are fine) as ``model.safetensors``, or as shards of at most ``limit`` bytes
+    and an index.
 
-    ``cast`` gives the dtype of each in the file. Beyond the tensors themselves, at most one shard is held in memory, and
-    that only where the dtype changes. Returns the names of the files.
+    ``cast`` gives the dtype of each in the file. Beyond the tensors themselves, at most one shard is held in
+    memory, and that only where the dtype changes. Returns the names of the files.
     """
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0

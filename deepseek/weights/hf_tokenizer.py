@@ -1,8 +1,8 @@
 """The tokenizer files of a Hugging Face directory, from a ``tokenizer.json``.
 
-``tokenizer.json`` is the whole tokenizer in the format of the library ``tokenizers``; the files beside it only name its
-special tokens and the chat template, so that ``AutoTokenizer`` gives the same ids. Unlike our own ``encode``, it
-reads special tokens written in the text: a template has to.
+``tokenizer.json`` is the whole tokenizer in the format of the library ``tokenizers``; the files beside it
+only name its special tokens and the chat template, so that ``AutoTokenizer`` gives the same ids. Unlike our
+own ``encode``, it reads special tokens written in the text: a template has to.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def write_tokenizer(
         raise WeightsError(f"{source / 'tokenizer.json'} is not a tokenizer: {error!r}") from None
     if ids and max(ids) >= config.vocab_size:
         raise WeightsError(
-            f"{source / 'tokenizer.json'} has token id {max(ids)}, but the model's vocab_size is {config.vocab_size}"
+            f"{source / 'tokenizer.json'} has token id {max(ids)}, "
+            f"but the model's vocab_size is {config.vocab_size}"
         )
     settings = _settings(source, added, config)
     names = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
