@@ -2,11 +2,11 @@
 
     python benchmarks/bench_checkpoint.py --megabytes 200 --repeats 5 --json out.json
 
-The same state (parameters and two AdamW moments) is written in turn by ``torch.save``, ``torch.save`` and then
-``fsync`` (the fair comparison: without it a power cut loses the file), ours in the foreground, and ours in the
-background. Ways alternate inside each repeat; figures are medians of seconds. The first round is shown on its
-own: there our background save still has to allocate its host buffers. Reads come from the page cache, and
-without verification they map the file and touch nothing.
+The same state (parameters and two AdamW moments) is written in turn by ``torch.save``, ``torch.save`` and
+then ``fsync`` (the fair comparison: without it a power cut loses the file), ours in the foreground, and
+ours in the background. Ways alternate inside each repeat; figures are medians of seconds. The first round
+is shown on its own: there our background save still has to allocate its host buffers. Reads come from the
+page cache, and without verification they map the file and touch nothing.
 """
 
 from __future__ import annotations

@@ -236,11 +236,9 @@ class Checkpointer:
             step=step,
             time=time.time(),
             parent=self.parent,
-            metric=None
-            if metric is None or metric != metric or abs(metric) == float("inf")
-            else float(metric),
+            metric=float(metric) if metric is not None and math.isfinite(metric) else None,
             world=self.world,
-            code=_code_version(),
+            code=code_version(),
             groups={},
             files={},
         )
@@ -360,7 +358,7 @@ def _size(count: int) -> str:
 
 
 @functools.cache
-def _code_version() -> dict[str, str]:
+def code_version() -> dict[str, str]:
     """The package version, and the commit when this is a checkout of its repository."""
     try:
         code = {"version": importlib.metadata.version("deepseek-framework")}
