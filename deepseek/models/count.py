@@ -277,9 +277,7 @@ def _ffn_activations(config: ModelConfig, kind: str, n: int, b: int) -> int:
         return n * C * b + 4 * n * config.ffn * b
     chosen = n * m.top_k
     total = 4 * n * C + 4 * n * m.experts  # the router's input and probabilities
-    total += chosen * (
-        C * b + 4 * m.expert_ffn * b + 8 * C + 4 * 8
-    )  # rows, inner, weighted outputs in fp32, indices
+    total += chosen * (2 * C * b + 4 * m.expert_ffn * b + 5 * 8)  # rows in and out, inner, indices, gates
     if m.default_decay > 0:
         total += 5 * n * m.experts + 4 * m.experts * C
     if m.shared_experts:

@@ -70,7 +70,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def sort_by_expert(expert_R: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The stable order that groups assignments by expert, and where each expert's rows end (int32 ``[E]``)."""
+    """The stable order that groups assignments by expert and where each one's rows end (int32 ``[E]``)."""
     order = torch.argsort(expert_R, stable=True)
     counts = torch.bincount(expert_R, minlength=experts)
     return order, counts.cumsum(0).to(torch.int32)
