@@ -28,13 +28,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy) -> Evaluation:
+def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy, tokens: int = 0) -> Evaluation:
     """Cross-entropy over every target of ``batches``, added up over ranks, in evaluation mode.
 
-    Batches of different ranks must be disjoint.
+    ``batch.n_targets`` and ``n_bytes`` count the batch over all ranks, each of which holds its own rows. ``tokens`` > 0
+    stops after so many targets.
     """
     device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    total, n_targets, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     began, was_training = time.perf_counter(), model.training
     model.eval()
     try:
@@ -43,15 +44,17 @@ def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy) -> Ev
             with policy.compute(device):
                 hidden = model(batch.tokens, batch.documents, batch.positions).hidden
                 nats = cross_entropy_sum(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
-            sums += torch.tensor([float(nats), batch.n_targets, batch.n_bytes], dtype=torch.float64, device=device)
+            total += nats.double()
+            n_targets, n_bytes = n_targets + batch.n_targets, n_bytes + batch.n_bytes
+            if 0 < tokens <= n_targets:
+                break
     finally:
         model.train(was_training)
-    comm.sum_in_place([sums])
-    nats_total, tokens, n_bytes = sums.tolist()
+    comm.sum_in_place([total])
     return Evaluation(
-        loss=nats_total / max(tokens, 1),
-        bits_per_byte=nats_total / math.log(2) / max(n_bytes, 1),
-        tokens=int(tokens),
-        bytes=int(n_bytes),
+        loss=float(total) / max(n_targets, 1),
+        bits_per_byte=float(total) / math.log(2) / max(n_bytes, 1),
+        tokens=n_targets,
+        bytes=n_bytes,
         seconds=time.perf_counter() - began,
     )

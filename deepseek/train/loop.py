@@ -120,8 +120,14 @@ def fit(
     start: int = 0,
     hooks: Sequence[Hook] = (),
     stop: Stop | None = None,
+    peak_tokens_per_second: float = 0.0,
 ) -> int:
     """Train from step ``start`` to ``steps``; returns the number of the last step done.
+
+    Args:
+        hooks: called after every step.
+        stop: checked after every step, agreed on by all ranks.
+        peak_tokens_per_second: what the device could do at its peak; MFU is relative to it. 0: unknown.
 
     Raises:
         TrainingError: from a guard, or when the batches run out.
@@ -136,7 +142,10 @@ def fit(
         waited = time.perf_counter() - began
         result = train_step(batch)
         took = time.perf_counter() - began
-        emit("train", step, lr=lr, **_values(result, waited, took))
+        values = _values(result, waited, took)
+        if peak_tokens_per_second:
+            values["mfu"] = values["tokens_per_second"] / peak_tokens_per_second
+        emit("train", step, lr=lr, **values)
         for hook in hooks:
             hook(step, result)
         if stop is not None and comm.agree(bool(stop.reason)):

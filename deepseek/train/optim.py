@@ -114,10 +114,10 @@ class Optimizers:
     def state_dict(self) -> dict[str, Tensor]:
         """``{"blocks.0.ffn.down|momentum": tensor, …}``: flat, by name, independent of group order."""
         return {
-            f"{self.names[p]}|{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            f"{name}|{key}": value if isinstance(value, Tensor) else torch.tensor(value)
             for part in self.parts
-            for p, state in part.state.items()
-            for key, value in state.items()
+            for p, name in self.names.items()
+            for key, value in part.state.get(p, {}).items()
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -135,7 +135,7 @@ class TrainStep:
             with self.policy.compute(self.device):
                 result = self.loss_fn(self.model, part)
             watch.lap("forward")
-            (result.total * self.policy.loss_scale).backward()  # type: ignore[no-untyped-call]
+            (result.total * self.policy.loss_scale).backward()
             watch.lap("backward")
             loss, total = loss + result.cross_entropy, total + result.total.detach()
             layers = _add_layers(layers, result.layers, 1 / len(parts))

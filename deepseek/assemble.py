@@ -1,0 +1,129 @@
+"""From a config, or from what lies on the disk, to a ready model: the one place where the parts meet.
+
+    run/config.toml    the exact config, written before the first step
+        tokenizer/     tokenizer.json and its config
+        events.jsonl   what happened
+        step-000500/   checkpoints (weights.checkpoint)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek.config import load_toml
+from deepseek.data import Tokenizer
+from deepseek.errors import CheckpointError, ConfigError, RunError, did_you_mean
+from deepseek.models import ModelConfig, Transformer, model_config
+from deepseek.weights import checkpoint
+from deepseek.weights.convert import load_hf
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory: one stage of a model's life."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        """An existing run; ``NAME`` is also looked for in ``runs/``. Raises ``RunError`` for anything else."""
+        path = Path(path)
+        if not path.exists() and not path.is_absolute() and (Path("runs") / path).exists():
+            path = Path("runs") / path
+        if not path.exists():
+            siblings = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
+            names = siblings + [p.name for p in Path("runs").glob("*/")]
+            raise RunError(f"no run at {path}{did_you_mean(path.name, names)}; `deepseek runs` lists them")
+        if not (path / "config.toml").is_file():
+            raise RunError(f"{path} is not a run directory: it has no config.toml; `deepseek runs` lists the runs")
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer"
+
+    def model_config(self) -> ModelConfig:
+        """The shape written in ``config.toml``."""
+        table: Any = load_toml(self.config_path).get("model")
+        if not isinstance(table, dict):
+            raise RunError(f"{self.config_path} has no [model] table")
+        return model_config(table)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to use, its tokenizer (``None`` if the directory has none), where from, and at which step."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    path: Path
+    step: int | None
+
+
+def build(config: ModelConfig, device: torch.device | str = "cpu", seed: int | None = None) -> Transformer:
+    """A fresh model with fp32 weights; ``seed`` makes its weights a function of the config."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    return Transformer(config).to(device)
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> Loaded:
+    """The model of a run (its newest checkpoint), of one checkpoint, or of a Hugging Face directory.
+
+    Raises:
+        RunError, CheckpointError, WeightsError: what was found instead, and what to do.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
+        return Loaded(load_hf(path, dtype=torch.float32, device=device), tokenizer, path, None)
+    inside = (path / "manifest.json").is_file()
+    run = Run.open(path.parent if inside else path)
+    found = checkpoint.load(path if inside else run.path, groups=("model",))
+    with torch.device("meta"):
+        model = Transformer(run.model_config())
+    load_weights(model, found, assign=True)
+    return Loaded(model.to(device).eval(), Tokenizer.load(run.tokenizer_path), run.path, found.step)
+
+
+def load_weights(model: Transformer, found: checkpoint.Checkpoint, assign: bool = False) -> None:
+    """Fill ``model`` from a checkpoint. Raises ``CheckpointError`` naming what is missing, left over or misshapen."""
+    wanted = model.state_dict()
+    missing, extra = sorted(wanted.keys() - found.model.keys()), sorted(found.model.keys() - wanted.keys())
+    wrong = [n for n, t in found.model.items() if n in wanted and t.shape != wanted[n].shape]
+    if missing or extra or wrong:
+        parts = [f"{len(names)} {what} (first: {names[0]})" for names, what in
+                 ((missing, "tensors missing"), (extra, "left over"), (wrong, "of another shape")) if names]  # fmt: skip
+        raise CheckpointError(f"{found.path} does not fit this model: {', '.join(parts)}; was config.toml changed?")
+    model.load_state_dict(found.model, assign=assign)
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is the accelerator if there is one, else the CPU. Raises ``ConfigError`` for a device that is absent."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"train.device={name!r} is not a device; try 'auto', 'cpu' or 'cuda'") from None
+    if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
+        have = f"this machine has {accelerator.type} and cpu" if accelerator else "this machine has only 'cpu'"
+        raise ConfigError(f"train.device={name!r} is not available: {have}")
+    return device

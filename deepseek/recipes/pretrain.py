@@ -1,0 +1,362 @@
+"""Pretraining: corpus → model → ``fit`` → checkpoints, from one config, resumable at any step (F51).
+
+``derive`` turns what was asked into what will be done and says why, value by value; ``pretrain`` does it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek.assemble import Run, build, load_weights, pick_device
+from deepseek.config import configclass, from_dict, load_toml, replace, to_dict, to_toml
+from deepseek.data import Corpus, DataConfig, Loader, prepare
+from deepseek.dist import comm
+from deepseek.errors import ConfigError, RunError
+from deepseek.events import JsonlSink, Sink, attached, emit
+from deepseek.files import write_atomic
+from deepseek.models import ModelConfig, count, model_config
+from deepseek.models.config import tiny
+from deepseek.parallel.plan import ParallelConfig, check_layout
+from deepseek.precision import Policy, choose, matmul_flops
+from deepseek.train import (
+    Evaluation,
+    OptimConfig,
+    Schedule,
+    ScheduleConfig,
+    StepResult,
+    Stop,
+    TrainingConfig,
+    TrainStep,
+    build_optimizer,
+    evaluate,
+    fit,
+    next_token_loss,
+    seed_everything,
+)
+from deepseek.train.loop import Hook, NonFiniteGuard
+from deepseek.train.optim import Optimizers
+from deepseek.weights import checkpoint
+from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
+
+TOKENS_PER_PARAMETER = 20  #: the compute-optimal ratio of arXiv 2203.15556, for runs that name no length
+VOCABULARY_MULTIPLE = 64  #: matmuls like round sizes; the ids above the tokenizer's are never targets
+
+
+@configclass
+class EvaluateConfig:
+    """Held-out evaluation: every so many steps and at the end."""
+
+    every: int = 0  # steps; 0: only at the end
+    tokens: int = 0  # held-out tokens per evaluation while training; 0: all. The last one always takes all
+
+
+@configclass
+class PretrainConfig:
+    """Everything a pretraining run depends on; ``config.toml`` in a run directory is this, printed."""
+
+    model: ModelConfig = tiny()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+
+def read_config(path: Path | str) -> PretrainConfig:
+    """A TOML file, whose ``[model]`` may start from a preset, as a config."""
+    values = load_toml(path)
+    table = values.pop("model", {"preset": "tiny"})
+    if not isinstance(table, dict):
+        raise ConfigError("model must be a table of options")
+    return replace(from_dict(PretrainConfig, values), model=model_config(table))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done: the config with every derived value filled in, and ``(name, value, why)`` for each."""
+
+    config: PretrainConfig
+    device: torch.device
+    policy: Policy
+    flops_per_token: float
+    peak_flops: float
+    derived: list[tuple[str, str, str]]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return self.config.train.batch_tokens // self.config.train.length
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """Where the run is, the last step done, whether that is the last one asked for, and the last evaluation."""
+
+    run: Path
+    step: int
+    finished: bool
+    evaluation: Evaluation | None
+
+
+def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
+    """Fill in what the config leaves open. ``vocab_size`` is the tokenizer's, once there is one."""
+    derived: list[tuple[str, str, str]] = []
+
+    def note(name: str, value: Any, why: str) -> Any:
+        derived.append((name, f"{value:,}" if isinstance(value, int) else str(value), why))
+        return value
+
+    model, train, world = config.model, config.train, comm.world()
+    vocab = -(-(vocab_size or config.data.vocab_size) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    note("model.vocab_size", vocab, f"the tokenizer's {vocab_size or config.data.vocab_size:,}, rounded up to "
+         f"a multiple of {VOCABULARY_MULTIPLE}")  # fmt: skip
+    model = replace(model, vocab_size=vocab, max_length=max(model.max_length, train.length))
+    check_layout(config.parallel, model, world)
+    device = pick_device(train.device)
+    policy = choose(train.precision_mode, device, train.loss_scaling_factor)
+    note("device", device, "the accelerator, if there is one" if train.device == "auto" else "as configured")
+    note("precision", policy.name, policy.reason)
+
+    if train.batch_tokens % train.length:
+        raise ConfigError(
+            f"train.batch_tokens={train.batch_tokens} is not a multiple of train.length={train.length}; "
+            f"try {train.batch_tokens // train.length * train.length}"
+        )
+    rows = note("rows per step", train.batch_tokens // train.length, "train.batch_tokens / train.length")
+    micro = train.micro_rows or _micro_rows(model, train, policy, device, -(-rows // world))
+    note("train.micro_rows", micro, f"{-(-rows // world // micro)} forward passes a step on each of {world} ranks")
+    parameters = count.parameters(model)
+    steps = train.steps
+    if not steps:
+        tokens = train.tokens or TOKENS_PER_PARAMETER * parameters.active
+        why = "train.tokens" if train.tokens else f"{TOKENS_PER_PARAMETER} tokens per active parameter"
+        steps = note("train.steps", max(1, round(tokens / train.batch_tokens)), f"{why} / train.batch_tokens")
+    per_token = count.flops(model, train.length).per_token
+    note("parameters", parameters.total, f"{parameters.active:,} active per token")
+    note("FLOPs per token", round(per_token), "forward and backward, causal attention as half")
+    note("tokens", steps * train.batch_tokens, f"{steps:,} steps × {train.batch_tokens:,} positions")
+    peak = matmul_flops(device.type, policy.dtype)
+    note("peak", f"{peak / 1e9:,.0f} GFLOP/s", f"a {policy.name} matrix product on this {device.type}, measured now")
+    config = replace(config, model=model, train=replace(train, steps=steps, micro_rows=micro))
+    return Plan(config, device, policy, per_token, peak, derived)
+
+
+def _micro_rows(model: ModelConfig, train: TrainingConfig, policy: Policy, device: torch.device, rows: int) -> int:
+    """As many rows as fit the activation budget: a power of two, or all."""
+    budget = train.memory_budget * 2**30
+    if device.type == "cuda":
+        budget = 0.6 * torch.cuda.mem_get_info(device)[0]
+    size = 2 if policy.dtype != torch.float32 else 4
+    fits = 1
+    while fits < rows and _micro_bytes(model, 2 * fits, train.length, size) <= budget:
+        fits *= 2
+    return min(fits, rows)
+
+
+def _micro_bytes(model: ModelConfig, rows: int, length: int, size: int) -> int:
+    held = count.memory(model, rows, length, compute_bytes=size)
+    return held["activations"] + held["logits"]
+
+
+def dry_run(config: PretrainConfig) -> dict[str, Any]:
+    """What a run would cost, without reading the corpus or building the model."""
+    plan = derive(config)
+    c, parameters = plan.config, count.parameters(plan.config.model)
+    size = 2 if plan.policy.dtype != torch.float32 else 4
+    return {
+        "parameters": asdict(parameters),
+        "flops_per_token": plan.flops_per_token,
+        "tokens": c.train.steps * c.train.batch_tokens,
+        "steps": c.train.steps,
+        "total_flops": plan.flops_per_token * c.train.steps * c.train.batch_tokens,
+        "memory_bytes": count.memory(
+            c.model, c.train.micro_rows, c.train.length, c.optim.name, compute_bytes=size
+        ),
+        "cache_bytes_at_max_length": count.cache_bytes(c.model, c.model.max_length),
+        "peak_flops": plan.peak_flops,
+        "seconds_at_40_percent_mfu": plan.flops_per_token * c.train.steps * c.train.batch_tokens
+        / (0.4 * plan.peak_flops),
+    }  # fmt: skip
+
+
+def pretrain(
+    config: PretrainConfig,
+    run: Path | str = "runs/pretrain",
+    *,
+    resume: Path | None = None,
+    sinks: Sequence[Sink] = (),
+    stop: Stop | None = None,
+) -> PretrainResult:
+    """Train ``config.model`` on ``config.data`` in the directory ``run``.
+
+    Args:
+        resume: the checkpoint to go on from; ``None`` starts a new run.
+        sinks: who else hears the events (they are always kept in ``run/events.jsonl``).
+        stop: ask it to end early; a checkpoint is written. SIGINT and SIGTERM ask, too.
+
+    Raises:
+        RunError: a new run would overwrite one that has checkpoints.
+        DeepseekError: everything else that can be wrong with config, data or disk.
+    """
+    rank, world = comm.start()
+    path, stop = Path(run), stop or Stop()
+    if resume is None and checkpoint.list_checkpoints(path):
+        raise RunError(f"{path} already has checkpoints; go on with `deepseek resume {path}`, or choose another --run")
+    path.mkdir(parents=True, exist_ok=True)
+    own: list[Sink] = [JsonlSink(path / "events.jsonl", every=5), *sinks] if rank == 0 else []
+    with attached(*own), stop.on_signals():
+        return _Pretraining(config, path, rank, world, stop).run(resume)
+
+
+def resume_run(
+    run: Path | str,
+    changes: dict[str, Any] | None = None,
+    *,
+    step: int | None = None,
+    sinks: Sequence[Sink] = (),
+    stop: Stop | None = None,
+) -> PretrainResult:
+    """Go on with a run from its newest checkpoint, or from ``step``, with its own config."""
+    found = Run.open(run)
+    config = read_config(found.config_path)
+    for name, values in (changes or {}).items():
+        config = replace(config, **{name: replace(getattr(config, name), **values)})
+    at = found.path / f"step-{step:06d}" if step is not None else checkpoint.latest(found.path)
+    if at is None:
+        raise RunError(f"{found.path} has no checkpoint to resume from; start it again with `deepseek pretrain`")
+    return pretrain(config, found.path, resume=at, sinks=sinks, stop=stop)
+
+
+class _Pretraining:
+    """The parts of one run, in the order in which they come to be."""
+
+    def __init__(self, config: PretrainConfig, path: Path, rank: int, world: int, stop: Stop) -> None:
+        self.config, self.path, self.rank, self.world, self.stop = config, path, rank, world, stop
+        self.began = time.perf_counter()
+        self.evaluation: Evaluation | None = None
+
+    def run(self, resume: Path | None) -> PretrainResult:
+        seed_everything(self.config.train.seed, self.config.train.deterministic)
+        self.corpus = prepare(self.config.data, self.config.data.cache or self.path.parent / ".corpora")
+        self.plan = derive(self.config, self.corpus.tokenizer.vocab_size)
+        self.config = self.plan.config
+        found = checkpoint.load(resume) if resume is not None else None
+        self.model = build(self.config.model, self.plan.device, self.config.train.seed)
+        self.optimizer = build_optimizer(self.model, self.config.optim)
+        with self._loader() as self.loader:
+            start = self._restore(found) if found is not None else 0
+            if self.rank == 0 and found is None:
+                self.corpus.tokenizer.save(self.path / "tokenizer")
+            if self.rank == 0:
+                write_atomic(self.path / "config.toml", to_toml(self.config))
+            self._announce(start)
+            with Checkpointer(
+                self.path, self.config.checkpoint, rank=self.rank, world=self.world, parent=start or None
+            ) as self.checkpointer:
+                done = self._fit(start)
+        return PretrainResult(self.path, done, done >= self.config.train.steps, self.evaluation)
+
+    def _loader(self) -> Loader:
+        length = self.config.train.length
+        return self.corpus.loader(rows=self.plan.rows, length=length, rank=self.rank, world=self.world)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> int:
+        load_weights(self.model, found)
+        self.optimizer.load_state_dict(found.optimizer)
+        self.loader.load_state_dict(found.state["loader"])
+        checkpoint.set_rng_state(found.state["rng"])
+        emit("resume", found.step, path=found.path, previous_loss=found.state.get("loss"))
+        return found.step
+
+    def _announce(self, start: int) -> None:
+        c, parameters = self.config, count.parameters(self.config.model)
+        report = self.corpus.report
+        emit(
+            "run", start, run=self.path.name, device=str(self.plan.device), dtype=self.plan.policy.name,
+            parameters=parameters.total, active_parameters=parameters.active,
+            flops_per_token=self.plan.flops_per_token, peak_flops=self.plan.peak_flops,
+            peak_source=f"measured {self.plan.policy.name} matrix product", total_steps=c.train.steps,
+            batch_tokens=c.train.batch_tokens, resumed_from=start or None, command=" ".join(["deepseek", *sys.argv[1:]]),
+            corpus={"documents": len(self.corpus.train), "bytes": self.corpus.train.n_bytes,
+                    "tokens": self.corpus.train.n_tokens, "seconds": report.get("seconds")},
+            code_version=checkpoint.code_version(), derived=self.plan.derived, **_process(),
+        )  # fmt: skip
+
+    def _fit(self, start: int) -> int:
+        c = self.config
+        if c.train.compile:
+            for block in self.model.blocks:
+                block.compile()
+        step = TrainStep(
+            self.model, next_token_loss, self.optimizer, self.plan.policy,
+            micro_rows=c.train.micro_rows, grad_clip=c.train.grad_clip_threshold,
+        )  # fmt: skip
+        schedule = Schedule(c.schedule, c.train.steps)
+        hooks: list[Hook] = [NonFiniteGuard(c.train.max_nonfinite), self._after_step]
+        ceiling = self.plan.peak_flops * self.world / self.plan.flops_per_token
+        done = fit(
+            step, self.loader, schedule, steps=c.train.steps, start=start, hooks=hooks, stop=self.stop,
+            peak_tokens_per_second=ceiling,
+        )  # fmt: skip
+        if done < c.train.steps:
+            emit("interrupted", done, signal=self.stop.reason)
+            self._save(done, self.last, wait=True)
+        elif start < done:
+            self._evaluate(done, everything=True)
+            self._save(done, self.last, wait=True)
+            emit("done", done, seconds=time.perf_counter() - self.began)
+        return done
+
+    def _after_step(self, step: int, result: StepResult) -> None:
+        self.last = result
+        c = self.config
+        if step == c.train.steps or self.stop.reason:
+            return  # the end of ``_fit`` does it
+        if c.evaluate.every and step % c.evaluate.every == 0:
+            self._evaluate(step)
+        if c.checkpoint.every and step % c.checkpoint.every == 0:
+            self._save(step, result)
+
+    def _evaluate(self, step: int, everything: bool = False) -> None:
+        if self.corpus.held_out is None:
+            return
+        c = self.config.train
+        rows = max(1, -(-c.micro_rows // self.world)) * self.world
+        batches = self.corpus.eval_batches(rows=rows, length=c.length, rank=self.rank, world=self.world)
+        self.evaluation = evaluate(
+            self.model, batches, self.plan.policy, tokens=0 if everything else self.config.evaluate.tokens
+        )
+        emit("evaluate", step, **asdict(self.evaluation))
+
+    def _save(self, step: int, result: StepResult, wait: bool = False) -> None:
+        state = {
+            "loader": self.loader.state_dict(), "rng": checkpoint.rng_state(), "config": to_dict(self.config),
+            "loss": float(result.loss), "world": self.world,
+        }  # fmt: skip
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        metric = self.evaluation.bits_per_byte if self.evaluation else None
+        self.checkpointer.save(step, tensors=tensors, state=state, metric=metric, wait=wait)
+        comm.barrier()
+
+
+def _process() -> dict[str, Any]:
+    import os
+    import platform
+
+    return {"pid": os.getpid(), "host_cpu": f"{os.cpu_count()} × {platform.machine()}",
+            "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+
+__all__ = [
+    "EvaluateConfig", "Optimizers", "Plan", "PretrainConfig", "PretrainResult", "derive", "dry_run", "pretrain",
+    "read_config", "resume_run",
+]  # fmt: skip

@@ -1,0 +1,199 @@
+"""A loaded model one can talk to: ``ds.load("runs/quickstart").generate("def main(")``.
+
+Prompt in one pass, then a token at a time through the key/value cache; the text streams out as complete characters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deepseek.assemble import Loaded, pick_device
+from deepseek.assemble import load as load_model
+from deepseek.config import replace
+from deepseek.data import Tokenizer
+from deepseek.errors import ConfigError, DataError
+from deepseek.events import emit
+from deepseek.models import ModelConfig, Transformer
+from deepseek.precision import Policy, choose
+from deepseek.serve.sampler import Sampler, SamplingConfig
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; ``role`` is 'system', 'user' or 'assistant'."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated. ``finish_reason``: 'stop' (end of text, or a stop text), 'length' (no room or max_tokens)."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    seconds: float
+
+
+class LanguageModel:
+    """A transformer, its tokenizer, and where both came from."""
+
+    def __init__(self, loaded: Loaded, policy: Policy | None = None) -> None:
+        self.model: Transformer = loaded.model
+        self._tokenizer, self.path, self.step = loaded.tokenizer, loaded.path, loaded.step
+        self.device = next(self.model.parameters()).device
+        self.policy = policy or choose("fp32", self.device)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ``DataError`` when the directory has none."""
+        if self._tokenizer is None:
+            raise DataError(f"{self.path} has no tokenizer.json: pass token ids, or put one there")
+        return self._tokenizer
+
+    def generate(self, prompt: str | Sequence[int], sampling: SamplingConfig | None = None, **options: object) -> str:
+        """The continuation of ``prompt`` as text. ``options`` are those of ``SamplingConfig``: ``temperature=0``, …"""
+        return self.complete(prompt, sampling, **options).text
+
+    def complete(
+        self, prompt: str | Sequence[int], sampling: SamplingConfig | None = None, **options: object
+    ) -> Completion:
+        """Like ``generate``, with token ids and the reason why it ended."""
+        return _drain(self._pieces(prompt, _options(sampling, options)))[1]
+
+    def stream(
+        self, prompt: str | Sequence[int], sampling: SamplingConfig | None = None, **options: object
+    ) -> Iterator[str]:
+        """The continuation, piece by piece, as soon as each is complete text."""
+        for piece in self._pieces(prompt, _options(sampling, options)):
+            if isinstance(piece, str):
+                yield piece
+
+    def chat(self, messages: Sequence[Message], sampling: SamplingConfig | None = None, **options: object) -> str:
+        """The assistant's answer to a conversation, through the chat tokens of the tokenizer."""
+        return self.generate(self.chat_prompt(messages), sampling, **options)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids ``[EOS] <|user|> … <|end|> <|assistant|>``; raises ``DataError`` if the tokenizer has no chat tokens."""
+        tokenizer = self.tokenizer
+        ids = [tokenizer.eos_id]
+        for message in messages:
+            if message.role not in ("system", "user", "assistant"):
+                raise ConfigError(f"role {message.role!r} is not system, user or assistant")
+            turn = tokenizer.encode(message.content)
+            ids += [tokenizer.token_id(f"<|{message.role}|>"), *turn, tokenizer.token_id("<|end|>")]
+        return [*ids, tokenizer.token_id("<|assistant|>")]
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """What the model sees: text gets the document start in front, ids are taken as they are."""
+        ids = [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+        vocabulary = self.config.vocab_size
+        if not ids:
+            raise ConfigError("an empty prompt of token ids has nothing to continue; give at least the start token")
+        if bad := [i for i in ids if not 0 <= i < vocabulary]:
+            raise ConfigError(f"token id {bad[0]} is outside the vocabulary of {vocabulary}")
+        if len(ids) >= self.config.max_length:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens, the model is meant for {self.config.max_length}: shorten it"
+            )
+        return ids
+
+    @torch.no_grad()
+    def tokens(self, ids: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
+        """Sampled token ids after ``ids``, without end: the caller decides when to stop."""
+        sampler, cache = Sampler(sampling), self.model.new_cache()
+        limit = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
+        step = torch.tensor([list(ids)], device=self.device)
+        while True:
+            with self.policy.compute(self.device):
+                hidden = self.model(step, cache=cache).hidden[:, -1]
+                logits = self.model.logits(hidden)[:, :limit]  # ids above the tokenizer's are padding of the matrix
+            step = sampler(logits)[:, None]
+            yield int(step)
+
+    def _pieces(self, prompt: str | Sequence[int], sampling: SamplingConfig) -> Iterator[str | Completion]:
+        """Complete pieces of text, then the ``Completion``."""
+        ids, began = self.prompt_ids(prompt), time.perf_counter()
+        text, shown, out, reason = "", 0, list[int](), "length"
+        decoder = self.tokenizer.stream()
+        ends = {self.tokenizer.eos_id, self.tokenizer.token_id("<|end|>")} if self._has_chat() else {self.tokenizer.eos_id}
+        room = min(sampling.max_tokens, self.config.max_length - len(ids))
+        for token in self.tokens(ids, sampling):
+            if token in ends:
+                reason = "stop"
+                break
+            out.append(token)
+            text += decoder.push(token)
+            if (cut := _first_stop(text, sampling.stop)) is not None:
+                text, reason = text[:cut], "stop"
+                break
+            safe = len(text) - _held_back(text, sampling.stop)
+            if safe > shown:
+                yield text[shown:safe]
+                shown = safe
+            if len(out) >= room:
+                break
+        if reason == "length" or not sampling.stop:
+            text += decoder.finish()
+        if len(text) > shown:
+            yield text[shown:]
+        seconds = time.perf_counter() - began
+        emit("generate", prompt=prompt if isinstance(prompt, str) else list(prompt), text=text, tokens=len(out),
+             seconds=seconds)  # fmt: skip
+        yield Completion(text, out, reason, seconds)
+
+    def _has_chat(self) -> bool:
+        try:
+            self.tokenizer.token_id("<|end|>")
+        except DataError:
+            return False
+        return True
+
+
+def load(path: Path | str, device: str = "auto", precision: str = "fp32") -> LanguageModel:
+    """A run, a checkpoint or a Hugging Face directory, ready to ``generate``.
+
+    Args:
+        device: 'auto', 'cpu', 'cuda', …
+        precision: compute format, as in ``TrainingConfig.precision_mode``.
+    """
+    place = pick_device(device)
+    return LanguageModel(load_model(path, place), choose(precision, place))
+
+
+def _options(sampling: SamplingConfig | None, options: dict[str, object]) -> SamplingConfig:
+    return replace(sampling or SamplingConfig(), **options)
+
+
+def _drain(pieces: Iterator[str | Completion]) -> tuple[list[str], Completion]:
+    texts, last = [], None
+    for piece in pieces:
+        if isinstance(piece, Completion):
+            last = piece
+        else:
+            texts.append(piece)
+    assert last is not None
+    return texts, last
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop text begins, if one is there."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found) if found else None
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end may still become a stop text, and must not be shown yet."""
+    return max(
+        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
+    )

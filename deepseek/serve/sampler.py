@@ -1,0 +1,68 @@
+"""From logits to a token: greedy, temperature, top-k, top-p, with a seed of its own.
+
+Shape letters: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek.config import configclass
+from deepseek.errors import ConfigError
+
+
+@configclass
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    temperature: float = 0.8  # 0: greedy
+    top_k: int = 0  # keep the k most likely; 0: all
+    top_p: float = 0.95  # keep the smallest set of tokens with this much probability
+    seed: int | None = None  # None: a new one every time
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
+
+    def check(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ConfigError(
+                f"temperature={self.temperature} must be at least 0, top_p={self.top_p} in (0, 1], "
+                f"top_k={self.top_k} at least 0"
+            )
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
+        if "" in self.stop:
+            raise ConfigError("an empty stop text would stop before the first token")
+
+
+class Sampler:
+    """Draws tokens for one request; equal seeds and logits draw equal tokens on every device."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+        self._random = torch.Generator("cpu")
+        if config.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(config.seed)
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """The next token of each row: ``[B, V]`` → int64 ``[B]``."""
+        if self.config.temperature == 0:
+            return logits_BV.argmax(-1)
+        probs = self.probabilities(logits_BV).cpu()
+        return torch.multinomial(probs, 1, generator=self._random)[:, 0].to(logits_BV.device)
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """What tokens are drawn from: temperature, then top-k, then top-p; fp32 ``[B, V]``, rows sum to one."""
+        c = self.config
+        logits = logits_BV.float() / c.temperature
+        if 0 < c.top_k < logits.shape[-1]:
+            least = logits.topk(c.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        probs = logits.softmax(-1)
+        if c.top_p < 1:
+            ordered, order = probs.sort(-1, descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= c.top_p  # the most likely token always stays
+            probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        return probs / probs.sum(-1, keepdim=True)
