@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from deepseek.monitor.history import Break, Points
@@ -221,15 +222,28 @@ def thin(points: Points, buckets: int) -> Points:
     return unique if unique[-1] == points[-1] else [*unique, points[-1]]
 
 
-def smooth(points: Points, window: float | None = None) -> Points:
-    """Exponential moving average over about ``window`` steps (by default 1/40 of them), without start-up
-    bias."""
+def smooth(points: Points, window: int | None = None, *, log: bool = False) -> Points:
+    """Centred average over about ``window`` steps (by default 1/30 of them), twice: no lag behind the data.
+
+    Values that are not finite are left out. ``log`` averages the logarithms, for a logarithmic scale.
+    """
+    if log:
+        logs = [(x, math.log(y)) for x, y in points if math.isfinite(y) and y > 0]
+        return [(x, math.exp(y)) for x, y in smooth(logs, window)]
     points = [p for p in points if math.isfinite(p[1])]
-    keep = 1 - 2 / (max(window or len(points) / 40, 5.0) + 1)
-    total, weight, out = 0.0, 0.0, []
-    for x, y in points:
-        total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-        out.append((x, total / weight))
+    radius = max((window or len(points) // 30) // 2, 2)
+    values = _centred(_centred([y for _, y in points], radius), radius)
+    return [(x, y) for (x, _), y in zip(points, values)]
+
+
+def _centred(values: list[float], radius: int) -> list[float]:
+    """Means of up to ``radius`` neighbours to each side; a window at the start shrinks on both sides, as a
+    one-sided mean would misplace a steep beginning."""
+    sums = [0.0, *accumulate(values)]
+    out = []
+    for i in range(len(values)):
+        a, b = i - min(radius, i), min(i + min(radius, i), len(values) - 1) + 1
+        out.append((sums[b] - sums[a]) / (b - a))
     return out
 
 
@@ -291,6 +305,10 @@ def break_text(stop: Break) -> str:
     return text
 
 
+def break_label(stop: Break) -> str:
+    return f"resumed at {stop.resumed:,.0f}"
+
+
 def break_marks(breaks: Sequence[Break], scale: Scale) -> list[Html]:
     """A dashed line where the run was resumed, with its story as a title."""
     marks = []
@@ -299,12 +317,16 @@ def break_marks(breaks: Sequence[Break], scale: Scale) -> list[Html]:
             x = f"{scale.x(stop.resumed):.1f}"
             line = tag("path", class_="break", d=f"M{x} {TOP - 6}V{scale.height - BOTTOM}")
             flag = tag("path", class_="flag", d=f"M{x} {TOP - 10}l7 4l-7 4z")
-            marks.append(tag("g", tag("title", break_text(stop)), line, flag))
+            left = scale.x(stop.resumed) > WIDTH - 110
+            place = {"x": f"{scale.x(stop.resumed) + (-5 if left else 11):.1f}", "y": TOP - 3}
+            name = tag("text", break_label(stop), class_="mark", text_anchor="end" if left else None, **place)
+            words = name if len(breaks) < 4 else None
+            marks.append(tag("g", tag("title", break_text(stop)), line, flag, words))
     return marks
 
 
 def packed_breaks(breaks: Sequence[Break]) -> list[dict[str, Any]]:
-    return [{"x": stop.resumed, "text": break_text(stop)} for stop in breaks]
+    return [{"x": stop.resumed, "text": break_text(stop), "label": break_label(stop)} for stop in breaks]
 
 
 def stacked_bar(title: str, parts: Sequence[tuple[str, float]], note: str = "") -> Html | None:
@@ -412,7 +434,7 @@ def _grid(rows: Sequence[tuple[float, list[float]]]) -> tuple[list[list[float]],
 
 
 def _rgba(ratio: float) -> bytes:
-    distance = abs(math.log2(max(ratio, 0.125))) / 2  # full colour at a quarter and at four times the mean
+    distance = abs(math.log(max(ratio, 0.01), 3))  # full colour at a third and at three times the mean
     return bytes((*(UNDER if ratio < 1 else OVER), min(int(distance * 255), 255)))
 
 

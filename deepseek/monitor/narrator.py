@@ -54,7 +54,7 @@ def glyphs(console: Console) -> Glyphs:
 def headline(text: str, detail: str = "", console: Console | None = None) -> None:
     """A bold line, a quiet detail beside it, and a rule below."""
     console = console or Console()
-    line = Text(one_line(text), style=f"bold {ACCENT}")
+    line = Text().append(one_line(text), f"bold {ACCENT}")
     if detail:
         line.append("  " + one_line(detail), style=QUIET)
     console.print()
@@ -91,7 +91,7 @@ def comparison(
     console = console or Console()
     marks, known = glyphs(console), [v for _, v in rows if finite(v) is not None and v is not None]
     if title:
-        console.print(Text(one_line(title), style="bold").append(f"  {unit}", style=QUIET))
+        console.print(Text().append(one_line(title), "bold").append(f"  {unit}", QUIET))
     names = max((cell_len(one_line(name)) for name, _ in rows), default=0)
     width, top = max(10, min(console.width - names - 14, 60)), max(known, default=0.0)
     winner = (min if best == "low" else max)(known, default=None)

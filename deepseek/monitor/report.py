@@ -20,7 +20,18 @@ from deepseek.monitor.charts import Chart, HeatMap, Line, break_text, smooth, st
 from deepseek.monitor.history import EventDict, History
 from deepseek.monitor.markup import Html, tag
 from deepseek.monitor.runs import summarize
-from deepseek.monitor.units import MISSING, duration, finite, fixed, one_line, percent, si, significant, size
+from deepseek.monitor.units import (
+    MISSING,
+    duration,
+    finite,
+    fixed,
+    flops,
+    one_line,
+    percent,
+    si,
+    significant,
+    size,
+)
 
 REPORT_FILE = "report.html"
 WEB = Path(__file__).parent / "web"
@@ -122,7 +133,7 @@ def headline_numbers(history: History) -> list[tuple[str, str, str]]:
         tiles.append(("Tokens per second", si(_median(speeds)), "median"))
     mfu = [v for _, v in history.series("train", "mfu")]
     if mfu:
-        peak = f"of {si(run.get('peak_flops'))}FLOP/s" if finite(run.get("peak_flops")) else "of peak"
+        peak = f"of {flops(run['peak_flops'])}" if finite(run.get("peak_flops")) else "of peak"
         source = f" ({one_line(run['peak_source'], 40)})" if run.get("peak_source") else ""
         tiles.append(("MFU", percent(_median(mfu)), peak + source))
     if finite(run.get("parameters")) is not None:
@@ -145,10 +156,10 @@ def compression(history: History) -> Html | None:
     """Bits per byte of the model beside general compressors, as bars."""
     held_out = finite(history.last("evaluate").get("bits_per_byte"))
     rows = [("this model", held_out, "held-out text")] if held_out is not None else []
-    named = {one_line(e.get("name", "?"), 40): e for e in history.named("compress")}
+    named = {(one_line(e.get("name", "?"), 40), str(e.get("how"))): e for e in history.named("compress")}
     rows += [
         (name, value, one_line(e.get("how") or "", 40))
-        for name, e in named.items()
+        for (name, _), e in named.items()
         if (value := finite(e.get("bits_per_byte"))) is not None
     ]
     if held_out is None or len(rows) < 2:
@@ -184,7 +195,6 @@ def compression(history: History) -> Html | None:
 def learning(history: History) -> list[Html | None]:
     breaks = history.breaks()
     loss, bits = history.series("train", "loss"), history.series("train", "bits_per_byte")
-    balance = history.series("train", "balance_loss")
     held_loss = history.series("evaluate", "loss")
     held_bits = history.series("evaluate", "bits_per_byte")
     gradient = history.series("train", "grad_norm")
@@ -197,7 +207,7 @@ def learning(history: History) -> list[Html | None]:
     note = f"clipped at {clipped:,} of {len(history.steps):,} steps" + (
         f", skipped {skipped:,}" if skipped else ""
     )
-    norm_lines = [Line("each step", gradient, 2, "faint"), Line("smoothed", smooth(gradient), 2)]
+    norm_lines = [Line("each step", gradient, 2, "faint"), Line("smoothed", smooth(gradient, log=True), 2)]
     return [
         Chart("loss", "Loss", loss_lines, "nats per token", breaks=breaks).figure(),
         Chart("bits-per-byte", "Bits per byte", bit_lines, breaks=breaks).figure(),
@@ -211,7 +221,6 @@ def learning(history: History) -> list[Html | None]:
             breaks=breaks,
             bounds=(0.0, 0.0),
         ).figure(),
-        Chart("balance", "Balance loss", [Line("balance loss", balance, 4)], breaks=breaks).figure(),
     ]
 
 
@@ -219,6 +228,7 @@ def experts(history: History) -> list[Html | None]:
     breaks = history.breaks()
     coverage, violation = history.series("train", "coverage"), history.series("train", "max_vio")
     entropy = history.series("train", "router_entropy")
+    balance = history.series("train", "balance_loss")
     maps = []
     for index, rows in enumerate(history.load()):
         ratios = [v * len(shares) / sum(shares) for _, shares in rows if sum(shares) > 0 for v in shares]
@@ -228,11 +238,11 @@ def experts(history: History) -> list[Html | None]:
             note = f"{len(rows[-1][1])} experts; single steps reach {reach} × the mean"
         maps.append(HeatMap(f"load-{index}", f"Load, MoE layer {index}", rows, note, breaks).figure())
     key = Html(
-        '<p class="note heat-key"><span>0.25× the mean</span><svg viewBox="0 0 200 10" aria-hidden="true">'
+        '<p class="note heat-key"><span>⅓ of the mean</span><svg viewBox="0 0 200 10" aria-hidden="true">'
         '<rect class="under" width="100" height="10"/><rect class="over" x="100" width="100" height="10"/>'
         '<defs><linearGradient id="under"><stop class="u1"/><stop offset="1" class="u0"/></linearGradient>'
         '<linearGradient id="over"><stop class="o0"/><stop offset="1" class="o1"/></linearGradient></defs>'
-        "</svg><span>4× the mean</span></p>"
+        "</svg><span>3 × the mean</span></p>"
     )
     return [
         Chart(
@@ -252,6 +262,7 @@ def experts(history: History) -> list[Html | None]:
             bounds=(0.0, 1.0),
         ).figure(),
         Chart("entropy", "Router entropy", [Line("entropy", entropy, 5)], breaks=breaks).figure(),
+        Chart("balance", "Balance loss", [Line("balance loss", balance, 4)], breaks=breaks).figure(),
         key if any(maps) else None,
         *folded(maps, "MoE layers"),
     ]

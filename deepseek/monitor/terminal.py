@@ -18,7 +18,6 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.errors import LiveError
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from deepseek.events import Event, Sink, plain
@@ -29,6 +28,7 @@ from deepseek.monitor.units import (
     duration,
     finite,
     fixed,
+    flops,
     number,
     one_line,
     percent,
@@ -240,7 +240,8 @@ class State:
         elif event.name == "evaluate":
             self.held_out = finite(values.get("bits_per_byte")) or self.held_out
         elif event.name == "compress" and finite(values.get("bits_per_byte")) is not None:
-            self.compressors[one_line(values.get("name", "?"))] = float(values["bits_per_byte"])
+            how = f", {one_line(values['how'])}" if values.get("how") else ""
+            self.compressors[one_line(values.get("name", "?")) + how] = float(values["bits_per_byte"])
         text, style = message(event.name, event.step, values, self.marks)
         if text:
             self.say(text, style, event)
@@ -282,7 +283,7 @@ class State:
         width = max(min(width, 120), 40)
         v = self.latest
         rows: list[RenderableType] = [self._title(width), self._progress(width), Text("")]
-        rows.append(self._numbers(width))
+        rows += self._numbers(width)
         loads, gates = rows_of(v.get("load")), gates_of(v.get("gates"))
         if loads or gates:
             rows.append(Text(""))
@@ -297,7 +298,7 @@ class State:
 
     def _title(self, width: int) -> Text:
         run = self.run
-        name = Text(one_line(run.get("run") or "training", 40), style=f"bold {ACCENT}")
+        name = Text().append(one_line(run.get("run") or "training", 40), f"bold {ACCENT}")
         facts = [one_line(run[k], 30) for k in ("preset", "device", "dtype") if run.get(k)]
         if finite(run.get("parameters")) is not None:
             active = si(run.get("active_parameters"))
@@ -317,37 +318,54 @@ class State:
         bar = Text(self.marks.track * filled, style=GOOD if share >= 1 else ACCENT)
         return bar.append(self.marks.track * (room - filled), style=QUIET).append(left)
 
-    def _numbers(self, width: int) -> Table:
-        v = self.latest
-        grid = Table.grid(padding=(0, 2), expand=False)
-        for style, justify in (
-            (QUIET, "left"),
-            ("bold", "right"),
-            (QUIET, "left"),
-            ("bold", "right"),
-            ("", "left"),
-        ):
-            grid.add_column(style=style, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        spark = Text(sparkline(list(self.losses), max(width - 52, 8), self.marks), style=ACCENT)
-        held = f"held-out {fixed(self.held_out, 3)}" if self.held_out is not None else ""
-        clipped = "clipped" if v.get("clipped") is True else ""
-        peak = finite(self.run.get("peak_flops"))
-        of_peak = f"of {si(peak)}FLOP/s" if peak else ""
-        if of_peak and self.run.get("peak_source"):
-            of_peak += f" ({one_line(self.run['peak_source'], max(width - 72, 8))})"
-        rest = Text(f" {self.marks.dot} ".join(t for t in (of_peak, held) if t), style=QUIET)
-        grad = Text(significant(v.get("grad_norm")), style=WARN if clipped else "bold")
+    def _numbers(self, width: int) -> list[Text]:
+        v, dot = self.latest, f" {self.marks.dot} "
+        room = width - 41
         loss = number(v.get("loss"))
-        loss_text = Text(fixed(loss), style=BAD if loss is not None and not math.isfinite(loss) else "bold")
-        grid.add_row("loss", loss_text, "bits per byte", fixed(v.get("bits_per_byte"), 3), spark)
-        grid.add_row("tokens/s", si(v.get("tokens_per_second")), "MFU", percent(v.get("mfu")), rest)
-        trailer = f"{si(self.tokens)} tokens" + (f" {self.marks.dot} {clipped}" if clipped else "")
-        grid.add_row("lr", significant(v.get("lr")), "gradient norm", grad, Text(trailer, style=QUIET))
-        return grid
+        broken = loss is not None and not math.isfinite(loss)
+        recent = [math.log(x) if x > 0 else 0.0 for x in list(self.losses)[len(self.losses) // 5 :]]
+        spark = Text(sparkline(recent, room, self.marks), style=ACCENT)
+        peak = finite(self.run.get("peak_flops"))
+        of_peak = f"of {flops(peak)}" if peak else ""
+        if of_peak and self.run.get("peak_source"):
+            of_peak += f" ({one_line(self.run['peak_source'], max(room - len(of_peak) - 3, 8))})"
+        notes = [f"{si(self.tokens)} tokens"]
+        notes += [f"held-out {fixed(self.held_out, 3)}"] if self.held_out is not None else []
+        clipped = v.get("clipped") is True
+        rows: list[tuple[Any, ...]] = [
+            (
+                "loss",
+                fixed(loss),
+                BAD if broken else "",
+                "bits/byte",
+                fixed(v.get("bits_per_byte"), 3),
+                "",
+                spark,
+            ),
+            ("tokens/s", si(v.get("tokens_per_second")), "", "MFU", percent(v.get("mfu")), "", of_peak),
+            (
+                "lr",
+                significant(v.get("lr")),
+                "",
+                "grad norm",
+                significant(v.get("grad_norm")),
+                clipped,
+                notes,
+            ),
+        ]
+        lines = []
+        for label, value, style, label2, value2, warn, rest in rows:
+            line = Text().append(f"{label:<9}", QUIET).append(f"{value:>9}", style or "bold")
+            line.append(f"   {label2:<9}", QUIET).append(f"{value2:>8}", WARN if warn else "bold").append(
+                "   "
+            )
+            shown = dot.join(rest) if isinstance(rest, list) else rest
+            lines.append(line.append_text(shown if isinstance(shown, Text) else Text(shown, QUIET)))
+        return lines
 
     def _experts(self, loads: list[list[float]], width: int) -> list[Text]:
         v = self.latest
-        head = Text("experts", style=QUIET)
+        head = Text().append("experts", QUIET)
         for key, label in (("coverage", "coverage"), ("max_vio", "MaxVio"), ("router_entropy", "entropy")):
             if finite(v.get(key)) is not None:
                 shown = percent(v[key]) if key == "coverage" else significant(v[key], 3)

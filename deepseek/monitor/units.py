@@ -61,6 +61,14 @@ def si(value: Any, digits: int = 3) -> str:
     return significant(scaled, digits) + ("", "k", "M", "G", "T", "P", "E")[power]
 
 
+def flops(value: Any) -> str:
+    """``1.9e11`` -> ``190 GFLOP/s``."""
+    text = si(value)
+    return (
+        f"{text[:-1]} {text[-1]}FLOP/s" if text[-1:].isalpha() and text[-1:].isupper() else f"{text} FLOP/s"
+    )
+
+
 def significant(value: Any, digits: int = 3) -> str:
     """``value`` with ``digits`` significant digits and, between 1e-3 and 1e6, no exponent."""
     found = number(value)
@@ -69,7 +77,7 @@ def significant(value: Any, digits: int = 3) -> str:
     if not math.isfinite(found) or found == 0:
         return f"{found:g}"
     if not 1e-3 <= abs(found) < 1e6:
-        return f"{found:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{found:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     places = max(digits - 1 - math.floor(math.log10(abs(found))), 0)
     return f"{found:,.{places}f}"
 

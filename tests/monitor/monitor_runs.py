@@ -84,9 +84,13 @@ def events(
             now += 4.0
             add("run", **run, resumed_from=step)
             add("resume", step, path=f"step-{step:06d}", previous_loss=loss)
-    for name, bits in (("gzip -9", 1.957), ("xz -9", 1.871)):
-        add("compress", steps, name=name, bits_per_byte=bits, how="each file")
-    add("compress", steps, name="xz -9, one archive", bits_per_byte=1.542, how="one archive")
+    compressed = (
+        ("gzip -9", "each file", 1.957),
+        ("xz -9", "each file", 1.871),
+        ("xz -9", "one archive", 1.542),
+    )
+    for name, how, bits in compressed:
+        add("compress", steps, name=name, bits_per_byte=bits, how=how)
     add("done", steps, seconds=now - START)
     add("export", path="export", max_logit_difference=0.0, loaded_with="transformers")
     text = 'def read_config(path):\n    """Read a configuration file and return a dictionary."""\n'

@@ -68,7 +68,7 @@
       this.clip = "clip-" + charts.length;
       this.svg.setAttribute("tabindex", "0");
       this.tip = make("div", { class: "tip", hidden: "" }, figure);
-      if (this.data.kind === "lines" && this.data.lines.every((l) => l.y.every((y) => y > 0))) this.addScaleButton();
+      if (this.data.kind === "lines" && !this.data.bounds && this.data.lines.every((l) => l.y.every((y) => y > 0))) this.addScaleButton();
       this.listen();
     }
     addScaleButton() {
@@ -97,6 +97,10 @@
         make("title", {}, g, stop.text);
         make("path", { class: "break", d: `M${px} ${T - 6}V${height - B}` }, g);
         make("path", { class: "flag", d: `M${px} ${T - 10}l7 4l-7 4z` }, g);
+        if (this.data.breaks.length < 4) {
+          const left = px > width - 110;
+          make("text", { class: "mark", x: px + (left ? -5 : 11), y: T - 3, "text-anchor": left ? "end" : "start" }, g, stop.label);
+        }
       }
       this.over = make("g", {}, svg);
       this.point();
