@@ -123,10 +123,9 @@ PRESETS: dict[str, dict[str, float]] = {
     },
 }
 
-WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+"
-)
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]")
+_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
+_CJK = re.compile(rf"[{_IDEOGRAPHS}]")
 _STOP = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 _GENERATED = re.compile(
     r"(auto-?generated|automatically generated|generated (by|from|automatically)|do not edit)", re.IGNORECASE

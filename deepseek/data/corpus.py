@@ -33,10 +33,11 @@ from deepseek.data.dedup import DedupConfig, Deduplicator
 from deepseek.data.loader import Loader, eval_batches
 from deepseek.data.records import open_source
 from deepseek.data.source import BadRecords, Document, Source, SourceConfig, default_name, is_held_out
-from deepseek.data.store import StoreWriter, TokenStore, sync_folder, write_json
+from deepseek.data.store import StoreWriter, TokenStore, write_json
 from deepseek.data.tokenizer import MIN_VOCAB, Tokenizer, train_tokenizer
 from deepseek.errors import ConfigError, DataError
 from deepseek.events import emit
+from deepseek.files import flush
 
 VERSION = 1
 BATCH_BYTES = 4 * 2**20  #: text tokenised at a time
@@ -203,7 +204,7 @@ def prepare(config: DataConfig, directory: Path | str = "", tokenizer: Tokenizer
         try:
             _Preparation(config, sources, bad, fingerprint, temporary).run(tokenizer)
             temporary.rename(target)
-            sync_folder(target.parent)
+            flush(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Corpus.load(target)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import IO, Any, cast
@@ -105,7 +106,9 @@ class _NearIndex:
         self._config, self._rensa = config, rensa
         bands = bands_for(config.threshold, config.permutations)
         self._index: Any = rensa.RMinHashLSH(config.threshold, config.permutations, bands)
-        self._file = cast("IO[bytes]", tempfile.TemporaryFile(prefix="deepseek-dedup-"))  # noqa: SIM115 - lives with the index
+        spill = tempfile.TemporaryFile(prefix="deepseek-dedup-")  # noqa: SIM115 - closed with the index
+        self._file = cast("IO[bytes]", spill)
+        weakref.finalize(self, spill.close)
         self._kept: list[tuple[str, int, int]] = []  # id, first byte in the file, shingles
 
     def check(self, document: Document) -> Duplicate | None:

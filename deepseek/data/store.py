@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek.errors import DataError
+from deepseek.files import flush, write_atomic
 
 FORMAT, VERSION = "deepseek-token-store", 1
 SHARD_TOKENS = 2**29  #: a new shard begins once the last one holds this many tokens
@@ -222,9 +222,9 @@ class StoreWriter:
             "fingerprint": hashlib.blake2b(hashes, digest_size=16).hexdigest(),
         }
         write_json(self._temporary / "store.json", self._manifest)
-        sync_folder(self._temporary)
+        flush(self._temporary)
         self._temporary.rename(self.directory)
-        sync_folder(self.directory.parent)
+        flush(self.directory.parent)
         return TokenStore(self.directory)
 
     def abandon(self) -> None:
@@ -263,24 +263,8 @@ class _HashedFile:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, through a temporary file that is flushed and renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder durable, where the system can."""
-    if sys.platform != "win32":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Write ``value`` as JSON, whole or not at all."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
 def _shard_name(index: int) -> str:
@@ -343,5 +327,6 @@ def _manifest_problem(found: Any) -> str | None:
     ):
         return "a file has no size or hash"
     if files["documents.bin"]["bytes"] != found["documents"] * RECORD.itemsize:
-        return f"{found['documents']} documents do not fit documents.bin of {files['documents.bin']['bytes']} bytes"
+        size = files["documents.bin"]["bytes"]
+        return f"{found['documents']} documents do not fit documents.bin of {size} bytes"
     return None

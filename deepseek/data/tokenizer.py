@@ -15,7 +15,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from deepseek.data.fast_lane import PATTERN, FastLane
 from deepseek.errors import ConfigError, DataError, did_you_mean
+from deepseek.files import write_atomic
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 CHAT = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
@@ -167,8 +167,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000_000,
         }
-        _write(directory / "tokenizer.json", self._inner.to_str(pretty=True))
-        _write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_atomic(directory / "tokenizer.json", self._inner.to_str(pretty=True))
+        write_atomic(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path | str) -> Tokenizer:
@@ -222,15 +222,6 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"text holds a lone surrogate at character {error.start}; UTF-8 has none") from None
     return text
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class IncrementalDecoder:
