@@ -96,10 +96,9 @@ class DeepseekHybridForCausalLM(PreTrainedModel, GenerationMixin):
         ``aux_loss``.
 
         Args:
-            attention_mask: ``[B, T]``, or with a cache ``[B, columns seen + T]``; 0 marks padding, on any
-            side. position_ids: what ``generate`` counts; or, without mask and cache, positions that start
-            again at 0 where
-                packed documents begin.
+            attention_mask: ``[B, T]``, with a cache ``[B, columns seen + T]``; 0 marks padding, on any side.
+            position_ids: as ``generate`` counts them; or, without mask and cache, positions that start again
+                at 0 where packed documents begin.
 
         Raises:
             ConfigError: something asked for that this architecture does not do.
@@ -108,52 +107,42 @@ class DeepseekHybridForCausalLM(PreTrainedModel, GenerationMixin):
             raise ConfigError("this architecture takes input_ids; inputs_embeds is not supported")
         if output_attentions or output_hidden_states:
             raise ConfigError("output_attentions and output_hidden_states are not supported")
-        if past_key_values is None and self._wants_cache(use_cache, labels):
-            past_key_values = GenerationCache()
-        elif past_key_values is not None and not isinstance(past_key_values, GenerationCache):
-            kind = type(past_key_values).__name__
-            raise ConfigError(f"past_key_values is a {kind}; pass what the model returned, a GenerationCache")
-        hidden, outputs = self._hidden(input_ids, attention_mask, position_ids, past_key_values)
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else slice(None)
-        )
-        logits = self.model.logits(hidden[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept])
-        routings = [
-            layer.routing for output in outputs for layer in output.layers if layer.routing is not None
-        ]
-        balance = torch.stack([r.balance_loss for r in routings]).sum() if routings else None
-        loss = None
+        cache = self._cache(past_key_values, use_cache, labels)
+        documents = _documents(position_ids, attention_mask, input_ids, cache)
+        if documents is not None and position_ids is not None:
+            cache = None
+            output = self.model(input_ids, documents, position_ids.expand_as(input_ids))
+            hidden, outputs = output.hidden, [output]
+        else:
+            hidden, outputs = self._hidden(input_ids, attention_mask, cache)
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits, balance, loss = self.model.logits(hidden), _balance(outputs), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
             if self.training and balance is not None:
                 loss = loss + balance
-        out = MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=balance, logits=logits, past_key_values=past_key_values
-        )
+        out = MoeCausalLMOutputWithPast(loss=loss, aux_loss=balance, logits=logits, past_key_values=cache)
         return out.to_tuple() if return_dict is False else out
 
-    def _wants_cache(self, use_cache: bool | None, labels: Tensor | None) -> bool:
+    def _cache(self, given: Any, use_cache: bool | None, labels: Tensor | None) -> GenerationCache | None:
+        """The cache of this call: the one given, a new one where wanted, or none."""
+        if isinstance(given, GenerationCache):
+            return given
+        if given is not None:
+            kind = type(given).__name__
+            raise ConfigError(f"past_key_values is a {kind}; pass what the model returned, a GenerationCache")
         if use_cache is None:
-            return bool(self.config.use_cache) and labels is None and not self.training
-        return use_cache
+            use_cache = bool(self.config.use_cache) and labels is None and not self.training
+        return GenerationCache() if use_cache else None
 
     def _hidden(
-        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: GenerationCache | None
+        self, tokens: Tensor, mask: Tensor | None, cache: GenerationCache | None
     ) -> tuple[Tensor, list[Output]]:
-        """Hidden states ``[B, T, C]``, and the outputs they came from."""
-        start = cache.columns if cache is not None else 0
-        real = _real(tokens, mask, start)
-        documents = _check_positions(positions, mask, tokens.shape[1], start)
-        if documents is not None and positions is not None:
-            if start or mask is not None:
-                raise ConfigError(
-                    "packed documents (position_ids that restart) go with neither mask nor cache"
-                )
-            rows = tokens.shape
-            output = self.model(tokens, documents=documents.expand(rows), positions=positions.expand(rows))
-            return output.hidden, [output]
+        """Hidden states ``[B, T, C]``, zeros at padding, and the outputs they came from."""
+        real = _real(tokens, mask, cache.columns if cache is not None else 0)
         if cache is not None:
             return cache.run(self.model, tokens, real)
         if real is None or bool(real.all()):
@@ -161,9 +150,9 @@ class DeepseekHybridForCausalLM(PreTrainedModel, GenerationMixin):
             return output.hidden, [output]
         order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first
         documents = real.gather(1, order).to(torch.int32) - 1
-        output = self.model(tokens.gather(1, order), documents=documents)
-        index = order[..., None].expand_as(output.hidden)
-        return torch.zeros_like(output.hidden).scatter(1, index, output.hidden), [output]
+        output = self.model(tokens.gather(1, order), documents)
+        hidden = output.hidden * (documents >= 0)[..., None].to(output.hidden.dtype)
+        return torch.zeros_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden), [output]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
@@ -197,27 +186,35 @@ def _real(tokens: Tensor, mask: Tensor | None, start: int) -> Tensor | None:
     return mask[:, start:].bool()
 
 
-def _check_positions(positions: Tensor | None, mask: Tensor | None, new: int, start: int) -> Tensor | None:
-    """``None`` when the positions are the ones we count ourselves, or the documents that they begin.
+def _documents(
+    positions: Tensor | None, mask: Tensor | None, tokens: Tensor, cache: GenerationCache | None
+) -> Tensor | None:
+    """``None`` when the positions are the ones we count ourselves, else the packed documents they begin.
 
     Raises:
         ConfigError: they are neither.
     """
     if positions is None:
         return None
-    if mask is not None and mask.shape[1] == start + new:
-        counted = (mask.long().cumsum(1) - 1)[:, start:]
-        wrong = (positions != counted) & mask[:, start:].bool()
+    start = cache.columns if cache is not None else 0
+    columns = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+    if mask is not None and mask.shape[1] == start + tokens.shape[1]:
+        wrong = (positions != (mask.long().cumsum(1) - 1)[:, start:]) & mask[:, start:].bool()
     else:
-        counted = torch.arange(start, start + new, device=positions.device)[None]
-        wrong = positions != counted
+        wrong = positions != columns
     if not bool(wrong.any()):
         return None
     begins = positions == 0
-    documents = begins.long().cumsum(1) - 1
-    first = torch.where(begins, counted, 0).cummax(1).values if mask is None else counted
-    if mask is None and bool(begins[:, 0].all()) and bool((positions == counted - first).all()):
-        return documents.to(torch.int32)
+    counted = columns - torch.where(begins, columns, 0).cummax(1).values
+    if mask is None and start == 0 and bool(begins[:, 0].all()) and bool((positions == counted).all()):
+        return (begins.cumsum(1) - 1).to(torch.int32).expand_as(tokens)
     raise ConfigError(
-        "position_ids must count the real tokens of each row from 0; anything else is not supported"
+        "position_ids must count the real tokens of each row from 0, or start again at 0 with every packed "
+        "document (then without attention_mask and cache)"
     )
+
+
+def _balance(outputs: list[Output]) -> Tensor | None:
+    """The sum of the expert layers' balance losses."""
+    routings = [layer.routing for output in outputs for layer in output.layers if layer.routing is not None]
+    return torch.stack([r.balance_loss for r in routings]).sum() if routings else None
