@@ -17,11 +17,14 @@ GOOD = (
     "Nobody objected to the price of the steel, but some members asked if wood had been tried.\n"
     "A final vote will be held in spring, with work expected to begin before the end of summer.\n"
 )
-CHINESE = "委员会星期二开会讨论新桥的建设方案,这座桥已经计划了十多年。" + "工程师说河面比旧地图上更宽。" * 4
+CHINESE = (
+    "委员会星期二开会讨论新桥的建设方案,这座桥已经计划了十多年。工程师说河面比旧地图上更宽。\n"
+    "没有人反对钢材的价格,但是几位委员问过能不能用木头。春天将举行最后的表决。\n"
+)
 
 BROKEN = {
     "min_words": "Only a few words.",
-    "max_mean_word": " ".join(["pneumonoultramicroscopic the and of to."] * 20),
+    "max_mean_word": " ".join(["electroencephalographically the misunderstandings and"] * 20),
     "min_mean_word": "a b c d e f g h i j k l m n o p q r s t to of the and.\n" * 3,
     "max_symbol_ratio": GOOD + " # # # # # # # # # # # # # # # # # # # #",
     "max_bullet_lines": "\n".join(
