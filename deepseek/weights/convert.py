@@ -73,8 +73,11 @@ def load_hf(
     """
     directory = model_directory(directory)
     family, config = _read(directory)
-    with torch.device("meta"):
-        model = Transformer(config)
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except (RuntimeError, OverflowError) as error:
+        raise WeightsError(f"{directory}: no model has this shape: {str(error).splitlines()[0]}") from None
     with TensorFiles(directory) as files:
         names = tensor_slots(model, family, files.names)
         _check_names(directory, names, files, config)

@@ -16,6 +16,7 @@ from deepseek.nn.moe import MoEConfig
 from deepseek.weights.families import COMMON, FAMILIES, Family
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LIMITS = dict.fromkeys(("num_hidden_layers", "num_experts", "num_local_experts"), 10_000)
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -38,13 +39,14 @@ class Keys:
 
     def whole(self, key: str) -> int:
         value = self[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise WeightsError(f"config.json: {key} is {value!r}; it must be a positive whole number")
+        most = LIMITS.get(key, 2**31 - 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise WeightsError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {most}")
         return value
 
     def number(self, key: str) -> float:
         value = self[key]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
             raise WeightsError(f"config.json: {key} is {value!r}; it must be a positive number")
         return float(value)
 
@@ -72,7 +74,7 @@ def from_hf(values: dict[str, Any], family: Family) -> ModelConfig:
             norm_eps=keys.number("rms_norm_eps"),
             tie_embeddings=keys.flag("tie_word_embeddings"),
             ffn_bias=family.ffn_bias and keys.flag("mlp_bias"),
-            init_std=float(keys["initializer_range"]),
+            init_std=keys.number("initializer_range"),
             attention=_attention(keys, family, kinds),
             moe=_moe(keys, family),
         )
@@ -91,7 +93,7 @@ def _refuse_unsupported(values: dict[str, Any], keys: Keys) -> None:
             f"config.json: quantization_config {method!r} is not supported; dequantise the weights first"
         )
     named = values.get("architectures") or []
-    if named and not any(str(a).endswith("ForCausalLM") for a in named):
+    if not isinstance(named, list) or (named and not any(str(a).endswith("ForCausalLM") for a in named)):
         raise WeightsError(
             f"config.json: architectures {named!r} is not a causal language model (…ForCausalLM)"
         )
@@ -134,7 +136,11 @@ def _kinds(keys: Keys, family: Family) -> str:
         window = None
     types = keys["layer_types"] if family.window == "layers" else None
     if types is not None:
-        if not isinstance(types, list) or len(types) != layers or set(types) - {SLIDING, FULL}:
+        if (
+            not isinstance(types, list)
+            or len(types) != layers
+            or any(t not in (SLIDING, FULL) for t in types)
+        ):
             raise WeightsError(
                 f"config.json: layer_types {types!r} must name {SLIDING!r} or {FULL!r} for {layers} layers"
             )

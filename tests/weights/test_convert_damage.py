@@ -1,4 +1,4 @@
-"""What cannot be read, expressed or written is one line that names it; a target directory is never half-written."""
+"""What cannot be read, expressed or written is one line that names it; no target is ever half-written."""
 
 import json
 import shutil
@@ -152,6 +152,34 @@ def test_unsupported_options_are_named(directory, key, value):
     change(directory, **{key: value})
     shown = "kv_heads=3" if key == "num_key_value_heads" else key
     refused(directory, shown, read=read_config)
+
+
+JUNK = (None, -1, 0, 1, 1.5, 10**40, float("inf"), float("nan"), "", "x", [], [1], {}, {"a": []}, True, False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen3_moe", "deepseek_hybrid"])
+def test_any_value_of_any_key_loads_or_is_refused(family, tmp_path):
+    changed = {
+        "qwen3": {"attention": replace(DENSE.attention, qk_norm=True)},
+        "mixtral": {"moe": SPARSE.moe},
+        "qwen3_moe": {"moe": SPARSE.moe, "attention": replace(DENSE.attention, qk_norm=True)},
+    }
+    save_hf(Transformer(replace(DENSE, **changed.get(family, {}))), tmp_path / "m", family=family)
+    path = tmp_path / "m/config.json"
+    good = json.loads(path.read_text())
+    extra = ("rope_scaling", "quantization_config", "architectures", "layer_types", "max_window_layers")
+    outcomes = []
+    for key in (*good, *extra):
+        for value in JUNK:
+            path.write_text(json.dumps({**good, key: value}))
+            try:
+                load_hf(tmp_path / "m")
+                outcomes.append("")
+            except WeightsError as error:
+                outcomes.append(str(error))
+    assert "" in outcomes
+    assert any(outcomes)
+    assert not any("\n" in outcome for outcome in outcomes)
 
 
 def test_layer_types(tmp_path):
