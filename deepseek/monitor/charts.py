@@ -272,9 +272,11 @@ def tick_text(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 10000:
-        return si(value, 4).rstrip("0").rstrip(".") if "." not in si(value, 4) else _trim(si(value, 4))
+        text = si(value, 4)
+        return _trim(text) if "." in text else text
     if abs(value) < 1e-3:
-        return f"{value:.3g}".replace("e-0", "e-")
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
     return f"{value:.6g}"
 
 

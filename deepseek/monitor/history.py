@@ -8,6 +8,7 @@ earlier one.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from deepseek.errors import RunError
 from deepseek.monitor.units import finite, number, numbers
 
 EVENTS_FILE = "events.jsonl"
+HUGE = 1e100  #: a value beyond this is an overflow like an infinity; no scale can hold it
 
 EventDict = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -79,7 +81,7 @@ class History:
                 value = value.get(key) if isinstance(value, dict) else None
             step, found = finite(event.get("step")), number(value)
             if step is not None and found is not None:
-                points.append((step, found))
+                points.append((step, found if abs(found) < HUGE else math.copysign(math.inf, found)))
         return points
 
     def load(self) -> list[list[tuple[float, list[float]]]]:

@@ -6,6 +6,7 @@ text without control codes. Where the output cannot encode block characters, pla
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,7 +186,7 @@ class Step:
 def sparkline(values: Sequence[float], width: int, marks: Glyphs = UNICODE) -> str:
     """``values`` as ``width`` bars between their smallest and largest; a bucket shows its extreme, so that a
     spike of one step stays visible."""
-    clean = [v for v in values if finite(v) is not None]
+    clean = [v for v in values if math.isfinite(v)]
     if not clean or width < 1:
         return ""
     low, high = min(clean), max(clean)

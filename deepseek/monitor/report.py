@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def header(history: History) -> Html:
     summary = summarize(history.directory)
     facts = [one_line(run[k], 60) for k in ("preset", "device", "dtype") if run.get(k)]
     if summary.started is not None:
-        facts.append(time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(summary.started)))
+        facts.append(clock(summary.started, "%Y-%m-%d %H:%M UTC"))
     status = tag("span", summary.status, class_=f"status {summary.status}")
     tiles = [
         tag("div", tag("dt", label), tag("dd", value, tag("small", detail) if detail else None))
@@ -277,7 +276,14 @@ def gates(history: History) -> list[Html | None]:
             for h in range(min(heads, 64))
         ]
         note = "1: all from the global branch; 0: all from the local window"
-        chart = Chart(f"gate-{layer}", f"Gates, layer {one_line(layer, 12)}", lines, note=note, breaks=breaks)
+        chart = Chart(
+            f"gate-{layer}",
+            f"Gates, layer {one_line(layer, 12)}",
+            lines,
+            note=note,
+            breaks=breaks,
+            bounds=(0.0, 1.0),
+        )
         figures.append(chart.figure())
     return folded(figures, "hybrid layers")
 
@@ -397,8 +403,6 @@ def data_section(history: History) -> Html | None:
 def event_table(events: Sequence[EventDict]) -> Html:
     rows = []
     for event in events:
-        when = finite(event.get("time"))
-        clock = time.strftime("%H:%M:%S", time.gmtime(when)) if when is not None else MISSING
         rest = {k: v for k, v in event.items() if k not in {"event", "step", "time"}}
         text = ", ".join(f"{k} {_short(v)}" for k, v in rest.items())
         cells = (

@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -25,6 +26,7 @@ from deepseek.monitor.history import gates_of, rows_of
 from deepseek.monitor.narrator import ACCENT, BAD, GOOD, QUIET, WARN, Glyphs, comparison, glyphs, sparkline
 from deepseek.monitor.units import (
     MISSING,
+    clock,
     duration,
     finite,
     fixed,
@@ -60,7 +62,7 @@ class TerminalSink(Sink):
         quiet: bool = False,
         every_seconds: float = 5.0,
         every_steps: int = 0,
-        budget: float = 0.005,
+        budget: float = 0.008,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console = console or Console()
@@ -89,7 +91,7 @@ class TerminalSink(Sink):
         try:
             if self._live is not None:
                 self.state.read()
-                self._live.update(self.state.panel(self.console.width), refresh=True)
+                self._live.update(self.state.panel(self.console.width, self.console.height), refresh=True)
         except Exception:
             pass  # the terminal is given back below, whatever the state holds
         finally:
@@ -120,7 +122,7 @@ class TerminalSink(Sink):
             return
         started = time.perf_counter()
         self.state.read()
-        panel = self.state.panel(self.console.width)
+        panel = self.state.panel(self.console.width, self.console.height)
         if self._live is None:
             self._start(panel)
         else:
@@ -278,22 +280,25 @@ class State:
         parts.append(f"eta {duration(self.remaining())}")
         return "  ".join(parts)
 
-    def panel(self, width: int) -> RenderableType:
-        """The live view, at most ``width`` columns wide."""
+    def panel(self, width: int, height: int = 50) -> RenderableType:
+        """The live view: ``width`` columns at most, and ``height`` lines if leaving out layers can do it."""
         width = max(min(width, 120), 40)
         v = self.latest
-        rows: list[RenderableType] = [self._title(width), self._progress(width), Text("")]
+        rows = [self._title(width), self._progress(width), Text("")]
         rows += self._numbers(width)
         loads, gates = rows_of(v.get("load")), gates_of(v.get("gates"))
+        room = max((height - 13 - len(self.messages)) // (2 if loads and gates else 1), 1)
         if loads or gates:
             rows.append(Text(""))
         if loads:
-            rows += self._experts(loads, width)
+            rows += self._experts(loads, width, room)
         if gates:
-            rows += self._gates(gates, width)
+            rows += self._gates(gates, width, room)
         if self.messages:
             rows.append(Text(""))
             rows += [self._message(m, width) for m in self.messages]
+        for row in rows:
+            row.no_wrap, row.overflow = True, "crop"
         return Group(*rows)
 
     def _title(self, width: int) -> Text:
@@ -363,7 +368,7 @@ class State:
             lines.append(line.append_text(shown if isinstance(shown, Text) else Text(shown, QUIET)))
         return lines
 
-    def _experts(self, loads: list[list[float]], width: int) -> list[Text]:
+    def _experts(self, loads: list[list[float]], width: int, room: int) -> list[Text]:
         v = self.latest
         head = Text().append("experts", QUIET)
         for key, label in (("coverage", "coverage"), ("max_vio", "MaxVio"), ("router_entropy", "entropy")):
@@ -371,37 +376,40 @@ class State:
                 shown = percent(v[key]) if key == "coverage" else significant(v[key], 3)
                 head.append(f"  {label} ", style=QUIET).append(shown)
         return (
-            [head] + [self._load_line(i, shares, width) for i, shares in enumerate(loads[:12])] + more(loads)
+            [head]
+            + [self._load_line(i, shares, width) for i, shares in enumerate(loads[:room])]
+            + more(loads, room)
         )
 
     def _load_line(self, layer: int, shares: list[float], width: int) -> Text:
         line, mean = Text(f"  {layer:>2} ", style=QUIET), sum(shares) / len(shares)
         ratios = [s / mean if mean > 0 else 0.0 for s in shares]
         room = width - 24
-        for group in _groups(ratios, room):
-            worst = max(group, key=lambda r: abs(r - 1))
-            height = (
-                self.marks.heights[min(int(worst / CROWDED * 8), 7)] if worst > 0 else self.marks.heights[0]
-            )
-            line.append(height, style=BAD if worst > CROWDED else WARN if worst < STARVED else GOOD)
+        cells = [self._load_cell(max(g, key=lambda r: abs(r - 1))) for g in _groups(ratios, room)]
+        for style, same in groupby(cells, key=lambda cell: cell[1]):
+            line.append("".join(height for height, _ in same), style)
         line.append(f"  {min(ratios):.2f}–{max(ratios):.2f}×", style=QUIET)
         return line if self.marks.done == "✓" else Text(line.plain.replace("–", " to ").replace("×", "x"))
 
-    def _gates(self, gates: dict[str, list[float]], width: int) -> list[Text]:
+    def _load_cell(self, ratio: float) -> tuple[str, str]:
+        height = self.marks.heights[min(max(int(ratio / CROWDED * 8), 0), 7)]
+        return height, BAD if ratio > CROWDED else WARN if ratio < STARVED else GOOD
+
+    def _gates(self, gates: dict[str, list[float]], width: int, room: int) -> list[Text]:
         head = Text("gates", style=QUIET).append("    local 0 … 1 global, one bar a head", style=QUIET)
         if self.marks.done != "✓":
             head = Text("gates    local 0 .. 1 global, one bar a head")
         lines = [head]
-        for layer, heads in list(gates.items())[:12]:
+        for layer, heads in list(gates.items())[:room]:
             line = Text(f"  {one_line(layer, 4):>2} ", style=QUIET)
-            for gate in heads[: width - 24]:
-                line.append(self.marks.heights[min(max(int(gate * 8), 0), 7)], style="magenta")
+            bars = (self.marks.heights[min(max(int(gate * 8), 0), 7)] for gate in heads[: width - 24])
+            line.append("".join(bars), "magenta")
             lines.append(line.append(f"  mean {sum(heads) / len(heads):.2f}", style=QUIET))
-        return lines + more(list(gates))
+        return lines + more(list(gates), room)
 
     def _message(self, entry: tuple[float, str, str, Event | None], width: int) -> Text:
         when, text, style, _ = entry
-        line = Text(time.strftime("%H:%M:%S ", time.localtime(when)), style=QUIET).append(text, style=style)
+        line = Text(clock(when, "%H:%M:%S ", local=True), style=QUIET).append(text, style=style)
         line.truncate(width, overflow="ellipsis" if self.marks.done == "✓" else "crop")
         return line
 
@@ -442,8 +450,8 @@ def step_text(step: int, total: int) -> str:
     return f"{step:,}/{total:,}" if total else f"{step:,}"
 
 
-def more(items: list[Any]) -> list[Text]:
-    return [Text(f"     and {len(items) - 12} more layers", style=QUIET)] if len(items) > 12 else []
+def more(items: list[Any], shown: int) -> list[Text]:
+    return [Text(f"     and {len(items) - shown} more layers", style=QUIET)] if len(items) > shown else []
 
 
 def _groups(values: list[float], room: int) -> list[list[float]]:

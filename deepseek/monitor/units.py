@@ -8,6 +8,7 @@ nothing else.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from deepseek.events import plain
@@ -53,7 +54,7 @@ def si(value: Any, digits: int = 3) -> str:
     if not math.isfinite(found):
         return str(found)
     if abs(found) < 1000:
-        return significant(found, digits)
+        return f"{found:.0f}" if found == int(found) else significant(found, digits)
     power = min(int(math.log10(abs(found)) // 3), 6)
     scaled = found / 1000**power
     if abs(float(f"{scaled:.{digits}g}")) >= 1000 and power < 6:
@@ -78,7 +79,8 @@ def significant(value: Any, digits: int = 3) -> str:
         return f"{found:g}"
     if not 1e-3 <= abs(found) < 1e6:
         return f"{found:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-    places = max(digits - 1 - math.floor(math.log10(abs(found))), 0)
+    rounded = abs(float(f"{found:.{digits}g}"))
+    places = max(digits - 1 - math.floor(math.log10(rounded)), 0)
     return f"{found:,.{places}f}"
 
 
@@ -121,6 +123,19 @@ def size(count: Any) -> str:
             return f"{found:.0f} {unit}" if unit == "B" else f"{found:.1f} {unit}"
         found /= 1024
     return f"{found:.1f} TiB"
+
+
+def clock(when: Any, pattern: str, *, local: bool = False) -> str:
+    """A Unix time as text by ``strftime``, in UTC unless ``local``."""
+    found = finite(when)
+    try:
+        return (
+            MISSING
+            if found is None
+            else time.strftime(pattern, (time.localtime if local else time.gmtime)(found))
+        )
+    except (OverflowError, OSError, ValueError):
+        return MISSING
 
 
 def one_line(value: Any, limit: int = 200) -> str:

@@ -21,7 +21,7 @@
     if (v === 0) return "0";
     const a = Math.abs(v), units = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
     if (a >= 1e4) for (const [size, name] of units) if (a >= size) return parseFloat((v / size).toPrecision(4)) + name;
-    return a < 1e-3 ? v.toExponential().replace(/\.?0+e/, "e") : String(parseFloat(v.toPrecision(6)));
+    return a < 1e-3 ? v.toExponential(2).replace(/\.?0+e/, "e") : String(parseFloat(v.toPrecision(6)));
   };
   const linear = (low, high, count) => {
     const raw = (high - low) / Math.max(count, 1);
@@ -129,7 +129,7 @@
       const inside = make("g", { "clip-path": `url(#${this.clip})` }, svg);
       for (const [line, points] of shown) {
         if (line.style === "dots" || line.x.length === 1)
-          for (const p of points) make("circle", { class: `dot f${line.color}`, cx: this.x(p[0]), cy: this.y(p[1]), r: 3.5 }, svg);
+          for (const p of points.filter((q) => q[0] >= x0 && q[0] <= x1)) make("circle", { class: `dot f${line.color}`, cx: this.x(p[0]), cy: this.y(p[1]), r: 3.5 }, svg);
         else if (points.length)
           make("path", { class: `line s${line.color} ${line.style}`, d: "M" + extremes(points, width - L - R, x0, x1).map((p) => this.x(p[0]).toFixed(1) + " " + this.y(p[1]).toFixed(1)).join("L") }, inside);
       }
