@@ -21,7 +21,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from deepseek.data.store import StoreWriter, TokenStore, write_json
 from deepseek.data.tokenizer import MIN_VOCAB, Tokenizer, train_tokenizer
 from deepseek.errors import ConfigError, DataError
 from deepseek.events import emit
-from deepseek.files import flush
+from deepseek.files import flush, locked
 
 VERSION = 1
 BATCH_BYTES = 4 * 2**20  #: text tokenised at a time
@@ -191,7 +190,8 @@ def prepare(config: DataConfig, directory: Path | str = "", tokenizer: Tokenizer
         tokenizer = Tokenizer.load(config.tokenizer)
     fingerprint = corpus_fingerprint(config, sources, tokenizer)
     target = Path(place).expanduser() / fingerprint[:20]
-    with _locked(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f".{target.name}.lock")):
         if (target / "corpus.json").is_file():
             corpus = Corpus.load(target)
             emit("prepare", stage="reused", directory=str(target), tokens=corpus.train.n_tokens)
@@ -371,17 +371,3 @@ def open_name(source: SourceConfig, index: int, config: DataConfig) -> str:
 def named(source: SourceConfig, name: str) -> SourceConfig:
     """``source`` under ``name``."""
     return replace(source, name=name)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Only one process at a time prepares ``target``; the others wait and find it done."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: the rename still keeps every corpus whole
-        yield
-        return
-    with target.with_name(f".{target.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ blank.
 """
 
 TABLE_LIMIT = 1_000_000  #: distinct pieces kept; beyond, the table starts afresh
+WARM = 50_000  #: distinct pieces up to which each text's new ones are looked for before it is encoded
 
 _BLANK = r"\t-\r "  # ASCII blanks as Oniguruma's \s has them; Python's \s would add 0x1c-0x1f
 _CLASSES = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9", r"\s": _BLANK}
@@ -37,18 +38,26 @@ _LINES = re.compile(r"(?<=\n)(?=[^\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\
 
 
 class _Table(dict[str, bytes]):
-    """Piece -> its ids as int32 bytes; a missing piece is encoded by the library."""
+    """Piece -> its ids as int32 bytes; missing pieces are encoded by the library, each as one piece."""
 
-    def __init__(self, encode: Callable[[str], bytes]) -> None:
-        self._encode = encode
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self._whole = tokenizers.Tokenizer.from_str(inner.to_str())
+        self._whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._whole.encode_special_tokens = True
 
     def __missing__(self, piece: str) -> bytes:
         if len(self) >= TABLE_LIMIT:
             self.clear()
-        found = self._encode(piece)
+        found = np.array(self._whole.encode(piece, add_special_tokens=False).ids, np.int32).tobytes()
         if len(piece) <= 64:
             self[piece] = found
         return found
+
+    def learn(self, pieces: Iterable[str]) -> None:
+        """Encode the pieces that are missing all at once: several threads, one call."""
+        new = [p for p in set(pieces).difference(self) if len(p) <= 64]
+        for piece, found in zip(new, self._whole.encode_batch_fast(new, add_special_tokens=False)):
+            self[piece] = np.array(found.ids, np.int32).tobytes()
 
 
 class FastLane:
@@ -56,14 +65,7 @@ class FastLane:
 
     def __init__(self, inner: tokenizers.Tokenizer, pattern: re.Pattern[str], by_line: bool) -> None:
         self._inner, self._pattern, self._by_line = inner, pattern, by_line
-        whole = tokenizers.Tokenizer.from_str(inner.to_str())
-        whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        whole.encode_special_tokens = True
-
-        def encode(piece: str) -> bytes:
-            return np.array(whole.encode(piece, add_special_tokens=False).ids, np.int32).tobytes()
-
-        self._table = _Table(encode)
+        self._table = _Table(inner)
 
     @classmethod
     def of(cls, inner: tokenizers.Tokenizer) -> FastLane | None:
@@ -81,7 +83,7 @@ class FastLane:
         slow: list[int] = []
         for i, text in enumerate(texts):
             if text.isascii():
-                found[i] = np.frombuffer(self._ascii(text), np.int32)
+                found[i] = np.frombuffer(self._ascii(text), np.int32).copy()
             elif self._by_line:
                 found[i] = self._mixed(text)
             else:
@@ -91,7 +93,10 @@ class FastLane:
         return [ids for ids in found if ids is not None]
 
     def _ascii(self, text: str) -> bytes:
-        return b"".join(map(self._table.__getitem__, self._pattern.findall(text)))
+        pieces = self._pattern.findall(text)
+        if len(self._table) < WARM:
+            self._table.learn(pieces)
+        return b"".join(map(self._table.__getitem__, pieces))
 
     def _mixed(self, text: str) -> npt.NDArray[np.int32]:
         runs: list[list[str]] = []
@@ -105,7 +110,7 @@ class FastLane:
         joined = ["".join(run) for run in runs]
         slow = iter(self._library([t for t, fast in zip(joined, plain) if not fast]))
         parts = [self._ascii(t) if fast else next(slow).tobytes() for t, fast in zip(joined, plain)]
-        return np.frombuffer(b"".join(parts), np.int32)
+        return np.frombuffer(b"".join(parts), np.int32).copy()
 
     def _library(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         if not texts:

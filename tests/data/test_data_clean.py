@@ -12,7 +12,7 @@ from deepseek.errors import ConfigError
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 GOOD = (
-    "The committee met on Tuesday to discuss the new bridge, which has been planned for more than ten years.\n"
+    "The committee met on Tuesday to discuss the new bridge, which has been planned for over ten years.\n"
     "Engineers said that the river is wider than the old maps show, and that a longer span will be needed.\n"
     "Nobody objected to the price of the steel, but some members asked if wood had been tried.\n"
     "A final vote will be held in spring, with work expected to begin before the end of summer.\n"
