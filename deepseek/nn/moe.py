@@ -186,7 +186,7 @@ class MoE(nn.Module):
                 rows = torch.repeat_interleave(
                     torch.arange(c.experts, device=probs.device), served.long(), output_size=y_RC.shape[0]
                 )
-                sums = sums.index_add(0, rows, y_RC.detach().float())
+                sums = sums.index_add(0, rows, y_RC.detach().to(sums.dtype))
             entropy = -(torch.xlogy(probs, probs).sum(-1) * counted).sum() / counted.sum().clamp(min=1)
             chosen = (routing.chosen_NE * counted[:, None]).sum(0)
         return RoutingStats(loss, chosen, served, sums, entropy)
@@ -202,4 +202,4 @@ class MoE(nn.Module):
         if c.default_decay > 0:
             served = stats.served_E[:, None]
             mean = torch.where(served > 0, stats.output_sum_EC / served.clamp(min=1), self.default_EC)
-            self.default_EC.lerp_(mean, 1 - c.default_decay)
+            self.default_EC.lerp_(mean.to(self.default_EC.dtype), 1 - c.default_decay)

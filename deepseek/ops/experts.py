@@ -57,10 +57,11 @@ def grouped_linear(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: st
 
 
 def pick_backend(x: Tensor, backend: str = "auto") -> str:
-    """What 'auto' means for ``x``: CUDA's grouped kernel takes bf16 only, the CPU's takes every float."""
+    """What 'auto' means for ``x``: CUDA's grouped kernel takes bf16 only, the CPU's all but fp64."""
     if backend != "auto":
         return backend
-    return "loop" if x.is_cuda and x.dtype != torch.bfloat16 else "grouped_mm"
+    wide = x.dtype == torch.float64 or (x.is_cuda and x.dtype != torch.bfloat16)
+    return "loop" if wide else "grouped_mm"
 
 
 def swiglu(x: Tensor) -> Tensor:

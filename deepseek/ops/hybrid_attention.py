@@ -45,7 +45,9 @@ def pool_blocks(x_BKTD: Tensor, block: int, stride: int, starts: Tensor | None =
     """Mean over each complete block: ``[B, K, T, D]`` → ``[B, K, J, D]``; ``starts``: ``document_blocks``."""
     B, K, T, D = x_BKTD.shape
     blocks = pooled_length(T, block, stride)
-    if starts is not None and blocks:
+    if not blocks:
+        return x_BKTD[:, :, :0]
+    if starts is not None:
         place = starts.clamp(max=T - block)[..., None] + torch.arange(block, device=starts.device)
         row = (place + torch.arange(B, device=starts.device)[:, None, None] * T).flatten()
         picked = x_BKTD.transpose(1, 2).reshape(B * T, K * D).index_select(0, row)
@@ -55,8 +57,7 @@ def pool_blocks(x_BKTD: Tensor, block: int, stride: int, starts: Tensor | None =
     # Sums of stride-long pieces, then of block/stride neighbouring pieces: no overlapping copy of the row.
     pieces = x_BKTD[:, :, : (T // stride) * stride].unflatten(2, (-1, stride)).sum(3)
     per_block = block // stride
-    total = sum(pieces[:, :, i : i + blocks] for i in range(per_block))
-    return torch.as_tensor(total / block) if blocks else x_BKTD.new_empty(B, K, 0, D)
+    return torch.stack([pieces[:, :, i : i + blocks] for i in range(per_block)]).sum(0) / block
 
 
 def pooled_mask(
