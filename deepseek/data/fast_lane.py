@@ -55,7 +55,7 @@ class _Table(dict[str, bytes]):
 
     def learn(self, pieces: Iterable[str]) -> None:
         """Encode the pieces that are missing all at once: several threads, one call."""
-        new = [p for p in set(pieces).difference(self) if len(p) <= 64]
+        new = [p for p in set(pieces) if p not in self and len(p) <= 64]
         for piece, found in zip(new, self._whole.encode_batch_fast(new, add_special_tokens=False)):
             self[piece] = np.array(found.ids, np.int32).tobytes()
 

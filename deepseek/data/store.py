@@ -274,7 +274,7 @@ def _shard_name(index: int) -> str:
 def _map(path: Path, dtype: np.dtype[Any]) -> Array:
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+    return np.asarray(np.memmap(path, dtype, mode="r"))  # a plain view: memmap slices at a tenth of the speed
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
