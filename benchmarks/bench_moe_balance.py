@@ -28,13 +28,17 @@ from deepseek.nn.moe import MoE, MoEConfig, coverage, max_violation
 HIDDEN, EXPERTS, CLUSTERS, TOKENS = 32, 64, 256, 2048
 
 OFF = {"entropy_weight": 0.0, "bias_rate": 0.0, "default_decay": 0.0, "token_floor": 0.0}
-VARIANTS: dict[str, dict[str, float]] = {
+SIGN = {"bias_rate": 1e-3, "bias_step": "sign"}
+VARIANTS: dict[str, dict[str, Any]] = {
     "none": OFF,
-    "entropy only": {**OFF, "entropy_weight": 0.01},
-    "bias only": {**OFF, "bias_rate": 1e-3},
-    "entropy + bias": {**OFF, "entropy_weight": 0.01, "bias_rate": 1e-3},
+    "entropy": {**OFF, "entropy_weight": 0.01},
+    "bias by sign": {**OFF, **SIGN},
+    "bias": {**OFF, "bias_rate": 2e-3},
+    "entropy + bias by sign": {**OFF, "entropy_weight": 0.01, **SIGN},
+    "entropy + bias": {"token_floor": 0.0, "default_decay": 0.0},
+    "entropy + bias by sign + default": {"token_floor": 0.0, **SIGN},
     "entropy + bias + default": {"token_floor": 0.0},
-    "all four (defaults)": {},
+    "entropy + bias + default + floor (defaults)": {},
 }
 
 
@@ -70,7 +74,7 @@ class Result:
     seconds: float
 
 
-def make_layer(seed: int, **changes: float) -> MoE:
+def make_layer(seed: int, **changes: Any) -> MoE:
     """A freshly initialised layer."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"experts": EXPERTS, "top_k": 2, "expert_ffn": HIDDEN, **changes}
@@ -91,7 +95,7 @@ def measure(moe: MoE, x: Tensor, y: Tensor) -> tuple[float, float, int, float]:
     return float(coverage(load)), float(max_violation(load)), dead, float(F.mse_loss(out[0], y))
 
 
-def run(steps: int, seed: int = 0, **changes: float) -> Result:
+def run(steps: int, seed: int = 0, **changes: Any) -> Result:
     """Train one variant and measure it."""
     toy, moe = Toy(seed), make_layer(seed, **changes)
     fresh = toy.batch(65_536)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepseek.nn.attention import Attention, AttentionConfig, Context
 from deepseek.nn.cache import LayerCache
+from deepseek.nn.layers import widen
 from deepseek.nn.rope import rotate
 from deepseek.ops.attention import causal_mask, dense_attention, window_mask
 from deepseek.ops.hybrid_attention import document_blocks, hybrid_attention, pooled_attention, pooled_mask
@@ -28,10 +29,10 @@ class HybridAttention(Attention):
         self.gate = nn.Linear(hidden, config.heads, bias=False) if config.gate == "token" else None
 
     def gates(self, x_BTC: Tensor) -> Tensor:
-        """γ ``[B, H, T]`` in (0, 1), fp32."""
+        """γ ``[B, H, T]`` in (0, 1), fp32 at least."""
         if self.gate is None:
-            return self.gate_bias.float().sigmoid()[None, :, None].expand(x_BTC.shape[0], -1, x_BTC.shape[1])
-        return (self.gate(x_BTC).float() + self.gate_bias.float()).sigmoid().transpose(1, 2)
+            return widen(self.gate_bias).sigmoid()[None, :, None].expand(x_BTC.shape[0], -1, x_BTC.shape[1])
+        return (widen(self.gate(x_BTC)) + self.gate_bias).sigmoid().transpose(1, 2)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, context: Context, cache: LayerCache | None

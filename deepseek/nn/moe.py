@@ -2,8 +2,9 @@
 
 * **entropy loss** ``α (Σ p̄ log p̄ + log E)`` on the mean router probability: the source's balance term,
   differentiable;
-* **bias** added to the probabilities for the selection only, moved by the sign of each expert's load error
-  after every step, outside autograd (auxiliary-loss-free balancing, arXiv 2408.15664);
+* **bias** added to the probabilities for the selection only, moved after every step, outside autograd, against
+  each expert's load error (auxiliary-loss-free balancing, arXiv 2408.15664; its step is the sign of the error, ours
+  is proportional to it up to the same limit, so that a balanced router comes to rest: LOG.md);
 * **token floor**: while training, an expert that was chosen by fewer than ``floor · T·K/E`` tokens also gets
   the tokens that like it best, each with its own small probability as weight. (It looks at the whole batch,
   like expert choice; evaluation and generation never use it.)
@@ -19,7 +20,7 @@ Shape letters: N tokens, E experts, K experts per token, C hidden size, F expert
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ class MoEConfig:
     shared_experts: int = 0  # always-on experts, as one SwiGLU of shared_experts × expert_ffn
     normalise_gates: bool = True  # the k gates of a token sum to one
     entropy_weight: float = 0.01  # α of the balance loss
-    bias_rate: float = 1e-3  # step of the selection bias; 0 = off
+    bias_rate: float = 2e-3  # largest step of the selection bias; 0 = off
+    bias_step: Literal["proportional", "sign"] = "proportional"  # 'sign' is the published rule
     token_floor: float = 0.1  # share of the mean load every expert is guaranteed while training; 0 = off
     default_decay: float = 0.99  # horizon of the default outputs; 0 = off
     backend: Backend = "auto"
@@ -197,7 +199,8 @@ class MoE(nn.Module):
         c = self.config
         if c.bias_rate > 0:
             load = stats.chosen_E / stats.chosen_E.sum().clamp(min=1)
-            self.router.bias += c.bias_rate * torch.sign(1 / c.experts - load)
+            lack = 1 - load * c.experts  # 1 for an idle expert, -1 at twice the share
+            self.router.bias += c.bias_rate * (lack.sign() if c.bias_step == "sign" else lack.clamp(-1, 1))
             self.router.bias -= self.router.bias.mean()
         if c.default_decay > 0:
             served = stats.served_E[:, None]

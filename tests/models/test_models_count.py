@@ -90,7 +90,7 @@ def test_parameters_of_random_shapes(
 
 
 def counted(config: ModelConfig, length: int, rows: int = 2, backward: bool = True) -> int:
-    """What ``FlopCounterMode`` sees of the real model; it cannot see into the CPU's fused attention kernel."""
+    """What ``FlopCounterMode`` sees of the real model; the CPU's fused attention kernel hides from it."""
     torch.manual_seed(0)
     model = Transformer(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -233,3 +233,14 @@ def test_defaults_balance_64_experts_on_skewed_clusters() -> None:
     assert result.max_violation <= 0.4
     assert result.dead == 0
     assert result.least_gradient > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "want"), [("sign", [-1.0, 1.0, 0.0, 1.0]), ("proportional", [-1.0, 0.5, 0.0, 1.0])]
+)
+def test_bias_steps(rule: Any, want: list[float]) -> None:
+    moe = layer(experts=4, **{**QUIET, "bias_rate": 0.01, "bias_step": rule})
+    stats = moe(torch.randn(1, 8, 8))[1]._replace(chosen_E=torch.tensor([100.0, 20, 40, 0]))
+    moe.update(stats)
+    step = 0.01 * torch.tensor(want)
+    torch.testing.assert_close(moe.router.bias, step - step.mean())
