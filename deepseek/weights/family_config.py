@@ -111,21 +111,21 @@ def _theta(keys: Keys) -> float:
         rope = keys[key]
         if not rope:
             continue
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
-        extra = (
-            set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-            if isinstance(rope, dict)
-            else ()
-        )
-        if kind != "default" or extra or rope.get("partial_rotary_factor", 1) != 1:
+        if not isinstance(rope, dict) or not _is_plain_rope(rope):
             raise WeightsError(
                 f"config.json: {key} {rope!r} is not supported; our layers have plain RoPE ('default')"
             )
         value = rope.get("rope_theta", theta)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
             raise WeightsError(f"config.json: {key}.rope_theta is {value!r}; it must be a positive number")
         return float(value)
     return theta
+
+
+def _is_plain_rope(rope: dict[str, Any]) -> bool:
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return plain and not set(rope) - known and rope.get("partial_rotary_factor") in (None, 1)
 
 
 def _kinds(keys: Keys, family: Family) -> str:
