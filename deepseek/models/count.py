@@ -20,8 +20,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from deepseek.config import replace
 from deepseek.errors import ConfigError
-from deepseek.models.config import ModelConfig
+from deepseek.models.config import PRESETS, ModelConfig
 from deepseek.ops.hybrid_attention import pooled_length
 
 PARTS = (
@@ -327,3 +328,39 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> 
     if peak_flops <= 0:
         raise ConfigError(f"peak_flops={peak_flops} must be positive: the FLOP/s this machine can reach")
     return tokens_per_second * flops_per_token / peak_flops
+
+
+def table(length: int = 4096) -> str:
+    """Every preset's counts and attention kinds as Markdown: ``python -m deepseek.models.count``."""
+    lines = [
+        f"| preset | parameters | active | forward FLOPs a token at {length:,} | attention | cache, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, preset in PRESETS.items():
+        config = preset()
+        count, work = parameters(config), flops(config, length)
+        lines.append(
+            f"| {name} ({config.pattern}) | {count.total / 1e6:,.1f}M | {count.active / 1e6:,.1f}M "
+            f"| {work.forward_per_token / 1e6:,.1f}M | {work.attention_share:.0%} "
+            f"| {cache_bytes(config, length) / 1e6:,.1f} |"
+        )
+    lines += [
+        "",
+        "| attention blocks of `small` | FLOPs a token | of full | executed, of full | cache of full |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    full = PRESETS["small"](pattern="F")
+    base, ran = flops(full, length), flops(full, length, executed=True)
+    for pattern in ("F", "L", "H", "LLLH", "LLLF"):
+        config = replace(full, pattern=pattern)
+        mine = flops(config, length)
+        lines.append(
+            f"| {pattern} | {mine.attention / length / 1e6:,.1f}M | {mine.attention / base.attention:.0%} "
+            f"| {flops(config, length, executed=True).attention / ran.attention:.0%} "
+            f"| {cache_bytes(config, length) / cache_bytes(full, length):.1%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
