@@ -156,7 +156,8 @@ def _read(directory: Path) -> tuple[Family | None, ModelConfig]:
 
 def _check_names(directory: Path, names: dict[str, Slot], files: TensorFiles, config: ModelConfig) -> None:
     """Every tensor is there and none is left over."""
-    missing = [name for name in names if name not in set(files.names)]
+    held = set(files.names)
+    missing = [name for name in names if name not in held]
     extra = [n for n in files.names if n not in names and not n.endswith(IGNORED)]
     if config.tie_embeddings and "lm_head.weight" in extra and not missing:
         if not torch.equal(files.get("lm_head.weight"), files.get("model.embed_tokens.weight")):

@@ -22,15 +22,15 @@ from deepseek.nn.moe import MoEConfig
 
 
 class Slot(NamedTuple):
-    """The part of our tensor ``name`` that one foreign tensor is: ``tensor[index]``, transposed or not."""
+    """The part of our tensor ``name`` that one foreign tensor is: ``tensor[at]``, transposed or not."""
 
     name: str
-    index: tuple[int | slice, ...] = ()
+    at: tuple[int | slice, ...] = ()
     transposed: bool = False
 
     def view(self, tensor: Tensor) -> Tensor:
         """A view of ``tensor``, one of ours, in the foreign layout."""
-        part = tensor[self.index] if self.index else tensor
+        part = tensor[self.at] if self.at else tensor
         return part.mT if self.transposed else part
 
 
@@ -66,7 +66,7 @@ class Family:
 
     Attributes:
         defaults: what a missing key of ``config.json`` means.
-        bias: attention biases: none; query, key and value; or the option ``attention_bias``: those and output.
+        bias: attention biases: none; query, key and value; or ``attention_bias``: those and output.
         window: sliding windows: none, one for every layer, or by layer.
         experts: spellings of the expert tensors, the one to write first; empty for a dense family.
         tokenizer: the class ``AutoTokenizer`` takes whatever the directory says, with text rules of its own.
