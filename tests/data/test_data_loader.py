@@ -351,5 +351,5 @@ def test_two_stores_are_one_mixture(tmp_path: Path) -> None:
     first = make_store(tmp_path / "a", [30] * 40, ["first"])
     second = make_store(tmp_path / "b", [30] * 300, ["second"])
     loader = Loader([first, second], rows=8, length=31, weights={"first": 1.0, "second": 3.0}, prefetch=0)
-    drawn = Counter(s.source for n in range(30) if next(loader) for s in loader.provenance(n))
+    drawn = Counter(s.source for n in range(64) if next(loader) for s in loader.provenance(n))
     assert abs(drawn["second"] / drawn["first"] - 3) < 0.3
