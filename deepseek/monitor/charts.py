@@ -268,13 +268,13 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A short label: ``20k``, ``0.05``, ``3e-4``."""
+    """A short label: ``20k``, ``0.05``, ``3e-5``."""
     if value == 0:
         return "0"
     if abs(value) >= 10000:
         text = si(value, 4)
         return _trim(text) if "." in text else text
-    if abs(value) < 1e-3:
+    if abs(value) < 1e-4:
         mantissa, power = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
     return f"{value:.6g}"

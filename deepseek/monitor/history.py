@@ -81,7 +81,7 @@ class History:
                 value = value.get(key) if isinstance(value, dict) else None
             step, found = finite(event.get("step")), number(value)
             if step is not None and found is not None:
-                points.append((step, found if abs(found) < HUGE else math.copysign(math.inf, found)))
+                points.append((step, math.copysign(math.inf, found) if abs(found) > HUGE else found))
         return points
 
     def load(self) -> list[list[tuple[float, list[float]]]]:

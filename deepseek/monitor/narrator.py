@@ -52,6 +52,19 @@ def glyphs(console: Console) -> Glyphs:
     return UNICODE
 
 
+PLAIN = str.maketrans("–…×·≥✓✗▸─━", "-.x|>+x>--")
+
+
+def encodable(text: Text, console: Console) -> Text:
+    """``text`` with what the console's encoding lacks replaced, one character for one."""
+    encoding = console.encoding or "ascii"
+    try:
+        text.plain.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        text.plain = text.plain.translate(PLAIN).encode("ascii", "replace").decode()
+    return text
+
+
 def headline(text: str, detail: str = "", console: Console | None = None) -> None:
     """A bold line, a quiet detail beside it, and a rule below."""
     console = console or Console()
@@ -59,7 +72,7 @@ def headline(text: str, detail: str = "", console: Console | None = None) -> Non
     if detail:
         line.append("  " + one_line(detail), style=QUIET)
     console.print()
-    console.print(line)
+    console.print(encodable(line, console))
     console.print(Text(glyphs(console).rule * min(console.width, max(line.cell_len, 24)), style=QUIET))
 
 
@@ -71,9 +84,11 @@ def table(rows: Sequence[Mapping[str, Any]], console: Console | None = None, tit
     grid = Table(title=title or None, box=None, pad_edge=False, header_style="bold", title_justify="left")
     for name in rows[0]:
         aligned = all(_looks_numeric(row.get(name)) for row in rows)
-        grid.add_column(one_line(name), justify="right" if aligned else "left", overflow="fold")
+        grid.add_column(
+            encodable(Text(one_line(name)), console), justify="right" if aligned else "left", overflow="fold"
+        )
     for row in rows:
-        grid.add_row(*(_cell(row.get(name)) for name in rows[0]))
+        grid.add_row(*(encodable(_cell(row.get(name)), console) for name in rows[0]))
     console.print(grid)
 
 
@@ -92,7 +107,7 @@ def comparison(
     console = console or Console()
     marks, known = glyphs(console), [v for _, v in rows if finite(v) is not None and v is not None]
     if title:
-        console.print(Text().append(one_line(title), "bold").append(f"  {unit}", QUIET))
+        console.print(encodable(Text().append(one_line(title), "bold").append(f"  {unit}", QUIET), console))
     names = max((cell_len(one_line(name)) for name, _ in rows), default=0)
     width, top = max(10, min(console.width - names - 14, 60)), max(known, default=0.0)
     winner = (min if best == "low" else max)(known, default=None)
@@ -104,7 +119,7 @@ def comparison(
             _bar(shown / top if shown and top > 0 else 0.0, width, marks), style=GOOD if won else QUIET
         )
         line.append(f" {shown:.3f}" if shown is not None else " –", style="bold" if won else "")
-        console.print(line, no_wrap=True, crop=True)
+        console.print(encodable(line, console), no_wrap=True, crop=True)
 
 
 class Narrator:
@@ -142,10 +157,11 @@ class Narrator:
     def say(self, text: str) -> None:
         """One indented line between steps."""
         if not self.quiet:
-            self.console.print(Text("      " + one_line(text, 1000), style=QUIET))
+            self.console.print(encodable(Text("      " + one_line(text, 1000), style=QUIET), self.console))
 
     def _begin(self, step: Step, live: bool) -> Any:
-        label = Text(f"{self.count:>2} ", style=QUIET).append(step.text, style="bold" if live else "")
+        label = Text().append(f"{self.count:>2} ", QUIET).append(step.text, "bold" if live else "")
+        label = encodable(label, self.console)
         if live or not self.console.is_terminal:
             if live:
                 self.console.print(Text(f"{glyphs(self.console).busy} ", style=ACCENT).append_text(label))
@@ -171,7 +187,7 @@ class Narrator:
         took = duration(step.seconds)
         room = min(self.console.width, 100) - line.cell_len - len(took)
         line.append(" " * max(room, 2) + took, style=QUIET)
-        self.console.print(line, soft_wrap=not self.console.is_terminal)
+        self.console.print(encodable(line, self.console), soft_wrap=not self.console.is_terminal)
 
 
 @dataclass

@@ -30,6 +30,7 @@ from deepseek.monitor.units import (
     si,
     significant,
     size,
+    timestamp,
 )
 
 REPORT_FILE = "report.html"
@@ -101,7 +102,7 @@ def header(history: History) -> Html:
     summary = summarize(history.directory)
     facts = [one_line(run[k], 60) for k in ("preset", "device", "dtype") if run.get(k)]
     if summary.started is not None:
-        facts.append(clock(summary.started, "%Y-%m-%d %H:%M UTC"))
+        facts.append(timestamp(summary.started, "%Y-%m-%d %H:%M UTC"))
     status = tag("span", summary.status, class_=f"status {summary.status}")
     tiles = [
         tag("div", tag("dt", label), tag("dd", value, tag("small", detail) if detail else None))
@@ -147,7 +148,13 @@ def headline_numbers(history: History) -> list[tuple[str, str, str]]:
     wall = history.wall_seconds()
     if wall:
         stops = len(history.breaks())
-        tiles.append(("Wall time", duration(wall), f"{stops} × stopped and resumed" if stops else ""))
+        tiles.append(
+            (
+                "Wall time",
+                duration(wall),
+                ("resumed once" if stops == 1 else f"resumed {stops} times") if stops else "",
+            )
+        )
     return tiles
 
 
@@ -406,7 +413,7 @@ def event_table(events: Sequence[EventDict]) -> Html:
         rest = {k: v for k, v in event.items() if k not in {"event", "step", "time"}}
         text = ", ".join(f"{k} {_short(v)}" for k, v in rest.items())
         cells = (
-            clock,
+            timestamp(event.get("time"), "%H:%M:%S"),
             event["event"],
             MISSING if event.get("step") is None else event["step"],
             one_line(text, 400),

@@ -23,10 +23,20 @@ from rich.text import Text
 
 from deepseek.events import Event, Sink, plain
 from deepseek.monitor.history import gates_of, rows_of
-from deepseek.monitor.narrator import ACCENT, BAD, GOOD, QUIET, WARN, Glyphs, comparison, glyphs, sparkline
+from deepseek.monitor.narrator import (
+    ACCENT,
+    BAD,
+    GOOD,
+    QUIET,
+    WARN,
+    Glyphs,
+    comparison,
+    encodable,
+    glyphs,
+    sparkline,
+)
 from deepseek.monitor.units import (
     MISSING,
-    clock,
     duration,
     finite,
     fixed,
@@ -37,6 +47,7 @@ from deepseek.monitor.units import (
     si,
     significant,
     size,
+    timestamp,
 )
 
 STARVED, CROWDED = 0.25, 2.0  #: shares of the mean load below and above which an expert is coloured
@@ -68,7 +79,7 @@ class TerminalSink(Sink):
         self.console = console or Console()
         self.quiet, self.every_seconds, self.every_steps = quiet, every_seconds, every_steps
         self.budget, self.clock = budget, clock
-        self.state = State(glyphs(self.console))
+        self.state = State(self.console)
         self.drawings, self.drawing_seconds = 0, 0.0
         self._live: Live | None = None
         self._next = -math.inf
@@ -133,11 +144,12 @@ class TerminalSink(Sink):
 
     def _start(self, panel: RenderableType) -> None:
         live = Live(panel, console=self.console, auto_refresh=False, vertical_overflow="crop")
+        self._live = live  # before it starts: an interrupt at this point must find it
         try:
             live.start(refresh=True)
         except LiveError:  # something else, a spinner for instance, owns the terminal at the moment
+            self._live = None
             return
-        self._live = live
         atexit.register(self.close)
 
     def _plain(self, event: Event, now: float) -> None:
@@ -155,9 +167,7 @@ class TerminalSink(Sink):
             self._line(self.state.messages[-1][1])
 
     def _line(self, text: str) -> None:
-        if self.console.encoding.lower().replace("-", "") != "utf8":
-            text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(encodable(Text(text), self.console), soft_wrap=True)
 
     def _summary(self) -> None:
         state = self.state
@@ -180,8 +190,8 @@ class TerminalSink(Sink):
 class State:
     """What the last events said, and how to draw it."""
 
-    def __init__(self, marks: Glyphs) -> None:
-        self.marks = marks
+    def __init__(self, console: Console) -> None:
+        self.console, self.marks = console, glyphs(console)
         self.run: dict[str, Any] = {}
         self.latest: dict[str, Any] = {}
         self.step, self.total, self.steps_seen = 0, 0, 0
@@ -299,6 +309,7 @@ class State:
             rows += [self._message(m, width) for m in self.messages]
         for row in rows:
             row.no_wrap, row.overflow = True, "crop"
+            encodable(row, self.console)
         return Group(*rows)
 
     def _title(self, width: int) -> Text:
@@ -311,7 +322,7 @@ class State:
                 f"{si(run['parameters'])} parameters" + (f", {active} active" if active != MISSING else "")
             )
         name.append("  " + f" {self.marks.dot} ".join(facts), style=QUIET)
-        name.truncate(width, overflow="ellipsis" if self.marks.done == "✓" else "crop")
+        name.truncate(width, overflow="ellipsis")
         return name
 
     def _progress(self, width: int) -> Text:
@@ -389,7 +400,7 @@ class State:
         for style, same in groupby(cells, key=lambda cell: cell[1]):
             line.append("".join(height for height, _ in same), style)
         line.append(f"  {min(ratios):.2f}–{max(ratios):.2f}×", style=QUIET)
-        return line if self.marks.done == "✓" else Text(line.plain.replace("–", " to ").replace("×", "x"))
+        return line
 
     def _load_cell(self, ratio: float) -> tuple[str, str]:
         height = self.marks.heights[min(max(int(ratio / CROWDED * 8), 0), 7)]
@@ -397,8 +408,6 @@ class State:
 
     def _gates(self, gates: dict[str, list[float]], width: int, room: int) -> list[Text]:
         head = Text("gates", style=QUIET).append("    local 0 … 1 global, one bar a head", style=QUIET)
-        if self.marks.done != "✓":
-            head = Text("gates    local 0 .. 1 global, one bar a head")
         lines = [head]
         for layer, heads in list(gates.items())[:room]:
             line = Text(f"  {one_line(layer, 4):>2} ", style=QUIET)
@@ -409,8 +418,8 @@ class State:
 
     def _message(self, entry: tuple[float, str, str, Event | None], width: int) -> Text:
         when, text, style, _ = entry
-        line = Text(clock(when, "%H:%M:%S ", local=True), style=QUIET).append(text, style=style)
-        line.truncate(width, overflow="ellipsis" if self.marks.done == "✓" else "crop")
+        line = Text(timestamp(when, "%H:%M:%S ", local=True), style=QUIET).append(text, style=style)
+        line.truncate(width, overflow="ellipsis")
         return line
 
 

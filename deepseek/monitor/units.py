@@ -125,7 +125,7 @@ def size(count: Any) -> str:
     return f"{found:.1f} TiB"
 
 
-def clock(when: Any, pattern: str, *, local: bool = False) -> str:
+def timestamp(when: Any, pattern: str, *, local: bool = False) -> str:
     """A Unix time as text by ``strftime``, in UTC unless ``local``."""
     found = finite(when)
     try:

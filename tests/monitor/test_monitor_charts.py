@@ -54,12 +54,12 @@ def test_ticks_are_round_and_inside() -> None:
     assert linear_ticks(3, 3, 5) == [3]
     assert log_ticks(0.3, 31, 5) == pytest.approx([0.5, 1, 2, 5, 10, 20])
     assert log_ticks(1e-9, 1e9, 5) == pytest.approx([1e-9, 1e-6, 1e-3, 1, 1e3, 1e6, 1e9])
-    assert [tick_text(v) for v in (0, 20_000, 1.5e6, 0.05, 3e-4, 250)] == [
+    assert [tick_text(v) for v in (0, 20_000, 1.5e6, 0.05, 3e-5, 250)] == [
         "0",
         "20k",
         "1.5M",
         "0.05",
-        "3e-4",
+        "3e-5",
         "250",
     ]
 

@@ -81,9 +81,10 @@ def test_headline_and_ascii() -> None:
     raw = io.BytesIO()
     out = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=60)
     headline("Doctor", "what this machine has", out)
-    comparison("bits", [("a", 1.0)], console=out)
-    with Narrator(console=out).step("x"):
-        pass
+    comparison("bits – é", [("a", 1.0), ("ü", None)], console=out)
+    table([{"größe": "1 × 2"}], out)
+    with Narrator(console=out).step("x…") as step:
+        step.note = "≥ 3 · 漢"
     out.file.flush()
     assert raw.getvalue().isascii()
     assert b"Doctor" in raw.getvalue()

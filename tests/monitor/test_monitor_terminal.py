@@ -201,23 +201,28 @@ def test_quiet_prints_only_warnings() -> None:
 def test_ascii_console_gets_ascii() -> None:
     raw = io.BytesIO()
     out = Console(file=io.TextIOWrapper(raw, encoding="ascii"), force_terminal=False, width=80)
-    sink, clock = TerminalSink(out, clock=Clock()), Clock()
+    sink = TerminalSink(out, clock=Clock())
     for row in events(120, stop=60):
         values = {k: v for k, v in row.items() if k not in {"event", "step", "time"}}
         sink.write(Event(row["event"], row["step"], values, row["time"]))
     sink.close()
     out.print(sink.state.panel(80))
+    sink.state.latest = {"load": [[0.5, 0.5]], "gates": {"1": [0.5]}}
+    out.print(sink.state.panel(40))
     out.file.flush()
     assert raw.getvalue().isascii()
     assert b"step 120/120" in raw.getvalue()
-    del clock
+
+
+def _emit_and_interrupt() -> None:
+    emit("train", 1, loss=1.0)
+    raise KeyboardInterrupt
 
 
 def test_attached_sink_closes_on_exceptions() -> None:
     sink = TerminalSink(console(True), clock=Clock())
     with pytest.raises(KeyboardInterrupt), attached(sink):
-        emit("train", 1, loss=1.0)
-        raise KeyboardInterrupt
+        _emit_and_interrupt()
     assert sink.console.file.getvalue().rstrip().count("\x1b[?25h") == 1  # type: ignore[attr-defined]
 
 

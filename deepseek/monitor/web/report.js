@@ -21,7 +21,7 @@
     if (v === 0) return "0";
     const a = Math.abs(v), units = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
     if (a >= 1e4) for (const [size, name] of units) if (a >= size) return parseFloat((v / size).toPrecision(4)) + name;
-    return a < 1e-3 ? v.toExponential(2).replace(/\.?0+e/, "e") : String(parseFloat(v.toPrecision(6)));
+    return a < 1e-4 ? v.toExponential(2).replace(/\.?0+e/, "e") : String(parseFloat(v.toPrecision(6)));
   };
   const linear = (low, high, count) => {
     const raw = (high - low) / Math.max(count, 1);
