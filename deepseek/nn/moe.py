@@ -3,8 +3,8 @@
 * **entropy loss** ``α (Σ p̄ log p̄ + log E)`` on the mean router probability: the source's balance term,
   differentiable;
 * **bias** added to the probabilities for the selection only, moved after every step, outside autograd,
-  against each expert's load error (auxiliary-loss-free balancing, arXiv 2408.15664). Its step there is the sign
-  of the error; ours is proportional up to the same limit, so that a balanced router comes to rest (LOG.md);
+  against each expert's load error (auxiliary-loss-free balancing, arXiv 2408.15664). Its step there is the
+  sign of the error; ours is proportional up to a limit, so that a balanced router comes to rest (LOG.md);
 * **token floor**: while training, an expert that was chosen by fewer than ``floor · T·K/E`` tokens also gets
   the tokens that like it best, each with its own small probability as weight. (It looks at the whole batch,
   like expert choice; evaluation and generation never use it.)
