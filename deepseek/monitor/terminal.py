@@ -32,6 +32,9 @@ from deepseek.monitor.units import (
     si,
 )
 
+#: shown at once; anything else, floods of warnings included, waits for the next drawing
+RARE = frozenset({"run", "interrupted", "resume", "evaluate", "checkpoint", "done", "export"})
+
 
 class TerminalSink(Sink):
     """Draws events on a ``rich`` console.
@@ -102,7 +105,7 @@ class TerminalSink(Sink):
             if event.name == "warning":
                 self._line(f"warning: {one_line(event.values.get('text'))}")
         elif self.console.is_terminal:
-            if now >= self._next or event.name not in {"train", "prepare"}:
+            if now >= self._next or event.name in RARE:
                 self._draw(now)
         else:
             self._plain(event, now)

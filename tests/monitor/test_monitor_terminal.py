@@ -120,6 +120,17 @@ def test_terminal_is_drawn_seldom_and_given_back() -> None:
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
 
 
+def test_a_flood_of_warnings_is_not_a_flood_of_drawings() -> None:
+    clock = Clock()
+    sink = TerminalSink(console(True), clock=clock, budget=1e9)
+    sink.write(Event("train", 1, {"loss": 1.0}))
+    for _ in range(500):
+        sink.write(Event("warning", 1, {"text": "again"}))
+        sink.write(Event("bad_record", 1, {"path": "x"}))
+    assert sink.drawings == 1
+    sink.close()
+
+
 def test_slow_drawing_waits_longer() -> None:
     clock = Clock()
     sink = TerminalSink(console(True), clock=clock, budget=1e-9)
