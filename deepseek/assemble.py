@@ -1,9 +1,9 @@
 """From a config, or from what lies on the disk, to a ready model: the one place where the parts meet.
 
-    run/config.toml    the exact config, written before the first step
-        tokenizer/     tokenizer.json and its config
-        events.jsonl   what happened
-        step-000500/   checkpoints (weights.checkpoint)
+run/config.toml    the exact config, written before the first step
+    tokenizer/     tokenizer.json and its config
+    events.jsonl   what happened
+    step-000500/   checkpoints (weights.checkpoint)
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Run:
             names = siblings + [p.name for p in Path("runs").glob("*/")]
             raise RunError(f"no run at {path}{did_you_mean(path.name, names)}; `deepseek runs` lists them")
         if not (path / "config.toml").is_file():
-            raise RunError(f"{path} is not a run directory: it has no config.toml; `deepseek runs` lists the runs")
+            raise RunError(
+                f"{path} is not a run directory: it has no config.toml; `deepseek runs` lists the runs"
+            )
         return cls(path)
 
     @property
@@ -110,7 +112,9 @@ def load_weights(model: Transformer, found: checkpoint.Checkpoint, assign: bool 
     if missing or extra or wrong:
         parts = [f"{len(names)} {what} (first: {names[0]})" for names, what in
                  ((missing, "tensors missing"), (extra, "left over"), (wrong, "of another shape")) if names]  # fmt: skip
-        raise CheckpointError(f"{found.path} does not fit this model: {', '.join(parts)}; was config.toml changed?")
+        raise CheckpointError(
+            f"{found.path} does not fit this model: {', '.join(parts)}; was config.toml changed?"
+        )
     model.load_state_dict(found.model, assign=assign)
 
 
@@ -124,6 +128,8 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"train.device={name!r} is not a device; try 'auto', 'cpu' or 'cuda'") from None
     if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
-        have = f"this machine has {accelerator.type} and cpu" if accelerator else "this machine has only 'cpu'"
+        have = (
+            f"this machine has {accelerator.type} and cpu" if accelerator else "this machine has only 'cpu'"
+        )
         raise ConfigError(f"train.device={name!r} is not available: {have}")
     return device

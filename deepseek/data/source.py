@@ -114,7 +114,7 @@ class BadRecords:
         self.counts[kind] += 1
         if self.counts[kind] <= self.keep:
             self.examples.append(BadRecord(kind, path, offset, detail[:200]))
-            if not self.quiet:
+            if not self.quiet and kind != "empty":  # an empty __init__.py is counted, and no news
                 emit("bad_record", kind=kind, path=path, offset=offset, detail=detail[:200])
 
     @property

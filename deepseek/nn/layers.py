@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,3 +45,15 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int] | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm`` that takes the last dimension when no shape is given (S4 §1 calls it so)."""
+    shape = list(normalized_shape) if normalized_shape is not None else [x.shape[-1]]
+    return F.layer_norm(x, shape, weight, bias, eps)

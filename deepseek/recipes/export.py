@@ -30,7 +30,12 @@ class Export:
 
 
 def export(
-    source: Path | str, target: Path | str | None = None, *, dtype: str = "fp32", family: str = "auto", check: bool = True
+    source: Path | str,
+    target: Path | str | None = None,
+    *,
+    dtype: str = "fp32",
+    family: str = "auto",
+    check: bool = True,
 ) -> Export:
     """Write the model of a run (or checkpoint) as a Hugging Face directory, read it back and compare logits.
 
@@ -52,7 +57,9 @@ def export(
     done = save_hf(loaded.model, directory, has_tokenizer, dtype=DTYPES[dtype], family=family)
     difference, reader = compare(loaded.model, directory) if check else (None, "")
     if difference is not None and dtype == "fp32" and not difference <= 1e-4:
-        raise WeightsError(f"{directory} was read back with logits that differ by {difference:.2g}: do not use it")
+        raise WeightsError(
+            f"{directory} was read back with logits that differ by {difference:.2g}: do not use it"
+        )
     emit("export", loaded.step, path=directory, max_logit_difference=difference, loaded_with=reader)
     return Export(directory, done.model_type, done.reason, difference, reader)
 

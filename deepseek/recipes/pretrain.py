@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from deepseek.assemble import Run, build, load_weights, pick_device
 from deepseek.config import configclass, from_dict, load_toml, replace, to_dict, to_toml
 from deepseek.data import Corpus, DataConfig, Loader, prepare
 from deepseek.dist import comm
-from deepseek.errors import ConfigError, RunError
+from deepseek.errors import ConfigError, RunError, did_you_mean
 from deepseek.events import JsonlSink, Sink, attached, emit
 from deepseek.files import write_atomic
-from deepseek.models import ModelConfig, count, model_config
+from deepseek.models import PRESETS, ModelConfig, count, model_config
 from deepseek.models.config import tiny
 from deepseek.parallel.plan import ParallelConfig, check_layout
 from deepseek.precision import Policy, choose, matmul_flops
@@ -41,7 +42,7 @@ from deepseek.train import (
     seed_everything,
 )
 from deepseek.train.loop import Hook, NonFiniteGuard
-from deepseek.train.optim import Optimizers
+from deepseek.train.probe import fastest
 from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
 
@@ -78,6 +79,24 @@ def read_config(path: Path | str) -> PretrainConfig:
     if not isinstance(table, dict):
         raise ConfigError("model must be a table of options")
     return replace(from_dict(PretrainConfig, values), model=model_config(table))
+
+
+def preset(name: str) -> PretrainConfig:
+    """A whole run by the name of its model; ``tiny`` comes with the settings that its study found best (LOG.md)."""
+    if name not in PRESETS:
+        raise ConfigError(
+            f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; one of {', '.join(PRESETS)}"
+        )
+    config = PretrainConfig(model=PRESETS[name]())
+    if name != "tiny":
+        return replace(config, data=replace(config.data, vocab_size=config.model.vocab_size))
+    return replace(
+        config,
+        data=replace(config.data, vocab_size=2048),
+        optim=replace(config.optim, lr=6e-3, embedding_lr=4.0, momentum=0.9, newton_schulz_steps=3),
+        schedule=replace(config.schedule, warmup=0.03, floor=0.05),
+        train=replace(config.train, batch_tokens=2048, length=256),
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,11 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
         )
     rows = note("rows per step", train.batch_tokens // train.length, "train.batch_tokens / train.length")
     micro = train.micro_rows or _micro_rows(model, train, policy, device, -(-rows // world))
-    note("train.micro_rows", micro, f"{-(-rows // world // micro)} forward passes a step on each of {world} ranks")
+    note(
+        "train.micro_rows",
+        micro,
+        f"{-(-rows // world // micro)} forward passes a step on each of {world} ranks",
+    )
     parameters = count.parameters(model)
     steps = train.steps
     if not steps:
@@ -145,12 +168,18 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
     note("FLOPs per token", round(per_token), "forward and backward, causal attention as half")
     note("tokens", steps * train.batch_tokens, f"{steps:,} steps × {train.batch_tokens:,} positions")
     peak = matmul_flops(device.type, policy.dtype)
-    note("peak", f"{peak / 1e9:,.0f} GFLOP/s", f"a {policy.name} matrix product on this {device.type}, measured now")
+    note(
+        "peak",
+        f"{peak / 1e9:,.0f} GFLOP/s",
+        f"a {policy.name} matrix product on this {device.type}, measured now",
+    )
     config = replace(config, model=model, train=replace(train, steps=steps, micro_rows=micro))
     return Plan(config, device, policy, per_token, peak, derived)
 
 
-def _micro_rows(model: ModelConfig, train: TrainingConfig, policy: Policy, device: torch.device, rows: int) -> int:
+def _micro_rows(
+    model: ModelConfig, train: TrainingConfig, policy: Policy, device: torch.device, rows: int
+) -> int:
     """As many rows as fit the activation budget: a power of two, or all."""
     budget = train.memory_budget * 2**30
     if device.type == "cuda":
@@ -210,7 +239,9 @@ def pretrain(
     rank, world = comm.start()
     path, stop = Path(run), stop or Stop()
     if resume is None and checkpoint.list_checkpoints(path):
-        raise RunError(f"{path} already has checkpoints; go on with `deepseek resume {path}`, or choose another --run")
+        raise RunError(
+            f"{path} already has checkpoints; go on with `deepseek resume {path}`, or choose another --run"
+        )
     path.mkdir(parents=True, exist_ok=True)
     own: list[Sink] = [JsonlSink(path / "events.jsonl", every=5), *sinks] if rank == 0 else []
     with attached(*own), stop.on_signals():
@@ -219,20 +250,20 @@ def pretrain(
 
 def resume_run(
     run: Path | str,
-    changes: dict[str, Any] | None = None,
+    config: PretrainConfig | None = None,
     *,
     step: int | None = None,
     sinks: Sequence[Sink] = (),
     stop: Stop | None = None,
 ) -> PretrainResult:
-    """Go on with a run from its newest checkpoint, or from ``step``, with its own config."""
+    """Go on with a run from its newest checkpoint, or from ``step``, with its own config or a changed one."""
     found = Run.open(run)
-    config = read_config(found.config_path)
-    for name, values in (changes or {}).items():
-        config = replace(config, **{name: replace(getattr(config, name), **values)})
+    config = config or read_config(found.config_path)
     at = found.path / f"step-{step:06d}" if step is not None else checkpoint.latest(found.path)
     if at is None:
-        raise RunError(f"{found.path} has no checkpoint to resume from; start it again with `deepseek pretrain`")
+        raise RunError(
+            f"{found.path} has no checkpoint to resume from; start it again with `deepseek pretrain`"
+        )
     return pretrain(config, found.path, resume=at, sinks=sinks, stop=stop)
 
 
@@ -251,6 +282,7 @@ class _Pretraining:
         self.config = self.plan.config
         found = checkpoint.load(resume) if resume is not None else None
         self.model = build(self.config.model, self.plan.device, self.config.train.seed)
+        self.plan = self._confirm_precision()
         self.optimizer = build_optimizer(self.model, self.config.optim)
         with self._loader() as self.loader:
             start = self._restore(found) if found is not None else 0
@@ -264,6 +296,21 @@ class _Pretraining:
             ) as self.checkpointer:
                 done = self._fit(start)
         return PretrainResult(self.path, done, done >= self.config.train.steps, self.evaluation)
+
+    def _confirm_precision(self) -> Plan:
+        """'auto' on a CPU that multiplies fast in bf16: let the model itself decide."""
+        c, plan = self.config.train, self.plan
+        if (
+            c.precision_mode != "auto"
+            or plan.device.type != "cpu"
+            or plan.policy.name == "fp32"
+            or self.world > 1
+        ):
+            return plan
+        policy = fastest(self.model, [plan.policy, choose("fp32", plan.device)], c.micro_rows, c.length)
+        peak = matmul_flops("cpu", policy.dtype)
+        derived = [*plan.derived, ("precision", policy.name, policy.reason)]
+        return dataclasses.replace(plan, policy=policy, peak_flops=peak, derived=derived)
 
     def _loader(self) -> Loader:
         length = self.config.train.length
@@ -357,6 +404,6 @@ def _process() -> dict[str, Any]:
 
 
 __all__ = [
-    "EvaluateConfig", "Optimizers", "Plan", "PretrainConfig", "PretrainResult", "derive", "dry_run", "pretrain",
+    "EvaluateConfig", "Plan", "PretrainConfig", "PretrainResult", "derive", "dry_run", "preset", "pretrain",
     "read_config", "resume_run",
 ]  # fmt: skip

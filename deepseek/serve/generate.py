@@ -61,7 +61,9 @@ class LanguageModel:
             raise DataError(f"{self.path} has no tokenizer.json: pass token ids, or put one there")
         return self._tokenizer
 
-    def generate(self, prompt: str | Sequence[int], sampling: SamplingConfig | None = None, **options: object) -> str:
+    def generate(
+        self, prompt: str | Sequence[int], sampling: SamplingConfig | None = None, **options: object
+    ) -> str:
         """The continuation of ``prompt`` as text. ``options`` are those of ``SamplingConfig``: ``temperature=0``, …"""
         return self.complete(prompt, sampling, **options).text
 
@@ -79,7 +81,9 @@ class LanguageModel:
             if isinstance(piece, str):
                 yield piece
 
-    def chat(self, messages: Sequence[Message], sampling: SamplingConfig | None = None, **options: object) -> str:
+    def chat(
+        self, messages: Sequence[Message], sampling: SamplingConfig | None = None, **options: object
+    ) -> str:
         """The assistant's answer to a conversation, through the chat tokens of the tokenizer."""
         return self.generate(self.chat_prompt(messages), sampling, **options)
 
@@ -96,10 +100,16 @@ class LanguageModel:
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """What the model sees: text gets the document start in front, ids are taken as they are."""
-        ids = [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+        ids = (
+            [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
+            if isinstance(prompt, str)
+            else list(prompt)
+        )
         vocabulary = self.config.vocab_size
         if not ids:
-            raise ConfigError("an empty prompt of token ids has nothing to continue; give at least the start token")
+            raise ConfigError(
+                "an empty prompt of token ids has nothing to continue; give at least the start token"
+            )
         if bad := [i for i in ids if not 0 <= i < vocabulary]:
             raise ConfigError(f"token id {bad[0]} is outside the vocabulary of {vocabulary}")
         if len(ids) >= self.config.max_length:
@@ -117,7 +127,9 @@ class LanguageModel:
         while True:
             with self.policy.compute(self.device):
                 hidden = self.model(step, cache=cache).hidden[:, -1]
-                logits = self.model.logits(hidden)[:, :limit]  # ids above the tokenizer's are padding of the matrix
+                logits = self.model.logits(hidden)[
+                    :, :limit
+                ]  # ids above the tokenizer's are padding of the matrix
             step = sampler(logits)[:, None]
             yield int(step)
 
@@ -126,7 +138,11 @@ class LanguageModel:
         ids, began = self.prompt_ids(prompt), time.perf_counter()
         text, shown, out, reason = "", 0, list[int](), "length"
         decoder = self.tokenizer.stream()
-        ends = {self.tokenizer.eos_id, self.tokenizer.token_id("<|end|>")} if self._has_chat() else {self.tokenizer.eos_id}
+        ends = (
+            {self.tokenizer.eos_id, self.tokenizer.token_id("<|end|>")}
+            if self._has_chat()
+            else {self.tokenizer.eos_id}
+        )
         room = min(sampling.max_tokens, self.config.max_length - len(ids))
         for token in self.tokens(ids, sampling):
             if token in ends:
@@ -195,5 +211,6 @@ def _first_stop(text: str, stops: Sequence[str]) -> int | None:
 def _held_back(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end may still become a stop text, and must not be shown yet."""
     return max(
-        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
+        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
+        default=0,
     )

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from deepseek.config import configclass
 from deepseek.errors import CheckpointError, ConfigError
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  #: quintic coefficients: steep at 0, roughly 1 ± 0.3 after five steps
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  #: quintic coefficients: steep at 0, roughly 1 ± 0.3 after five steps
 
 
 @configclass
@@ -35,7 +39,9 @@ class OptimConfig:
 
     def check(self) -> None:
         if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ConfigError(f"optim needs lr > 0 and two betas in [0, 1); got lr={self.lr}, betas={self.betas}")
+            raise ConfigError(
+                f"optim needs lr > 0 and two betas in [0, 1); got lr={self.lr}, betas={self.betas}"
+            )
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -68,7 +74,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         steps: int = 5,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": steps})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": steps}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -122,14 +130,20 @@ class Optimizers:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of ``state_dict``; raises ``CheckpointError`` when names or shapes do not fit this optimizer."""
-        owner = {self.names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]}
+        owner = {
+            self.names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]
+        }
         for entry, value in state.items():
             name, _, key = entry.rpartition("|")
             if name not in owner:
-                raise CheckpointError(f"the checkpoint's optimizer state is for a parameter '{name}' this model lacks")
+                raise CheckpointError(
+                    f"the checkpoint's optimizer state is for a parameter '{name}' this model lacks"
+                )
             part, p = owner[name]
             if value.dim() and value.shape != p.shape:
-                raise CheckpointError(f"optimizer state {entry} is {tuple(value.shape)}, its parameter {tuple(p.shape)}")
+                raise CheckpointError(
+                    f"optimizer state {entry} is {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                )
             # AdamW keeps its step count on the host unless fused on an accelerator.
             device = p.device if value.dim() or p.device.type != "cpu" else "cpu"
             part.state[p][key] = value.to(device).clone()
@@ -137,7 +151,9 @@ class Optimizers:
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:
     """Whether Muon takes it: hidden matrices and experts; not embedding, head, router, gates or sinks."""
-    hidden = not name.startswith(("embedding", "head")) and not name.endswith(("router.weight", "gate.weight", "sink"))
+    hidden = not name.startswith(("embedding", "head")) and not name.endswith(
+        ("router.weight", "gate.weight", "sink")
+    )
     return p.dim() >= 2 and hidden
 
 
@@ -155,7 +171,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
             groups["matrix" if p.dim() >= 2 else "vector"].append(p)
 
     def group(kind: str, decay: float, lr: float = config.lr) -> list[dict[str, Any]]:
-        return [{"params": groups[kind], "lr": lr, "base_lr": lr, "weight_decay": decay}] if groups[kind] else []
+        return (
+            [{"params": groups[kind], "lr": lr, "base_lr": lr, "weight_decay": decay}] if groups[kind] else []
+        )
 
     adam_groups = (
         group("matrix", config.weight_decay)
@@ -172,5 +190,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
         )  # fmt: skip
     if adam_groups:
         beta1, beta2 = config.betas
-        parts.append(torch.optim.AdamW(adam_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True))
+        parts.append(
+            torch.optim.AdamW(adam_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+        )
     return Optimizers(parts, names)

@@ -29,7 +29,9 @@ class ScheduleConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"schedule.{name}={getattr(self, name)} must lie in [0, 1]")
         if self.kind == "wsd" and self.warmup + self.decay > 1:
-            raise ConfigError(f"schedule.warmup={self.warmup} and decay={self.decay} overlap: their sum exceeds 1")
+            raise ConfigError(
+                f"schedule.warmup={self.warmup} and decay={self.decay} overlap: their sum exceeds 1"
+            )
 
 
 class Schedule:

@@ -169,11 +169,15 @@ def _add_layers(sums: list[LayerStats], new: list[LayerStats], share: float) -> 
     def scaled(stats: LayerStats) -> LayerStats:
         routing = stats.routing
         if routing is not None:
-            routing = RoutingStats(*(t.detach() for t in routing))._replace(entropy=routing.entropy.detach() * share)
+            routing = RoutingStats(*(t.detach() for t in routing))._replace(
+                entropy=routing.entropy.detach() * share
+            )
         return LayerStats(routing, stats.gate_H * share if stats.gate_H is not None else None)
 
     def add(a: LayerStats, b: LayerStats) -> LayerStats:
-        routing = RoutingStats(*(x + y for x, y in zip(a.routing, b.routing))) if a.routing and b.routing else None
+        routing = (
+            RoutingStats(*(x + y for x, y in zip(a.routing, b.routing))) if a.routing and b.routing else None
+        )
         gate = a.gate_H + b.gate_H if a.gate_H is not None and b.gate_H is not None else None
         return LayerStats(routing, gate)
 

@@ -1,0 +1,7 @@
+"""``python -m deepseek`` is the command ``deepseek``."""
+
+import sys
+
+from deepseek.cli import main
+
+sys.exit(main())

@@ -1,0 +1,386 @@
+"""``deepseek …``: what a person types. Parsing is tyro's; every command is a dataclass whose ``run`` does it.
+
+Heavy packages are imported inside the commands, so that ``deepseek --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from deepseek.errors import ConfigError, DeepseekError
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train, interrupt, resume, export and talk to a small sparse model on this machine, in about three minutes."""
+
+    run: str = "runs/quickstart"  # a run of that name from an earlier quickstart is moved aside
+    seconds: float = 120.0  # training time to aim for; the number of steps follows from this machine's speed
+    quiet: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.recipes.quickstart import quickstart
+
+        quickstart(Path(self.run), self.seconds, quiet=self.quiet)
+        return 0
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train from a config file or a preset: `deepseek pretrain configs/small.toml --train.steps=500`.
+
+    Every option of the config can be given as --section.name=value; `--options` lists them all.
+    """
+
+    config: Positional[str]  # a TOML file, or the name of a preset (tiny, small, …)
+    run: str = ""  # where to keep it; runs/NAME of the config unless told
+    explain: bool = False  # print every derived value and why, then train
+    dry_run: bool = False  # print parameters, FLOPs, memory and tokens, and stop
+    options: bool = False  # list every option of the config, and stop
+    json: bool = False  # print results as JSON lines, for machines
+    quiet: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.recipes import pretrain as recipe
+
+        config = _overridden(_named_config(self.config), ["--help"] if self.options else rest)
+        if self.dry_run:
+            _show_dry_run(
+                recipe.dry_run(config), recipe.derive(config).derived if self.explain else [], self.json
+            )
+            return 0
+        if self.explain:
+            _show_derived(recipe.derive(config).derived)
+        path = Path(self.run or f"runs/{Path(self.config).stem}")
+        result = recipe.pretrain(config, path, sinks=_sinks(self.json, self.quiet))
+        return _finished(result, self.json)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its newest checkpoint, exactly where it was. Options as for pretrain: --train.steps=1000."""
+
+    run: Positional[str]
+    step: Annotated[int | None, arg(name="from")] = None  # the step to go on from, instead of the newest
+    json: bool = False
+    quiet: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.assemble import Run
+        from deepseek.recipes.pretrain import read_config, resume_run
+
+        run = Run.open(self.run)
+        config = _overridden(read_config(run.config_path), rest)
+        result = resume_run(run.path, config, step=self.step, sinks=_sinks(self.json, self.quiet))
+        return _finished(result, self.json)
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    max_tokens: int = 128
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # 0: all
+    top_p: float = 0.95
+    seed: int | None = None
+    stop: tuple[str, ...] = ()  # texts that end the answer
+    device: str = "auto"
+
+    def sampling(self) -> dict[str, Any]:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Generate(_Sampling):
+    """Continue a prompt with a run, a checkpoint or a Hugging Face directory; '-' reads the prompt from stdin."""
+
+    model: Positional[str] = ""
+    prompt: Positional[str] = "-"
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.serve import SamplingConfig, load
+
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        model, sampling = load(self.model, self.device), SamplingConfig(**self.sampling())
+        if self.json:
+            done = model.complete(prompt, sampling)
+            _print_json({"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason,
+                         "seconds": done.seconds})  # fmt: skip
+            return 0
+        print(prompt, end="", flush=True)
+        for piece in model.stream(prompt, sampling):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+
+
+@dataclass(frozen=True)
+class Chat(_Sampling):
+    """Talk to a model, turn by turn; an empty line or Ctrl-D ends. (A pretrained model only continues text.)"""
+
+    model: Positional[str] = ""
+    system: str = ""
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.serve import Message, SamplingConfig, load
+
+        model, sampling = load(self.model, self.device), SamplingConfig(**self.sampling())
+        messages = [Message("system", self.system)] if self.system else []
+        while question := _ask("you> "):
+            messages.append(Message("user", question))
+            answer = ""
+            print("model> ", end="", flush=True)
+            for piece in model.stream(model.chat_prompt(messages), sampling):
+                answer += piece
+                print(piece, end="", flush=True)
+            print()
+            messages.append(Message("assistant", answer))
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run as a Hugging Face directory, read it back and compare logits."""
+
+    run: Positional[str]
+    format: str = "hf"
+    to: str = ""  # the directory; RUN/export unless told
+    dtype: str = "fp32"  # fp32, bf16 or fp16
+    family: str = "auto"  # 'auto', 'llama', 'qwen3', 'qwen3_moe', 'mixtral', … or 'deepseek_hybrid'
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.recipes.export import export
+
+        if self.format != "hf":
+            raise ConfigError(f"--format {self.format!r} is not known; this version writes 'hf'")
+        done = export(self.run, self.to or None, dtype=self.dtype, family=self.family)
+        if self.json:
+            _print_json({"path": str(done.path), "model_type": done.model_type, "reason": done.reason,
+                         "max_logit_difference": done.max_logit_difference, "loaded_with": done.loaded_with})  # fmt: skip
+        else:
+            print(f"{done.path}: {done.model_type}, read back by {done.loaded_with}, "
+                  f"largest logit difference {done.max_logit_difference:.2g}")  # fmt: skip
+            if done.reason:
+                print(
+                    f"not a family of plain transformers: {done.reason}; use `import deepseek.transformers`"
+                )
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Bits per byte on the run's held-out documents, beside gzip -9 and xz -9 on the same bytes."""
+
+    run: Positional[str]
+    device: str = "auto"
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from dataclasses import asdict
+
+        from deepseek.monitor import comparison
+        from deepseek.recipes.evaluate import evaluate_run
+
+        done = evaluate_run(self.run, self.device)
+        if self.json:
+            _print_json(asdict(done))
+            return 0
+        rows = [(f"model, step {done.step}", done.model.bits_per_byte)]
+        rows += [(f"{c.name}, {c.how}", c.bits_per_byte) for c in done.compressors]
+        comparison(f"bits per byte, {done.documents} held-out documents, {done.model.bytes:,} bytes", rows)
+        return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the run's report: one self-contained HTML page."""
+
+    run: Positional[str]
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.assemble import Run
+        from deepseek.monitor import write_report
+
+        print(write_report(Run.open(self.run).path))
+        return 0
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List the runs below a directory and their state."""
+
+    root: Positional[str] = "runs"
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.monitor import list_runs
+        from deepseek.monitor.runs import render
+
+        found = list_runs(Path(self.root))
+        if self.json:
+            _print_json([run.to_dict() for run in found])
+        else:
+            render(found)
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine has, and which path each operation takes on it."""
+
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.monitor import table
+        from deepseek.recipes.doctor import examine
+
+        findings = examine()
+        if self.json:
+            _print_json(findings)
+        else:
+            for title, rows in findings.items():
+                table([{title: name, "": value} for name, value in rows.items()])
+        return 0
+
+
+Command = (
+    Annotated[Quickstart, subcommand("quickstart")]
+    | Annotated[Pretrain, subcommand("pretrain")]
+    | Annotated[Resume, subcommand("resume")]
+    | Annotated[Generate, subcommand("generate")]
+    | Annotated[Chat, subcommand("chat")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Runs, subcommand("runs")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn every ``DeepseekError`` into one line on stderr. Returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args in (["--version"], ["-V"]):
+        from deepseek import __version__
+
+        print(f"deepseek-framework {__version__}")
+        return 0
+    parsed, rest = tyro.cli(
+        Command, args=args or ["--help"], prog="deepseek", return_unknown_args=True,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )  # fmt: skip
+    try:
+        if rest and not isinstance(parsed, (Pretrain, Resume)):
+            raise ConfigError(f"unknown option {rest[0]!r}; see `deepseek {args[0]} --help`")
+        return parsed.go(rest)
+    except DeepseekError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing is wrong
+        return 0
+
+
+def _named_config(name: str) -> Any:
+    """A config file, or a preset's name."""
+    from deepseek.models import PRESETS
+    from deepseek.recipes.pretrain import preset, read_config
+
+    if name in PRESETS and not Path(name).exists():
+        return preset(name)
+    if not name.endswith(".toml") and not Path(name).exists():
+        from deepseek.errors import did_you_mean
+
+        raise ConfigError(
+            f"{name!r} is neither a config file nor a preset{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}"
+        )
+    return read_config(name)
+
+
+def _overridden(config: Any, rest: Sequence[str]) -> Any:
+    """``config`` with ``--section.name=value`` applied, checked by tyro and by the config itself."""
+    from deepseek.recipes.pretrain import PretrainConfig
+
+    if not rest:
+        return config
+    return tyro.cli(
+        PretrainConfig, default=config, args=list(rest), prog="deepseek pretrain CONFIG",
+        config=(tyro.conf.FlagConversionOff,),
+    )  # fmt: skip
+
+
+def _sinks(as_json: bool, quiet: bool) -> list[Any]:
+    if as_json or quiet:
+        return []
+    from deepseek.monitor import TerminalSink
+
+    return [TerminalSink()]
+
+
+def _finished(result: Any, as_json: bool) -> int:
+    evaluation = result.evaluation
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json({"run": str(result.run), "step": result.step, "finished": result.finished,
+                     "evaluation": asdict(evaluation) if evaluation else None})  # fmt: skip
+    elif not result.finished:
+        print(f"stopped after step {result.step}; go on with: deepseek resume {result.run}")
+    return 0
+
+
+def _show_derived(derived: Sequence[tuple[str, str, str]]) -> None:
+    from deepseek.monitor import table
+
+    table([{"derived": name, "value": value, "why": why} for name, value, why in derived])
+
+
+def _show_dry_run(facts: dict[str, Any], derived: Sequence[tuple[str, str, str]], as_json: bool) -> None:
+    if as_json:
+        _print_json({**facts, "derived": [list(row) for row in derived]})
+        return
+    from deepseek.monitor import table
+
+    if derived:
+        _show_derived(derived)
+    parameters, memory = facts["parameters"], facts["memory_bytes"]
+    rows = {
+        "parameters": f"{parameters['total']:,} total, {parameters['active']:,} active",
+        "FLOPs per token": f"{facts['flops_per_token']:,.0f} (forward and backward)",
+        "tokens": f"{facts['tokens']:,} in {facts['steps']:,} steps",
+        "all FLOPs": f"{facts['total_flops']:.3g}",
+        "memory": ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in memory.items()),
+        "cache at max_length": f"{facts['cache_bytes_at_max_length'] / 2**20:,.2f} MiB",
+        "time": f"{facts['seconds_at_40_percent_mfu']:,.0f} s at 40% of the measured "
+        f"{facts['peak_flops'] / 1e9:,.0f} GFLOP/s",
+    }
+    table([{"what": name, "value": value} for name, value in rows.items()])
+
+
+def _ask(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        print()
+        return ""
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, default=str))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What this machine has, and which path each operation takes on it. Measured or looked up, never assumed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+from deepseek.assemble import pick_device
+from deepseek.ops.experts import pick_backend
+from deepseek.precision import choose, matmul_flops
+from deepseek.registry import backends, load_plugins
+
+OPTIONAL = {"transformers": "hf", "rensa": "data", "py3langid": "data", "pyarrow": "data", "datasets": "data"}
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Findings by topic: machine, number formats, operations, optional packages."""
+    device = pick_device("auto")
+    return {
+        "machine": _machine(device),
+        "number formats": _formats(device),
+        "operations": _operations(device),
+        "optional packages": {name: _version(name, extra) for name, extra in OPTIONAL.items()},
+    }
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    found = {
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
+        "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB",
+        "device used": str(device),
+    }
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        found["GPU"] = (
+            f"{torch.cuda.device_count()} × {p.name}, {p.total_memory / 2**30:.0f} GiB, SM{p.major}{p.minor}"
+        )
+    return found
+
+
+def _formats(device: torch.device) -> dict[str, str]:
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    found = {
+        n: f"{matmul_flops(device.type, d) / 1e9:,.1f} GFLOP/s (matrix product)" for n, d in names.items()
+    }
+    policy = choose("auto", device)
+    note = "; a run then times its own step in both" if device.type == "cpu" and policy.name != "fp32" else ""
+    return {**found, "precision_mode = auto": f"{policy.name} ({policy.reason}){note}"}
+
+
+def _operations(device: torch.device) -> dict[str, str]:
+    load_plugins()
+    work = choose("auto", device).dtype
+    probe = torch.empty(1, device=device, dtype=work)
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiled = (
+        "available" if compiler or device.type == "cuda" else "not available: no C++ compiler on the PATH"
+    )
+    return {
+        "full attention": "torch scaled_dot_product_attention; dense mask for packed documents",
+        "window attention": "chunked, plain torch" + _choices("window_attention"),
+        "hybrid attention": "chunked window + pooled blocks, plain torch" + _choices("hybrid_attention"),
+        "experts": f"{pick_backend(probe)}" + _choices("grouped_linear"),
+        "optimizer": "Muon for hidden matrices, fused AdamW for the rest",
+        "train.compile": compiled,
+        "parallelism": "data parallel by torchrun (gloo)"
+        if device.type == "cpu"
+        else "data parallel by torchrun (NCCL)",
+    }
+
+
+def _choices(op: str) -> str:
+    return f" (of {', '.join(backends(op))})"
+
+
+def _version(package: str, extra: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed: pip install 'deepseek-framework[{extra}]'"
