@@ -95,12 +95,15 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Loaded:
     if (path / "config.json").is_file():
         tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
         return Loaded(load_hf(path, dtype=torch.float32, device=device), tokenizer, path, None)
-    inside = (path / "manifest.json").is_file()
+    inside = path.name.startswith("step-") and (path.parent / "config.toml").is_file()
     run = Run.open(path.parent if inside else path)
+    if not inside and checkpoint.latest(run.path) is None:
+        raise RunError(f"{run.path} has no checkpoint yet; start it again with `deepseek pretrain`")
     found = checkpoint.load(path if inside else run.path, groups=("model",))
     with torch.device("meta"):
         model = Transformer(run.model_config())
     load_weights(model, found, assign=True)
+    _fill_meta(model)
     return Loaded(model.to(device).eval(), Tokenizer.load(run.tokenizer_path), run.path, found.step)
 
 
@@ -110,12 +113,20 @@ def load_weights(model: Transformer, found: checkpoint.Checkpoint, assign: bool 
     missing, extra = sorted(wanted.keys() - found.model.keys()), sorted(found.model.keys() - wanted.keys())
     wrong = [n for n, t in found.model.items() if n in wanted and t.shape != wanted[n].shape]
     if missing or extra or wrong:
-        parts = [f"{len(names)} {what} (first: {names[0]})" for names, what in
-                 ((missing, "tensors missing"), (extra, "left over"), (wrong, "of another shape")) if names]  # fmt: skip
+        kinds = ((missing, "tensors missing"), (extra, "left over"), (wrong, "of another shape"))
+        parts = [f"{len(names)} {what} (first: {names[0]})" for names, what in kinds if names]
         raise CheckpointError(
             f"{found.path} does not fit this model: {', '.join(parts)}; was config.toml changed?"
         )
     model.load_state_dict(found.model, assign=assign)
+
+
+def _fill_meta(model: Transformer) -> None:
+    """Give memory to the buffers that no checkpoint holds; all of them start at zero."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
 def pick_device(name: str) -> torch.device:
@@ -131,5 +142,8 @@ def pick_device(name: str) -> torch.device:
         have = (
             f"this machine has {accelerator.type} and cpu" if accelerator else "this machine has only 'cpu'"
         )
+        raise ConfigError(f"train.device={name!r} is not available: {have}")
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
+        have = f"this machine has {torch.accelerator.device_count()} of type {device.type}, counted from 0"
         raise ConfigError(f"train.device={name!r} is not available: {have}")
     return device

@@ -163,6 +163,43 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+class InUse(Exception):
+    """Another process holds the claim; the message is its id."""
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold the advisory lock of the file ``path``, which then holds this process's id; never waits.
+
+    The claim ends with the process, however it ends. Where there are no such locks this does nothing.
+
+    Raises:
+        InUse: another process has it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(os.pread(descriptor, 32, 0).decode().strip() or "unknown") from None
+        except OSError:
+            yield
+            return
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
 def _is_free(lock: Path) -> bool:
     if sys.platform == "win32":
         return False

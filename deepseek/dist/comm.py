@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
+
+TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  #: what it leaves in the environment
+
 
 def start() -> tuple[int, int]:
     """Join the group that torchrun described, if it did. Returns ``(rank, world)``."""
-    if "RANK" not in os.environ:
+    if not dist.is_available() or (not dist.is_initialized() and not os.environ.keys() >= TORCHRUN):
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
+        cuda = torch.cuda.is_available()
+        if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -65,3 +71,12 @@ def agree(flag: bool) -> bool:
     votes: list[Any] = [None] * world()
     dist.all_gather_object(votes, flag)
     return any(votes)
+
+
+def from_first(value: T) -> T:
+    """What rank 0 has: for decisions that were measured, and must be the same everywhere."""
+    if world() == 1:
+        return value
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held)
+    return held[0]

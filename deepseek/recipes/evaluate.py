@@ -47,6 +47,11 @@ def evaluate_run(path: Path | str, device: str = "auto", compressors: bool = Tru
     run = Run.open(loaded.path)
     config = read_config(run.config_path)
     corpus = prepare(config.data, config.data.cache or run.path.parent / ".corpora")
+    if loaded.tokenizer is None or loaded.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+        raise DataError(
+            f"the corpus of {run.path} has changed: its tokenizer is not the one that the model was trained with; "
+            "restore the files that data.sources names"
+        )
     policy = choose(config.train.precision_mode, pick_device(device))
     batches = corpus.eval_batches(rows=config.train.micro_rows or 8, length=config.train.length)
     found = evaluate(loaded.model, batches, policy)

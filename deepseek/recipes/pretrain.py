@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ import torch
 
 from deepseek.assemble import Run, build, load_weights, pick_device
 from deepseek.config import configclass, from_dict, load_toml, replace, to_dict, to_toml
-from deepseek.data import Corpus, DataConfig, Loader, prepare
+from deepseek.data import DataConfig, Loader, prepare
 from deepseek.dist import comm
-from deepseek.errors import ConfigError, RunError, did_you_mean
+from deepseek.errors import CheckpointError, ConfigError, RunError, did_you_mean
 from deepseek.events import JsonlSink, Sink, attached, emit
-from deepseek.files import write_atomic
+from deepseek.files import InUse, claimed, write_atomic
 from deepseek.models import PRESETS, ModelConfig, count, model_config
 from deepseek.models.config import tiny
 from deepseek.parallel.plan import ParallelConfig, check_layout
@@ -47,6 +48,7 @@ from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
 
 TOKENS_PER_PARAMETER = 20  #: the compute-optimal ratio of arXiv 2203.15556, for runs that name no length
+LOCK = ".training"  #: the file in a run directory that its one trainer holds
 VOCABULARY_MULTIPLE = 64  #: matmuls like round sizes; the ids above the tokenizer's are never targets
 
 
@@ -141,7 +143,7 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
     model = replace(model, vocab_size=vocab, max_length=max(model.max_length, train.length))
     check_layout(config.parallel, model, world)
     device = pick_device(train.device)
-    policy = choose(train.precision_mode, device, train.loss_scaling_factor)
+    policy = comm.from_first(choose(train.precision_mode, device, train.loss_scaling_factor))
     note("device", device, "the accelerator, if there is one" if train.device == "auto" else "as configured")
     note("precision", policy.name, policy.reason)
 
@@ -151,7 +153,7 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
             f"try {train.batch_tokens // train.length * train.length}"
         )
     rows = note("rows per step", train.batch_tokens // train.length, "train.batch_tokens / train.length")
-    micro = train.micro_rows or _micro_rows(model, train, policy, device, -(-rows // world))
+    micro = train.micro_rows or comm.from_first(_micro_rows(model, train, policy, device, -(-rows // world)))
     note(
         "train.micro_rows",
         micro,
@@ -233,19 +235,44 @@ def pretrain(
         stop: ask it to end early; a checkpoint is written. SIGINT and SIGTERM ask, too.
 
     Raises:
-        RunError: a new run would overwrite one that has checkpoints.
+        RunError: a new run would overwrite one that has checkpoints, or another process trains in ``run``.
         DeepseekError: everything else that can be wrong with config, data or disk.
     """
     rank, world = comm.start()
     path, stop = Path(run), stop or Stop()
-    if resume is None and checkpoint.list_checkpoints(path):
+    with _alone(path) if rank == 0 else nullcontext():
+        if resume is None:
+            _check_new(path)
+        own: list[Sink] = [JsonlSink(path / "events.jsonl", every=5), *sinks] if rank == 0 else []
+        with attached(*own), stop.on_signals():
+            return _Pretraining(config, path, rank, world, stop).run(resume)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Refuse a second process in the same run directory."""
+    with ExitStack() as held:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(claimed(path / LOCK))
+        except InUse as error:
+            raise RunError(
+                f"process {error} is training in {path}; wait for it, stop it, or choose another --run"
+            ) from None
+        except OSError as error:
+            raise RunError(f"{path} cannot be a run directory: {error.strerror or error}") from None
+        yield
+
+
+def _check_new(path: Path) -> None:
+    if checkpoint.list_checkpoints(path):
         raise RunError(
             f"{path} already has checkpoints; go on with `deepseek resume {path}`, or choose another --run"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    own: list[Sink] = [JsonlSink(path / "events.jsonl", every=5), *sinks] if rank == 0 else []
-    with attached(*own), stop.on_signals():
-        return _Pretraining(config, path, rank, world, stop).run(resume)
+    if (path / "config.toml").exists() and not (path / "events.jsonl").exists():
+        raise RunError(
+            f"{path} has a config.toml that no run wrote, and it would be overwritten; choose another --run"
+        )
 
 
 def resume_run(
@@ -274,6 +301,7 @@ class _Pretraining:
         self.config, self.path, self.rank, self.world, self.stop = config, path, rank, world, stop
         self.began = time.perf_counter()
         self.evaluation: Evaluation | None = None
+        self.evaluated_at = -1
 
     def run(self, resume: Path | None) -> PretrainResult:
         seed_everything(self.config.train.seed, self.config.train.deterministic)
@@ -283,6 +311,9 @@ class _Pretraining:
         found = checkpoint.load(resume) if resume is not None else None
         self.model = build(self.config.model, self.plan.device, self.config.train.seed)
         self.plan = self._confirm_precision()
+        # What was measured once is kept: a resumed run must not measure, and compute, something else.
+        kept = replace(self.config.train, precision_mode=self.plan.policy.name)
+        self.config = replace(self.config, train=kept)
         self.optimizer = build_optimizer(self.model, self.config.optim)
         with self._loader() as self.loader:
             start = self._restore(found) if found is not None else 0
@@ -317,6 +348,10 @@ class _Pretraining:
         return self.corpus.loader(rows=self.plan.rows, length=length, rank=self.rank, world=self.world)
 
     def _restore(self, found: checkpoint.Checkpoint) -> int:
+        if missing := {"loader", "rng"} - found.state.keys():
+            raise CheckpointError(
+                f"{found.path} was not made by pretraining: its state lacks {sorted(missing)}"
+            )
         load_weights(self.model, found)
         self.optimizer.load_state_dict(found.optimizer)
         self.loader.load_state_dict(found.state["loader"])
@@ -366,7 +401,7 @@ class _Pretraining:
     def _after_step(self, step: int, result: StepResult) -> None:
         self.last = result
         c = self.config
-        if step == c.train.steps or self.stop.reason:
+        if step == c.train.steps or self.stop.agreed:
             return  # the end of ``_fit`` does it
         if c.evaluate.every and step % c.evaluate.every == 0:
             self._evaluate(step)
@@ -382,6 +417,7 @@ class _Pretraining:
         self.evaluation = evaluate(
             self.model, batches, self.plan.policy, tokens=0 if everything else self.config.evaluate.tokens
         )
+        self.evaluated_at = step
         emit("evaluate", step, **asdict(self.evaluation))
 
     def _save(self, step: int, result: StepResult, wait: bool = False) -> None:
@@ -390,7 +426,7 @@ class _Pretraining:
             "loss": float(result.loss), "world": self.world,
         }  # fmt: skip
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        metric = self.evaluation.bits_per_byte if self.evaluation else None
+        metric = self.evaluation.bits_per_byte if self.evaluation and self.evaluated_at == step else None
         self.checkpointer.save(step, tensors=tensors, state=state, metric=metric, wait=wait)
         comm.barrier()
 

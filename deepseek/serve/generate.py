@@ -16,7 +16,7 @@ from deepseek.assemble import Loaded, pick_device
 from deepseek.assemble import load as load_model
 from deepseek.config import replace
 from deepseek.data import Tokenizer
-from deepseek.errors import ConfigError, DataError
+from deepseek.errors import ConfigError, DataError, WeightsError
 from deepseek.events import emit
 from deepseek.models import ModelConfig, Transformer
 from deepseek.precision import Policy, choose
@@ -58,7 +58,7 @@ class LanguageModel:
     def tokenizer(self) -> Tokenizer:
         """Raises ``DataError`` when the directory has none."""
         if self._tokenizer is None:
-            raise DataError(f"{self.path} has no tokenizer.json: pass token ids, or put one there")
+            raise DataError(f"{self.path} has no tokenizer.json: put one there, or use `tokens(ids)`")
         return self._tokenizer
 
     def generate(
@@ -88,7 +88,7 @@ class LanguageModel:
         return self.generate(self.chat_prompt(messages), sampling, **options)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids ``[EOS] <|user|> … <|end|> <|assistant|>``; raises ``DataError`` if the tokenizer has no chat tokens."""
+        """Token ids ``[EOS] <|user|> … <|end|> <|assistant|>``; ``DataError`` if the tokenizer has no chat tokens."""
         tokenizer = self.tokenizer
         ids = [tokenizer.eos_id]
         for message in messages:
@@ -120,7 +120,11 @@ class LanguageModel:
 
     @torch.no_grad()
     def tokens(self, ids: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
-        """Sampled token ids after ``ids``, without end: the caller decides when to stop."""
+        """Sampled token ids after ``ids``, without end: the caller decides when to stop.
+
+        Raises:
+            WeightsError: the logits are not finite.
+        """
         sampler, cache = Sampler(sampling), self.model.new_cache()
         limit = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
         step = torch.tensor([list(ids)], device=self.device)
@@ -130,13 +134,18 @@ class LanguageModel:
                 logits = self.model.logits(hidden)[
                     :, :limit
                 ]  # ids above the tokenizer's are padding of the matrix
+            if not bool(torch.isfinite(logits).all()):
+                raise WeightsError(
+                    f"the logits at position {cache.length - 1} are not finite: the weights of {self.path} are bad, "
+                    f"or {self.policy.name} is too narrow for them; try an earlier checkpoint or precision='fp32'"
+                )
             step = sampler(logits)[:, None]
             yield int(step)
 
     def _pieces(self, prompt: str | Sequence[int], sampling: SamplingConfig) -> Iterator[str | Completion]:
         """Complete pieces of text, then the ``Completion``."""
         ids, began = self.prompt_ids(prompt), time.perf_counter()
-        text, shown, out, reason = "", 0, list[int](), "length"
+        text, shown, out, reason, cut = "", 0, list[int](), "length", None
         decoder = self.tokenizer.stream()
         ends = (
             {self.tokenizer.eos_id, self.tokenizer.token_id("<|end|>")}
@@ -159,7 +168,7 @@ class LanguageModel:
                 shown = safe
             if len(out) >= room:
                 break
-        if reason == "length" or not sampling.stop:
+        if cut is None:
             text += decoder.finish()
         if len(text) > shown:
             yield text[shown:]

@@ -24,13 +24,16 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
 
     def check(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"temperature={self.temperature} must be at least 0, top_p={self.top_p} in (0, 1], "
                 f"top_k={self.top_k} at least 0"
             )
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
+        stop: object = self.stop
+        if isinstance(stop, str):
+            raise ConfigError(f"stop is a list of texts: stop=({stop!r},), not {stop!r}")
         if "" in self.stop:
             raise ConfigError("an empty stop text would stop before the first token")
 
@@ -56,7 +59,8 @@ class Sampler:
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """What tokens are drawn from: temperature, then top-k, then top-p; fp32 ``[B, V]``, rows sum to one."""
         c = self.config
-        logits = logits_BV.float() / c.temperature
+        logits = logits_BV.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / c.temperature  # no overflow, however cold
         if 0 < c.top_k < logits.shape[-1]:
             least = logits.topk(c.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))

@@ -32,7 +32,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy, token
     """Cross-entropy over every target of ``batches``, added up over ranks, in evaluation mode.
 
     ``batch.n_targets`` and ``n_bytes`` count the batch over all ranks, each of which holds its own rows. ``tokens`` > 0
-    stops after so many targets.
+    stops after so many targets. Without any target the figures are NaN.
     """
     device = next(model.parameters()).device
     total, n_targets, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
@@ -52,8 +52,8 @@ def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy, token
         model.train(was_training)
     comm.sum_in_place([total])
     return Evaluation(
-        loss=float(total) / max(n_targets, 1),
-        bits_per_byte=float(total) / math.log(2) / max(n_bytes, 1),
+        loss=float(total) / n_targets if n_targets else math.nan,
+        bits_per_byte=float(total) / math.log(2) / n_bytes if n_bytes else math.nan,
         tokens=n_targets,
         bytes=n_bytes,
         seconds=time.perf_counter() - began,

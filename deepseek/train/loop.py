@@ -43,7 +43,7 @@ class TrainingConfig:
     precision_mode: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     loss_scaling_factor: float = 128.0  # fp16 only
     grad_clip_threshold: float = 1.0  # 0: none
-    max_nonfinite: int = 5  # consecutive non-finite steps before giving up
+    max_nonfinite: int = 5  # consecutive non-finite steps that are forgiven; one more ends the run
     compile: bool = False
     deterministic: bool = False
     seed: int = 0
@@ -51,22 +51,25 @@ class TrainingConfig:
 
     def check(self) -> None:
         for name in ("steps", "tokens", "micro_rows", "grad_clip_threshold", "max_nonfinite"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")
         if self.length < 2 or self.batch_tokens < self.length:
             raise ConfigError(
                 f"train.batch_tokens={self.batch_tokens} must hold at least one row of train.length={self.length} "
                 "(and a row at least 2 positions)"
             )
-        if self.loss_scaling_factor <= 0:
+        if not self.loss_scaling_factor > 0:
             raise ConfigError(f"train.loss_scaling_factor={self.loss_scaling_factor} must be positive")
 
 
 class Stop:
-    """Asks the loop to end after the current step: by a signal, or by ``request``."""
+    """Asks the loop to end after the current step: by a signal, or by ``request``.
+
+    ``reason`` may be set on one rank and at any moment; ``agreed`` is the same on all, from one step to the next.
+    """
 
     def __init__(self) -> None:
-        self.reason = ""
+        self.reason, self.agreed = "", False
 
     def request(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -126,7 +129,7 @@ def fit(
 
     Args:
         hooks: called after every step.
-        stop: checked after every step, agreed on by all ranks.
+        stop: checked after every step, agreed on by all ranks before the hooks are called.
         peak_tokens_per_second: what the device could do at its peak; MFU is relative to it. 0: unknown.
 
     Raises:
@@ -146,9 +149,11 @@ def fit(
         if peak_tokens_per_second:
             values["mfu"] = values["tokens_per_second"] / peak_tokens_per_second
         emit("train", step, lr=lr, **values)
+        if stop is not None:
+            stop.agreed = comm.agree(bool(stop.reason))
         for hook in hooks:
             hook(step, result)
-        if stop is not None and comm.agree(bool(stop.reason)):
+        if stop is not None and stop.agreed:
             return step
     return max(start, steps)
 

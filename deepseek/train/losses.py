@@ -52,7 +52,8 @@ def next_token_loss(model: Transformer, batch: Batch) -> Loss:
     """Mean cross-entropy of the next token over the *whole* batch's targets, plus the routers' balance losses.
 
     For a micro-batch the mean is over the whole batch too (``batch.n_targets``), so that summing micro-batches, or
-    ranks, gives the batch's loss and gradient.
+    ranks, gives the batch's cross-entropy and its gradient. A balance loss looks at the routing of one forward
+    pass; the sum weights each pass's by its share of the targets.
     """
     hidden, layers = model(batch.tokens, batch.documents, batch.positions)
     total_targets = max(batch.n_targets, 1)

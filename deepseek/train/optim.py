@@ -38,19 +38,28 @@ class OptimConfig:
     newton_schulz_steps: int = 5  # muon only
 
     def check(self) -> None:
-        if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+        if not self.lr > 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(
                 f"optim needs lr > 0 and two betas in [0, 1); got lr={self.lr}, betas={self.betas}"
+            )
+        for name in ("embedding_lr", "eps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.momentum < 1 or self.newton_schulz_steps < 1:
+            raise ConfigError(
+                f"optim.momentum={self.momentum} must lie in [0, 1) and "
+                f"optim.newton_schulz_steps={self.newton_schulz_steps} be at least 1"
             )
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix of each ``[..., m, n]``, roughly (singular values within about 0.7…1.2).
 
-    Runs in bf16 on CUDA, where it is fast and precise enough, and in fp32 elsewhere.
+    Runs in bf16 on CUDA, where it is fast and precise enough, and in fp32 (fp64 for fp64) elsewhere.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    wide_type = torch.promote_types(matrices.dtype, torch.float32)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else wide_type)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -133,20 +142,42 @@ class Optimizers:
         owner = {
             self.names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]
         }
+        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for entry, value in state.items():
             name, _, key = entry.rpartition("|")
+            found[name][key] = value
+        for name, values in found.items():
             if name not in owner:
                 raise CheckpointError(
                     f"the checkpoint's optimizer state is for a parameter '{name}' this model lacks"
                 )
             part, p = owner[name]
-            if value.dim() and value.shape != p.shape:
-                raise CheckpointError(
-                    f"optimizer state {entry} is {tuple(value.shape)}, its parameter {tuple(p.shape)}"
-                )
-            # AdamW keeps its step count on the host unless fused on an accelerator.
-            device = p.device if value.dim() or p.device.type != "cpu" else "cpu"
-            part.state[p][key] = value.to(device).clone()
+            _check_state(name, values, STATE_KEYS[type(part)], p)
+        for part in self.parts:
+            part.state.clear()
+        for name, values in found.items():
+            part, p = owner[name]
+            part.state[p] = {key: value.to(p.device).clone() for key, value in values.items()}
+
+
+#: What each optimizer remembers about a parameter.
+STATE_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
+    Muon: {"momentum"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+def _check_state(name: str, values: dict[str, Tensor], keys: set[str], p: nn.Parameter) -> None:
+    if values.keys() != keys:
+        raise CheckpointError(
+            f"the checkpoint's optimizer keeps {', '.join(sorted(values))} for '{name}', this one "
+            f"{', '.join(sorted(keys))}: was optim.name changed?"
+        )
+    for key, value in values.items():
+        if value.shape != (torch.Size() if key == "step" else p.shape):
+            raise CheckpointError(
+                f"optimizer state {name}|{key} is {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+            )
 
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:

@@ -138,7 +138,7 @@ class TrainStep:
             (result.total * self.policy.loss_scale).backward()
             watch.lap("backward")
             loss, total = loss + result.cross_entropy, total + result.total.detach()
-            layers = _add_layers(layers, result.layers, 1 / len(parts))
+            layers = _add_layers(layers, result.layers, part.rows / batch.rows)
         return loss, total, layers
 
     def _reduce(self, loss: Tensor, total: Tensor, layers: list[LayerStats]) -> None:
