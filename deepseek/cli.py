@@ -66,7 +66,7 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with a run from its newest checkpoint, exactly where it was. Options as for pretrain: --train.steps=1000."""
+    """Go on with a run from its newest checkpoint, exactly where it was; options as for pretrain."""
 
     run: Positional[str]
     step: Annotated[int | None, arg(name="from")] = None  # the step to go on from, instead of the newest
@@ -159,14 +159,15 @@ class Export:
     json: bool = False
 
     def go(self, rest: Sequence[str]) -> int:
+        from dataclasses import asdict
+
         from deepseek.recipes.export import export
 
         if self.format != "hf":
             raise ConfigError(f"--format {self.format!r} is not known; this version writes 'hf'")
         done = export(self.run, self.to or None, dtype=self.dtype, family=self.family)
         if self.json:
-            _print_json({"path": str(done.path), "model_type": done.model_type, "reason": done.reason,
-                         "max_logit_difference": done.max_logit_difference, "loaded_with": done.loaded_with})  # fmt: skip
+            _print_json({**asdict(done), "path": str(done.path)})
         else:
             print(f"{done.path}: {done.model_type}, read back by {done.loaded_with}, "
                   f"largest logit difference {done.max_logit_difference:.2g}")  # fmt: skip
@@ -305,7 +306,8 @@ def _named_config(name: str) -> Any:
         from deepseek.errors import did_you_mean
 
         raise ConfigError(
-            f"{name!r} is neither a config file nor a preset{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}"
+            f"{name!r} is neither a config file nor a preset{did_you_mean(name, PRESETS)}; "
+            f"presets: {', '.join(PRESETS)}"
         )
     return read_config(name)
 

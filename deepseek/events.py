@@ -46,7 +46,7 @@ _sinks: list[Sink] = []
 _lock = threading.RLock()  # a signal handler may emit while its own thread is in ``emit``
 
 
-def emit(name: str, step: int | None = None, **values: Any) -> None:
+def emit(name: str, step: int | None = None, /, **values: Any) -> None:
     """Tell every attached sink that ``name`` happened at ``step``."""
     if _sinks:
         event = Event(name, step, values)

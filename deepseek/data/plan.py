@@ -1,10 +1,10 @@
 """Which piece of which document goes to which row: the plan that every rank computes alike, from lengths
 alone.
 
-Documents are drawn from the mixture a *window* at a time (some hundred rows), cut, packed among themselves,
-and the rows are shuffled. A window depends on nothing but the mixture's cursor at its start, so a place in
-the stream of rows is
-three small things: that cursor, the window's number, and a row within it. No buffer has to be saved.
+Documents are drawn from the mixture a *window* at a time (some thousand rows, or one epoch of a small corpus),
+cut, packed among themselves, and the rows are shuffled. A window depends on nothing but the mixture's cursor at its
+start, so a place in the stream of rows is three small things: that cursor, the window's number, and a row within it.
+No buffer has to be saved.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from deepseek.data.pack import cut, pack
 from deepseek.data.store import TokenStore
 from deepseek.errors import DataError
 
-WINDOW_ROWS = 512  #: rows' worth of tokens that are packed together
+WINDOW_ROWS = (
+    16_384  #: rows that are packed and shuffled together, at most: a large document must not fill one
+)
 
 
 class Piece(NamedTuple):
@@ -91,6 +93,8 @@ class Planner:
         self._streams, self._seed, self._length = streams, seed, length
         self._shuffle, self._epochs = shuffle, epochs
         self._mixture = Mixture([s.sizes for s in streams], weights, seed, shuffle=shuffle)
+        epoch = sum(int(s.sizes.sum()) - len(s.sizes) for s, w in zip(streams, weights) if w > 0)
+        self._window_tokens = min(WINDOW_ROWS * length, max(epoch, length))
         self._held: tuple[tuple[int, Cursor], list[Row], Cursor] | None = None
 
     def start(self) -> Position:
@@ -125,7 +129,7 @@ class Planner:
     def window(self, number: int, cursor: Cursor) -> tuple[list[Row], Cursor]:
         """The rows of a window and the cursor after it."""
         if self._held is None or self._held[0] != (number, cursor):
-            sources, documents, after = self._mixture.take(cursor, WINDOW_ROWS * self._length)
+            sources, documents, after = self._mixture.take(cursor, self._window_tokens)
             rows = self._pack(sources, documents)
             if self._shuffle:
                 order = Permutation(len(rows), f"{self._seed}/window/{number}".encode())(np.arange(len(rows)))

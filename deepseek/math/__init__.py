@@ -4,5 +4,6 @@ from torch import cos, erf, exp, log, relu, rsqrt, sigmoid, sin, softmax, sqrt, 
 from torch.nn.functional import gelu, silu, softplus
 
 __all__ = [
-    "cos", "erf", "exp", "gelu", "log", "relu", "rsqrt", "sigmoid", "silu", "sin", "softmax", "softplus", "sqrt", "tanh",
+    "cos", "erf", "exp", "gelu", "log", "relu", "rsqrt", "sigmoid", "silu", "sin", "softmax", "softplus", "sqrt",
+    "tanh",
 ]  # fmt: skip

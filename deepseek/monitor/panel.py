@@ -104,7 +104,8 @@ class State:
         elif event.name == "prepare":
             done, total = finite(values.get("done")), finite(values.get("total"))
             share = f" of {si(total)} ({done / total:.0%})" if done is not None and total else ""
-            self.preparing = f"{one_line(values.get('stage', 'preparing'))}: {si(done)}{share}"
+            counted = f": {si(done)}{share}" if done is not None else ""
+            self.preparing = f"corpus {one_line(values.get('stage', 'preparing'))}{counted}"
         elif event.name == "evaluate":
             self.held_out = finite(values.get("bits_per_byte")) or self.held_out
         elif event.name == "compress" and finite(values.get("bits_per_byte")) is not None:

@@ -13,7 +13,7 @@ from deepseek.data import Corpus, prepare
 from deepseek.errors import DataError
 from deepseek.events import emit
 from deepseek.precision import choose
-from deepseek.recipes.pretrain import read_config
+from deepseek.recipes.pretrain import held_out_shape, read_config
 from deepseek.train import Evaluation, evaluate
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -53,7 +53,8 @@ def evaluate_run(path: Path | str, device: str = "auto", compressors: bool = Tru
             "restore the files that data.sources names"
         )
     policy = choose(config.train.precision_mode, pick_device(device))
-    batches = corpus.eval_batches(rows=config.train.micro_rows or 8, length=config.train.length)
+    rows, length = held_out_shape(config)
+    batches = corpus.eval_batches(rows=rows, length=length)
     found = evaluate(loaded.model, batches, policy)
     emit("evaluate", loaded.step, **asdict(found))
     others = compress_held_out(corpus) if compressors else []

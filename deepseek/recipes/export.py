@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -83,10 +84,10 @@ def compare(model: Transformer, directory: Path) -> tuple[float, str]:
 def _transformers_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise MissingExtraError("transformers", "hf", "reading an export with transformers") from None
-    from deepseek.transformers import register
-
-    register()
+    import_module("deepseek.transformers")  # registers our architecture
+    logging.disable_progress_bar()
     found = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     return found.eval()(tokens).logits

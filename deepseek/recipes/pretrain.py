@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from deepseek.assemble import Run, build, load_weights, pick_device
+from deepseek.batch import Batch
 from deepseek.config import configclass, from_dict, load_toml, replace, to_dict, to_toml
 from deepseek.data import DataConfig, Loader, prepare
 from deepseek.dist import comm
@@ -58,6 +60,7 @@ class EvaluateConfig:
 
     every: int = 0  # steps; 0: only at the end
     tokens: int = 0  # held-out tokens per evaluation while training; 0: all. The last one always takes all
+    length: int = 0  # positions per row; 0: train.length
 
 
 @configclass
@@ -95,6 +98,7 @@ def preset(name: str) -> PretrainConfig:
     return replace(
         config,
         data=replace(config.data, vocab_size=2048),
+        evaluate=EvaluateConfig(length=1024),
         optim=replace(config.optim, lr=6e-3, embedding_lr=4.0, momentum=0.9, newton_schulz_steps=3),
         schedule=replace(config.schedule, warmup=0.03, floor=0.05),
         train=replace(config.train, batch_tokens=2048, length=256),
@@ -196,6 +200,12 @@ def _micro_rows(
 def _micro_bytes(model: ModelConfig, rows: int, length: int, size: int) -> int:
     held = count.memory(model, rows, length, compute_bytes=size)
     return held["activations"] + held["logits"]
+
+
+def held_out_shape(config: PretrainConfig) -> tuple[int, int]:
+    """Rows and positions per held-out batch: about the positions of a training micro-batch."""
+    length = config.evaluate.length or config.train.length
+    return max(1, max(1, config.train.micro_rows) * config.train.length // length), length
 
 
 def dry_run(config: PretrainConfig) -> dict[str, Any]:
@@ -356,7 +366,11 @@ class _Pretraining:
         self.optimizer.load_state_dict(found.optimizer)
         self.loader.load_state_dict(found.state["loader"])
         checkpoint.set_rng_state(found.state["rng"])
-        emit("resume", found.step, path=found.path, previous_loss=found.state.get("loss"))
+        before = found.state.get("probe")
+        emit(
+            "resume", found.step, path=found.path, previous_loss=found.state.get("loss"),
+            probe_before=before, probe_after=self._probe() if before is not None else None,
+        )  # fmt: skip
         return found.step
 
     def _announce(self, start: int) -> None:
@@ -367,7 +381,8 @@ class _Pretraining:
             parameters=parameters.total, active_parameters=parameters.active,
             flops_per_token=self.plan.flops_per_token, peak_flops=self.plan.peak_flops,
             peak_source=f"measured {self.plan.policy.name} matrix product", total_steps=c.train.steps,
-            batch_tokens=c.train.batch_tokens, resumed_from=start or None, command=" ".join(["deepseek", *sys.argv[1:]]),
+            batch_tokens=c.train.batch_tokens, resumed_from=start or None,
+            command=" ".join(["deepseek", *sys.argv[1:]]),
             corpus={"documents": len(self.corpus.train), "bytes": self.corpus.train.n_bytes,
                     "tokens": self.corpus.train.n_tokens, "seconds": report.get("seconds")},
             code_version=checkpoint.code_version(), derived=self.plan.derived, **_process(),
@@ -411,19 +426,25 @@ class _Pretraining:
     def _evaluate(self, step: int, everything: bool = False) -> None:
         if self.corpus.held_out is None:
             return
-        c = self.config.train
-        rows = max(1, -(-c.micro_rows // self.world)) * self.world
-        batches = self.corpus.eval_batches(rows=rows, length=c.length, rank=self.rank, world=self.world)
-        self.evaluation = evaluate(
-            self.model, batches, self.plan.policy, tokens=0 if everything else self.config.evaluate.tokens
-        )
-        self.evaluated_at = step
+        tokens = 0 if everything else self.config.evaluate.tokens
+        self.evaluation = evaluate(self.model, self._held_out(), self.plan.policy, tokens=tokens)
         emit("evaluate", step, **asdict(self.evaluation))
+
+    def _held_out(self) -> Iterator[Batch]:
+        rows, length = held_out_shape(self.config)
+        rows = -(-rows // self.world) * self.world
+        return self.corpus.eval_batches(rows=rows, length=length, rank=self.rank, world=self.world)
+
+    def _probe(self) -> float | None:
+        """Loss on the first held-out batch: the same number before an interruption and after it."""
+        if self.corpus.held_out is None:
+            return None
+        return evaluate(self.model, itertools.islice(self._held_out(), 1), self.plan.policy).loss
 
     def _save(self, step: int, result: StepResult, wait: bool = False) -> None:
         state = {
             "loader": self.loader.state_dict(), "rng": checkpoint.rng_state(), "config": to_dict(self.config),
-            "loss": float(result.loss), "world": self.world,
+            "loss": float(result.loss), "world": self.world, "probe": self._probe() if wait else None,
         }  # fmt: skip
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         metric = self.evaluation.bits_per_byte if self.evaluation and self.evaluated_at == step else None

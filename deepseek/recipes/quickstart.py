@@ -14,7 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -56,7 +58,7 @@ def quickstart(run: Path, seconds: float, *, quiet: bool = False) -> None:
         corpus = prepare(config.data, run.parent / ".corpora")
         step.note = (
             f"{len(corpus.train):,} files to learn from, {len(corpus.held_out or ())} held out, "
-            f"{corpus.train.n_bytes / 1e6:.1f} MB, {corpus.train.n_tokens / 1e6:.1f}M tokens of {config.data.vocab_size:,}"
+            f"{corpus.train.n_bytes / 1e6:.1f} MB, {corpus.train.n_tokens / 1e6:.1f}M tokens"
         )
     with narrator.step("Measuring this machine") as step:
         config, step.note = plan_steps(config, corpus, seconds)
@@ -106,10 +108,16 @@ def continuity(events: list[dict[str, Any]]) -> str:
     before = [e["loss"] for e in events[:at] if e["event"] == "train"]
     after = [e["loss"] for e in events[at:] if e["event"] == "train"]
     pids = [e["pid"] for e in events if e["event"] == "run"]
-    n = min(10, len(before), len(after))
+    n = min(30, len(before), len(after))
+    mark = events[at]
+    held_out = ""
+    if mark.get("probe_before") is not None:
+        held_out = (
+            f"loss on a held-out batch {mark['probe_before']:.4f} before, {mark['probe_after']:.4f} after; "
+        )
     return (
-        f"step {events[at]['step']}: mean loss of {n} steps {fmean(before[-n:]):.3f} before, {fmean(after[:n]):.3f} "
-        f"after; process {pids[0]} → {pids[-1]}"
+        f"step {mark['step']}: {held_out}training loss of {n} steps {fmean(before[-n:]):.2f} → {fmean(after[:n]):.2f}; "
+        f"process {pids[0]} → {pids[-1]}"
     )
 
 
@@ -177,19 +185,29 @@ def _finish(run: Path, corpus: Corpus, narrator: Narrator) -> list[Compression]:
     with narrator.step("Judging by compression") as step:
         compressors = compress_held_out(corpus)
         for other in compressors:
-            emit("compress", name=other.name, how=other.how, bits_per_byte=other.bits_per_byte)
+            emit("compress", **asdict(other))
         step.note = f"{bits_per_byte(run):.3f} bits per byte on {len(corpus.held_out or ())} held-out files"
     with narrator.step("Exporting and reading back") as step:
         done = export(run)
         step.note = (
             f"{done.path}: logits differ by {done.max_logit_difference:.1g}, read by {done.loaded_with}"
         )
-    with narrator.step("Asking for a completion"):
-        model = load(run)
-        text = model.generate(PROMPT, SamplingConfig(temperature=0.6, max_tokens=100, seed=1))
-    for line in (PROMPT + text).splitlines()[:18]:
-        narrator.say("│ " + line)
+    with narrator.step("Asking for a completion", live=True):
+        _answer(run, narrator)
     return compressors
+
+
+def _answer(run: Path, narrator: Narrator) -> None:
+    """Stream a completion, indented."""
+    pieces = load(run).stream(PROMPT, SamplingConfig(temperature=0.5, max_tokens=100, seed=1))
+    if narrator.quiet:
+        deque(pieces, maxlen=0)
+        return
+    margin = "      │ "
+    print(margin, end="")
+    for piece in itertools.chain([PROMPT], pieces):
+        print(piece.replace("\n", "\n" + margin), end="", flush=True)
+    print()
 
 
 def bits_per_byte(run: Path) -> float:
