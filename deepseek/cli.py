@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from deepseek.errors import ConfigError, DeepseekError
+from deepseek.errors import ConfigError, DeepseekError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"deepseek-framework {__version__}")
         return 0
+    names = [get_args(command)[1].name for command in get_args(Command)]
+    if args and not args[0].startswith("-") and args[0] not in names:
+        print(
+            f"error: no command {args[0]!r}{did_you_mean(args[0], names)}; there are: {', '.join(names)}",
+            file=sys.stderr,
+        )
+        return 2
     parsed, rest = tyro.cli(
         Command, args=args or ["--help"], prog="deepseek", return_unknown_args=True,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -303,8 +310,6 @@ def _named_config(name: str) -> Any:
     if name in PRESETS and not Path(name).exists():
         return preset(name)
     if not name.endswith(".toml") and not Path(name).exists():
-        from deepseek.errors import did_you_mean
-
         raise ConfigError(
             f"{name!r} is neither a config file nor a preset{did_you_mean(name, PRESETS)}; "
             f"presets: {', '.join(PRESETS)}"
