@@ -23,7 +23,8 @@ from deepseek.train import OptimConfig, TrainingConfig
 from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import CheckpointConfig
 
-WORDS = ["alpha", "beta", "gamma", "delta", "def", "return", "self", "=", "(", ")", ":", "epsilon", "'zeta'", "eta", "théta", "你好", "🙂", "[0]", "lambda"]
+SENTENCE = "alpha beta gamma delta def return self = ( ) : epsilon 'zeta' eta théta 你好 🙂 [0] lambda"
+WORDS = SENTENCE.split()
 
 
 def write_corpus(root: Path, documents: int = 40, seed: int = 0) -> Path:
@@ -79,8 +80,8 @@ def write_config(config: PretrainConfig, path: Path) -> Path:
     return path
 
 
-def start(code: str, *arguments: object, ranks: int = 1, **options: Any) -> subprocess.Popen[str]:
-    """A Python process (or a group of ranks under torchrun) that runs ``code`` with ``arguments``."""
+def start(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """A Python process that runs ``code`` with ``arguments``; ``env`` is added to the environment."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.Popen(

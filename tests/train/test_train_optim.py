@@ -269,8 +269,8 @@ def test_another_optimizers_state_is_refused(old: Any, new: Any) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"lr": 0.0}, {"lr": float("nan")}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"weight_decay": -0.1},
-        {"momentum": 1.0}, {"newton_schulz_steps": 0}, {"embedding_lr": -1.0},
+        {"lr": 0.0}, {"lr": float("nan")}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"eps": -1.0},
+        {"weight_decay": -0.1}, {"momentum": 1.0}, {"newton_schulz_steps": 0}, {"embedding_lr": -1.0},
     ],
 )  # fmt: skip
 def test_constants_that_cannot_be_used_are_refused(wrong: dict[str, Any]) -> None:

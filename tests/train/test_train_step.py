@@ -49,7 +49,7 @@ def model(seed: int = 0, **moe: Any) -> Transformer:
             pattern="LH",
             attention=AttentionConfig(heads=2, kv_heads=1, head_dim=8, window=4, block=4, stride=2),
             moe=MoEConfig(experts=4, top_k=2, expert_ffn=8, **moe),
-        )  # fmt: skip
+        )
     )
 
 
