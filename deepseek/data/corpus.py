@@ -15,6 +15,7 @@ hidden folder and renamed at the end; a killed ``prepare`` leaves nothing that c
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -193,7 +194,8 @@ def prepare(config: DataConfig, directory: Path | str = "", tokenizer: Tokenizer
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f".{target.name}.lock")):
         if (target / "corpus.json").is_file():
-            corpus = Corpus.load(target)
+            # What is not in the fingerprint, such as the seed, is as asked for now, not as it was at first.
+            corpus = dataclasses.replace(Corpus.load(target), config=config)
             emit("prepare", stage="reused", directory=str(target), tokens=corpus.train.n_tokens)
             return corpus
         for stale in target.parent.glob(f".{target.name}.*.tmp"):

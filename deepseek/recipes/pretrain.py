@@ -428,6 +428,7 @@ class _Pretraining:
             return
         tokens = 0 if everything else self.config.evaluate.tokens
         self.evaluation = evaluate(self.model, self._held_out(), self.plan.policy, tokens=tokens)
+        self.evaluated_at = step
         emit("evaluate", step, **asdict(self.evaluation))
 
     def _held_out(self) -> Iterator[Batch]:
