@@ -21,7 +21,7 @@ unit: $(STAMP)-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: $(STAMP)-dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -41,7 +41,7 @@ class Pretrain:
     """
 
     config: Positional[str]  # a TOML file, or the name of a preset (tiny, small, …)
-    run: str = ""  # where to keep it; runs/NAME of the config unless told
+    run: str = ""  # where to keep it: a path, or a NAME in runs/; the config's name unless told
     explain: bool = False  # print every derived value and why, then train
     dry_run: bool = False  # print parameters, FLOPs, memory and tokens, and stop
     options: bool = False  # list every option of the config, and stop
@@ -59,7 +59,8 @@ class Pretrain:
             return 0
         if self.explain:
             _show_derived(recipe.derive(config).derived)
-        path = Path(self.run or f"runs/{Path(self.config).stem}")
+        name = self.run or Path(self.config).stem
+        path = Path(name) if Path(name).name != name else Path("runs") / name
         result = recipe.pretrain(config, path, sinks=_sinks(self.json, self.quiet))
         return _finished(result, self.json)
 

@@ -250,6 +250,7 @@ def pretrain(
     """
     rank, world = comm.start()
     path, stop = Path(run), stop or Stop()
+    derive(config)  # what cannot be used is refused before anything is read or written
     with _alone(path) if rank == 0 else nullcontext():
         if resume is None:
             _check_new(path)
