@@ -69,6 +69,8 @@ class State:
         """Take a training step without reading any tensor."""
         self.steps_seen += 1
         self._unread = event
+        tokens = event.values.get("tokens")
+        self.tokens += tokens if isinstance(tokens, (int, float)) and math.isfinite(tokens) else 0
         if "loss" in event.values:
             self._pending.append(event.values["loss"])
         if isinstance(event.step, int):
@@ -87,7 +89,6 @@ class State:
         if self._unread is not None:
             values, self._unread = self._unread.values, None
             self.latest = {str(k): plain(v) for k, v in values.items()}
-            self.tokens = finite(self.latest.get("tokens")) or self.tokens
             speed = finite(self.latest.get("tokens_per_second"))
             if speed is not None:
                 self.speeds.append(speed)

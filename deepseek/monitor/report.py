@@ -144,7 +144,7 @@ def headline_numbers(history: History) -> list[tuple[str, str, str]]:
     tokens = [v for _, v in history.series("train", "tokens")]
     steps = f"in {len(history.steps):,} steps" if history.steps else ""
     if tokens:
-        tiles.append(("Tokens", si(max(tokens)), steps))
+        tiles.append(("Tokens", si(sum(tokens)), steps))
     wall = history.wall_seconds()
     if wall:
         stops = len(history.breaks())

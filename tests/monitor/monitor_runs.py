@@ -123,7 +123,7 @@ def _step(
         "grad_norm": 31.0 if step == spike else norm,
         "clipped": norm > 1.0 or step == spike,
         "lr": lr,
-        "tokens": step * 16384,
+        "tokens": 16384,
         "tokens_per_second": 78_000 + rng.gauss(0, 1500),
         "mfu": 0.41 + rng.gauss(0, 0.008),
         "seconds": {"data": 0.003, "forward": 0.068, "backward": 0.118, "optimizer": 0.017, "other": 0.004},
