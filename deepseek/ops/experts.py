@@ -57,11 +57,11 @@ def grouped_linear(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: st
 
 
 def pick_backend(x: Tensor, backend: str = "auto") -> str:
-    """What 'auto' means for ``x``: CUDA's grouped kernel takes bf16 only, the CPU's all but fp64."""
+    """What 'auto' means for ``x``: CUDA's grouped kernel takes bf16 only, the CPU's all but fp64; others have none."""
     if backend != "auto":
         return backend
-    wide = x.dtype == torch.float64 or (x.is_cuda and x.dtype != torch.bfloat16)
-    return "loop" if wide else "grouped_mm"
+    grouped = x.dtype == torch.bfloat16 if x.is_cuda else x.is_cpu and x.dtype != torch.float64
+    return "grouped_mm" if grouped else "loop"
 
 
 def swiglu(x: Tensor) -> Tensor:

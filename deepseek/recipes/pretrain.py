@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import sys
 import time
@@ -50,6 +51,7 @@ from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
 
 TOKENS_PER_PARAMETER = 20  #: the compute-optimal ratio of arXiv 2203.15556, for runs that name no length
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 LOCK = ".training"  #: the file in a run directory that its one trainer holds
 VOCABULARY_MULTIPLE = 64  #: matmuls like round sizes; the ids above the tokenizer's are never targets
 
@@ -255,8 +257,13 @@ def pretrain(
         if resume is None:
             _check_new(path)
         own: list[Sink] = [JsonlSink(path / "events.jsonl", every=5), *sinks] if rank == 0 else []
-        with attached(*own), stop.on_signals():
-            return _Pretraining(config, path, rank, world, stop).run(resume)
+        try:
+            with attached(*own), stop.on_signals():
+                return _Pretraining(config, path, rank, world, stop).run(resume)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise RunError(f"cannot write in {path}: {error.strerror}; its checkpoints are intact") from error
 
 
 @contextmanager

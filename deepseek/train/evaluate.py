@@ -35,7 +35,8 @@ def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy, token
     stops after so many targets. Without any target the figures are NaN.
     """
     device = next(model.parameters()).device
-    total, n_targets, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    wide = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    total, n_targets, n_bytes = torch.zeros((), dtype=wide, device=device), 0, 0
     began, was_training = time.perf_counter(), model.training
     model.eval()
     try:
@@ -44,7 +45,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], policy: Policy, token
             with policy.compute(device):
                 hidden = model(batch.tokens, batch.documents, batch.positions).hidden
                 nats = cross_entropy_sum(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
-            total += nats.double()
+            total += nats.to(wide)
             n_targets, n_bytes = n_targets + batch.n_targets, n_bytes + batch.n_bytes
             if 0 < tokens <= n_targets:
                 break

@@ -48,14 +48,14 @@ class StepResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def coverage(self) -> float:
-        """Mean over expert layers of Σ min(fᵢ, 1/E)."""
-        return _mean([float(coverage(load)) for load in self.load])
+    def coverage(self) -> Tensor:
+        """Mean over expert layers of Σ min(fᵢ, 1/E); 0 without any."""
+        return _mean([coverage(load) for load in self.load], self.loss)
 
     @property
-    def max_violation(self) -> float:
-        """Mean over expert layers of (largest load − mean) / mean."""
-        return _mean([float(max_violation(load)) for load in self.load])
+    def max_violation(self) -> Tensor:
+        """Mean over expert layers of (largest load − mean) / mean; 0 without any."""
+        return _mean([max_violation(load) for load in self.load], self.loss)
 
 
 class Stopwatch:
@@ -103,25 +103,25 @@ class TrainStep:
             if p.grad is not None and self.policy.loss_scale != 1.0:
                 p.grad.div_(self.policy.loss_scale)
         norm = clip_gradients(self.parameters, self.grad_clip)
-        skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))
+        skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))  # the step's one synchronisation
+        clipped = bool(norm > self.grad_clip > 0)
         if not skipped:
             self.optimizer.step()
             self._update_routing(layers)
         self.optimizer.zero_grad()
         watch.lap("optimizer")
         routings = [layer.routing for layer in layers if layer.routing is not None]
-        nothing = torch.zeros_like(loss)
         return StepResult(
             loss=loss,
             grad_norm=norm,
             balance_loss=total - loss,
             skipped=skipped,
-            clipped=bool(norm > self.grad_clip > 0),
+            clipped=clipped,
             tokens=batch.n_targets,
             n_bytes=batch.n_bytes,
             load=[r.chosen_E / r.chosen_E.sum().clamp(min=1) for r in routings],
             gates={i: layer.gate_H for i, layer in enumerate(layers) if layer.gate_H is not None},
-            router_entropy=torch.stack([r.entropy for r in routings]).mean() if routings else nothing,
+            router_entropy=_mean([r.entropy for r in routings], loss),
             seconds=watch.seconds,
         )
 
@@ -185,5 +185,5 @@ def _add_layers(sums: list[LayerStats], new: list[LayerStats], share: float) -> 
     return [add(a, b) for a, b in zip(sums, fresh)] if sums else fresh
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _mean(values: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(values).mean() if values else torch.zeros_like(like)

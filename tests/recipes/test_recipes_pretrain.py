@@ -217,6 +217,25 @@ def test_a_full_disk_ends_the_run_with_its_checkpoints_intact_and_it_goes_on(
     assert losses(run) == losses(tmp_path / "whole")
 
 
+def test_a_disk_that_is_full_for_everything_else_is_one_clear_line(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config, the tokenizer and the events are written by others than the checkpointer."""
+    run = tmp_path / "run"
+    pretrain(checkpointed(config, 2), run)
+    before = tensors(run)
+
+    def full(path: Path, data: bytes | str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(recipe, "write_atomic", full)
+    with pytest.raises(
+        RunError, match=r"cannot write in .*No space left on device; its checkpoints are intact"
+    ):
+        resume_run(run, longer(run))
+    assert identical(tensors(run), before)
+
+
 def test_nan_weights_stop_the_run_with_a_way_out(copy: Path, tmp_path: Path) -> None:
     """A checkpoint whose weights went bad: every step is skipped, none of them changes anything."""
     config, found = longer(copy, train={"max_nonfinite": 2, "steps": 20}), checkpoint.load(copy)
