@@ -1,9 +1,10 @@
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
-from deepseek.files import NEW, clean, hash_file, staged, write_atomic, write_file
+from deepseek.files import NEW, InUse, claimed, clean, hash_file, staged, write_atomic, write_file
 
 
 def tree(root: Path) -> list[str]:
@@ -74,3 +75,16 @@ def test_records_are_sizes_and_hashes(tmp_path: Path) -> None:
         == hash_file(tmp_path / "f")
         == (len(whole), hashlib.blake2b(whole, digest_size=32).hexdigest())
     )
+
+
+def test_a_claim_names_its_holder_and_ends_with_the_block(tmp_path: Path) -> None:
+    with claimed(tmp_path / "claim"):
+        assert (tmp_path / "claim").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(InUse, match=str(os.getpid())), claimed(tmp_path / "claim"):
+            pass
+    with claimed(tmp_path / "claim"):
+        pass
+    with pytest.raises(KeyError), claimed(tmp_path / "claim"):
+        raise KeyError
+    with claimed(tmp_path / "claim"):
+        pass

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.errors import ConfigError
-from deepseek.ops.experts import combine, grouped_linear, run_experts, sort_by_expert
+from deepseek.ops.experts import combine, grouped_linear, pick_backend, run_experts, sort_by_expert
 
 
 def experts(n: int, hidden: int, inner: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -104,3 +104,12 @@ def test_a_gradient_of_stride_zero_is_accepted() -> None:
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ConfigError, match=r"no backend 'grouped_nm' \(did you mean 'grouped_mm'\?\)"):
         grouped_linear(torch.randn(2, 8), torch.randn(1, 8, 8), torch.tensor([2]), "grouped_nm")
+
+
+def test_auto_takes_the_grouped_kernel_only_where_there_is_one() -> None:
+    assert pick_backend(torch.empty(1)) == pick_backend(torch.empty(1, dtype=torch.bfloat16)) == "grouped_mm"
+    assert pick_backend(torch.empty(1, dtype=torch.float64)) == "loop"
+    assert (
+        pick_backend(torch.empty(1, device="meta")) == "loop"
+    )  # stands for any device that is neither CPU nor CUDA
+    assert pick_backend(torch.empty(1, device="meta"), "grouped_mm") == "grouped_mm"
