@@ -45,7 +45,7 @@ class LanguageModel:
     """A transformer, its tokenizer, and where both came from."""
 
     def __init__(self, loaded: Loaded, policy: Policy | None = None) -> None:
-        self.model: Transformer = loaded.model
+        self.model: Transformer = loaded.model.eval()
         self._tokenizer, self.path, self.step = loaded.tokenizer, loaded.path, loaded.step
         self.device = next(self.model.parameters()).device
         self.policy = policy or choose("fp32", self.device)
