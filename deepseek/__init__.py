@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from deepseek.parallel.plan import ParallelConfig
     from deepseek.recipes.evaluate import evaluate_run as evaluate
     from deepseek.recipes.export import export
-    from deepseek.recipes.pretrain import EvaluateConfig, PretrainConfig, pretrain, read_config
+    from deepseek.recipes.plan import EvaluateConfig, PretrainConfig, read_config
+    from deepseek.recipes.pretrain import pretrain
     from deepseek.recipes.pretrain import resume_run as resume
     from deepseek.registry import register_op
     from deepseek.serve import Completion, LanguageModel, Message, SamplingConfig, load
@@ -55,7 +56,7 @@ _HOMES = {
     "DataConfig": "deepseek.data",
     "DataError": "deepseek.errors",
     "DeepseekError": "deepseek.errors",
-    "EvaluateConfig": "deepseek.recipes.pretrain",
+    "EvaluateConfig": "deepseek.recipes.plan",
     "LanguageModel": "deepseek.serve",
     "Message": "deepseek.serve",
     "MissingExtraError": "deepseek.errors",
@@ -63,7 +64,7 @@ _HOMES = {
     "ModelConfig": "deepseek.models",
     "OptimConfig": "deepseek.train",
     "ParallelConfig": "deepseek.parallel.plan",
-    "PretrainConfig": "deepseek.recipes.pretrain",
+    "PretrainConfig": "deepseek.recipes.plan",
     "RunError": "deepseek.errors",
     "SamplingConfig": "deepseek.serve",
     "ScheduleConfig": "deepseek.train",
@@ -80,7 +81,7 @@ _HOMES = {
     "load": "deepseek.serve",
     "prepare": "deepseek.data",
     "pretrain": "deepseek.recipes.pretrain",
-    "read_config": "deepseek.recipes.pretrain",
+    "read_config": "deepseek.recipes.plan",
     "register_op": "deepseek.registry",
     "resume": "deepseek.recipes.pretrain:resume_run",
     "train_tokenizer": "deepseek.data",

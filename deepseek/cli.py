@@ -76,7 +76,8 @@ class Resume:
 
     def go(self, rest: Sequence[str]) -> int:
         from deepseek.assemble import Run
-        from deepseek.recipes.pretrain import read_config, resume_run
+        from deepseek.recipes.plan import read_config
+        from deepseek.recipes.pretrain import resume_run
 
         run = Run.open(self.run)
         config = _overridden(read_config(run.config_path), rest)
@@ -306,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _named_config(name: str) -> Any:
     """A config file, or a preset's name."""
     from deepseek.models import PRESETS
-    from deepseek.recipes.pretrain import preset, read_config
+    from deepseek.recipes.plan import preset, read_config
 
     if name in PRESETS and not Path(name).exists():
         return preset(name)
@@ -320,7 +321,7 @@ def _named_config(name: str) -> Any:
 
 def _overridden(config: Any, rest: Sequence[str]) -> Any:
     """``config`` with ``--section.name=value`` applied, checked by tyro and by the config itself."""
-    from deepseek.recipes.pretrain import PretrainConfig
+    from deepseek.recipes.plan import PretrainConfig
 
     if not rest:
         return config

@@ -13,7 +13,7 @@ from deepseek.data import Corpus, prepare
 from deepseek.errors import DataError
 from deepseek.events import emit
 from deepseek.precision import choose
-from deepseek.recipes.pretrain import held_out_shape, read_config
+from deepseek.recipes.plan import held_out_shape, read_config
 from deepseek.train import Evaluation, evaluate
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {

@@ -32,7 +32,7 @@ from deepseek.models import count
 from deepseek.monitor import Narrator, comparison, write_report
 from deepseek.recipes.evaluate import Compression, compress_held_out
 from deepseek.recipes.export import export
-from deepseek.recipes.pretrain import PretrainConfig, derive, preset
+from deepseek.recipes.plan import PretrainConfig, derive, preset
 from deepseek.serve import SamplingConfig, load
 from deepseek.train import TrainStep, build_optimizer, next_token_loss
 
