@@ -146,6 +146,9 @@ class MoE(nn.Module):
         self.shared = SwiGLU(hidden, c.shared_experts * c.expert_ffn) if c.shared_experts else None
         self.register_buffer("default_EC", torch.zeros(c.experts, hidden), persistent=c.default_decay > 0)
 
+    # Under torch.compile routing and experts stay eager: the rows of an expert depend on the data, Dynamo's fake
+    # grouped_mm knows bf16 only, and torch 2.11 stumbles over named tuples.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_BTC: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """``[B, T, C]`` → ``[B, T, C]`` and what routing was; padding (not ``valid``) is not counted."""
         x = x_BTC.flatten(0, 1)

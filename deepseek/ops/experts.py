@@ -77,8 +77,6 @@ def sort_by_expert(expert_R: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order, counts.cumsum(0).to(torch.int32)
 
 
-# Dynamo's fake grouped_mm knows bf16 only, and the rows of an expert depend on the data: experts stay eager.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_experts(
     x_ND: Tensor,
     token_R: Tensor,

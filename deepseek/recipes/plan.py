@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from deepseek.config import configclass, from_dict, load_toml, replace
 from deepseek.data import DataConfig
 from deepseek.dist import comm
 from deepseek.errors import ConfigError, did_you_mean
-from deepseek.models import PRESETS, ModelConfig, count, model_config
+from deepseek.models import PRESETS, ModelConfig, Transformer, count, model_config
 from deepseek.models.config import tiny
 from deepseek.parallel.plan import ParallelConfig, check_layout
 from deepseek.precision import Policy, choose, matmul_flops
 from deepseek.train import OptimConfig, ScheduleConfig, TrainingConfig
+from deepseek.train.probe import fastest
 from deepseek.weights.checkpoint import CheckpointConfig
 
 TOKENS_PER_PARAMETER = 20  #: the compute-optimal ratio of arXiv 2203.15556, for runs that name no length
@@ -141,6 +143,22 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
     )
     config = replace(config, model=model, train=replace(train, steps=steps, micro_rows=micro))
     return Plan(config, device, policy, per_token, peak, derived)
+
+
+def confirm_precision(plan: Plan, model: Transformer) -> Plan:
+    """'auto' on a CPU that multiplies fast in bf16: let the model's own step decide. Other plans stay as they are."""
+    train, policy = plan.config.train, plan.policy
+    if (
+        train.precision_mode != "auto"
+        or plan.device.type != "cpu"
+        or policy.name == "fp32"
+        or comm.world() > 1
+    ):
+        return plan
+    policy = fastest(model, [policy, choose("fp32", plan.device)], train.micro_rows, train.length)
+    derived = [*plan.derived, ("precision", policy.name, policy.reason)]
+    peak = matmul_flops(plan.device.type, policy.dtype)
+    return dataclasses.replace(plan, policy=policy, peak_flops=peak, derived=derived)
 
 
 def _micro_rows(

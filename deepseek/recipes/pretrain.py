@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import itertools
 import os
@@ -29,11 +28,11 @@ from deepseek.errors import CheckpointError, RunError
 from deepseek.events import JsonlSink, Sink, attached, emit
 from deepseek.files import InUse, claimed, write_atomic
 from deepseek.models import count
-from deepseek.precision import choose, matmul_flops
 from deepseek.recipes.plan import (
     EvaluateConfig,
     Plan,
     PretrainConfig,
+    confirm_precision,
     derive,
     dry_run,
     held_out_shape,
@@ -53,7 +52,6 @@ from deepseek.train import (
     seed_everything,
 )
 from deepseek.train.loop import Hook, NonFiniteGuard
-from deepseek.train.probe import fastest
 from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import Checkpointer
 
@@ -168,7 +166,7 @@ class _Pretraining:
         self.config = self.plan.config
         found = checkpoint.load(resume) if resume is not None else None
         self.model = build(self.config.model, self.plan.device, self.config.train.seed)
-        self.plan = self._confirm_precision()
+        self.plan = confirm_precision(self.plan, self.model)
         # What was measured once is kept: a resumed run must not measure, and compute, something else.
         kept = replace(self.config.train, precision_mode=self.plan.policy.name)
         self.config = replace(self.config, train=kept)
@@ -185,21 +183,6 @@ class _Pretraining:
             ) as self.checkpointer:
                 done = self._fit(start)
         return PretrainResult(self.path, done, done >= self.config.train.steps, self.evaluation)
-
-    def _confirm_precision(self) -> Plan:
-        """'auto' on a CPU that multiplies fast in bf16: let the model itself decide."""
-        c, plan = self.config.train, self.plan
-        if (
-            c.precision_mode != "auto"
-            or plan.device.type != "cpu"
-            or plan.policy.name == "fp32"
-            or self.world > 1
-        ):
-            return plan
-        policy = fastest(self.model, [plan.policy, choose("fp32", plan.device)], c.micro_rows, c.length)
-        peak = matmul_flops("cpu", policy.dtype)
-        derived = [*plan.derived, ("precision", policy.name, policy.reason)]
-        return dataclasses.replace(plan, policy=policy, peak_flops=peak, derived=derived)
 
     def _loader(self) -> Loader:
         length = self.config.train.length

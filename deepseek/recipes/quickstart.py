@@ -32,7 +32,7 @@ from deepseek.models import count
 from deepseek.monitor import Narrator, comparison, write_report
 from deepseek.recipes.evaluate import Compression, compress_held_out
 from deepseek.recipes.export import export
-from deepseek.recipes.plan import PretrainConfig, derive, preset
+from deepseek.recipes.plan import PretrainConfig, confirm_precision, derive, preset
 from deepseek.serve import SamplingConfig, load
 from deepseek.train import TrainStep, build_optimizer, next_token_loss
 
@@ -85,6 +85,7 @@ def plan_steps(config: PretrainConfig, corpus: Corpus, seconds: float) -> tuple[
     plan = derive(replace(config, train=replace(config.train, steps=1)), corpus.tokenizer.vocab_size)
     torch.manual_seed(0)
     model = build(plan.config.model, plan.device, 0)
+    plan = confirm_precision(plan, model)
     optimizer = build_optimizer(model, plan.config.optim)
     step = TrainStep(model, next_token_loss, optimizer, plan.policy, micro_rows=plan.config.train.micro_rows)
     took = []
