@@ -18,7 +18,7 @@ types: $(STAMP)-dev
 	$(BIN)/mypy
 
 unit: $(STAMP)-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: $(STAMP)-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
