@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that ``deepseek --help`` ans
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -111,13 +112,14 @@ class Generate(_Sampling):
     def go(self, rest: Sequence[str]) -> int:
         from deepseek.serve import SamplingConfig, load
 
-        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        prompt = _read_stdin() if self.prompt == "-" else self.prompt
         model, sampling = load(self.model, self.device), SamplingConfig(**self.sampling())
         if self.json:
             done = model.complete(prompt, sampling)
             _print_json({"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason,
                          "seconds": done.seconds})  # fmt: skip
             return 0
+        model.prompt_ids(prompt)  # what cannot be continued is refused before it is shown
         print(prompt, end="", flush=True)
         for piece in model.stream(prompt, sampling):
             print(piece, end="", flush=True)
@@ -278,6 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"deepseek-framework {__version__}")
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
     names = [get_args(command)[1].name for command in get_args(Command)]
     if args and not args[0].startswith("-") and args[0] not in names:
         print(
@@ -285,11 +290,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    parsed, rest = tyro.cli(
-        Command, args=args or ["--help"], prog="deepseek", return_unknown_args=True,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-    )  # fmt: skip
     try:
+        parsed, rest = tyro.cli(
+            Command, args=args or ["--help"], prog="deepseek", return_unknown_args=True,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        )  # fmt: skip
         if rest and not isinstance(parsed, (Pretrain, Resume)):
             raise ConfigError(f"unknown option {rest[0]!r}; see `deepseek {args[0]} --help`")
         return parsed.go(rest)
@@ -302,6 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing is wrong
         return 0
+    except OSError as error:
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _named_config(name: str) -> Any:
@@ -377,6 +385,11 @@ def _show_dry_run(facts: dict[str, Any], derived: Sequence[tuple[str, str, str]]
         f"{facts['peak_flops'] / 1e9:,.0f} GFLOP/s",
     }
     table([{"what": name, "value": value} for name, value in rows.items()])
+
+
+def _read_stdin() -> str:
+    """Standard input as text; bytes that are no UTF-8 become replacement characters."""
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
 
 
 def _ask(prompt: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 import types
 import typing
@@ -51,13 +52,16 @@ def configclass(cls: type[C]) -> type[C]:
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **values: Any) -> None:
+        if args:
+            raise ConfigError(f"{cls.__name__} takes options by name: {cls.__name__}({names[0]}=…)")
         for name in values:
             if name not in names:
                 near, has = did_you_mean(name, names), ", ".join(names)
                 raise ConfigError(f"{cls.__name__} has no option '{name}'{near}; it has: {has}")
         if missing := [name for name in needed if name not in values]:
             raise ConfigError(f"{cls.__name__} needs a value for {', '.join(missing)}")
-        init(self, *args, **values)
+        hints = typing.get_type_hints(cls)
+        init(self, **{name: _coerce(hints[name], value, name) for name, value in values.items()})
         if hasattr(self, "check"):
             self.check()
 
@@ -157,6 +161,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             f"{where} is {value!r}; choose one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
         )
     if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and isinstance(value, hint):
+            return value
         if isinstance(value, dict):
             return from_dict(typing.cast("type[Any]", hint), value, where)
         raise ConfigError(f"{where} must be a table of options, not {value!r}")
@@ -170,7 +176,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where} must be a finite number, not {value!r}")
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,9 @@ class JsonlSource(Source):
                         self.bad.add("too_long", relative, start, f"a line of more than {MAX_LINE} bytes")
                     elif line.strip() and (text := self._text(line, relative, start)) is not None:
                         yield Document(text, self.name, relative, start), offset
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except Exception as error:
+                if not isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error, *_zstandard_errors())):
+                    raise
                 self.bad.add("truncated", relative, offset, str(error))
 
     def _text(self, line: bytes, relative: str, offset: int) -> str | None:
@@ -88,6 +91,12 @@ def open_compressed(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
         return _open_zstandard(path)
     return path.open("rb")
+
+
+def _zstandard_errors() -> tuple[type[Exception], ...]:
+    """What a damaged ``.zst`` file raises, once its package has been imported."""
+    module: Any = sys.modules.get("zstandard")
+    return (module.ZstdError,) if module is not None else ()
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:

@@ -193,7 +193,8 @@ class Source(ABC):
         digest = hashlib.blake2b(self.name.encode(), digest_size=16)
         for path in self.files:
             stat = path.stat()
-            digest.update(f"{self.relative(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            line = f"{self.relative(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def sample(self, budget: int) -> Iterator[Document]:
@@ -205,12 +206,15 @@ class Source(ABC):
         each, total = max(65536, budget // len(self.files)), 0
         for path in sorted(self.files, key=rank):
             taken = 0
-            for document, _ in self.read(path, self.relative(path), 0):
-                size = len(document.text.encode())
-                taken, total = taken + size, total + size
-                yield document
-                if taken >= each or total >= budget:
-                    break
+            try:
+                for document, _ in self.read(path, self.relative(path), 0):
+                    size = len(document.text.encode())
+                    taken, total = taken + size, total + size
+                    yield document
+                    if taken >= each or total >= budget:
+                        break
+            except OSError:
+                continue  # the reading pass counts and reports it
             if total >= budget:
                 return
 
@@ -323,12 +327,26 @@ def find_files(path: Path, patterns: tuple[str, ...], bad: BadRecords) -> tuple[
         fixed = path.parts
         depth = next(i for i, part in enumerate(fixed) if any(c in part for c in "*?["))
         root = Path(*fixed[:depth]) if depth else Path()
-        candidates = list(root.glob(str(Path(*fixed[depth:]))))
+        try:
+            candidates = list(root.glob(str(Path(*fixed[depth:]))))
+        except (ValueError, NotImplementedError) as error:
+            raise DataError(f"{path} is not a usable pattern: {error}") from None
     else:
         raise DataError(f"no file or folder {path}")
     if not root.is_dir():
         raise DataError(f"no folder {root}")
-    return root, sorted((p for p in candidates if _inside(p, root, bad)), key=lambda p: p.as_posix())
+    found = [p for p in candidates if _encodable_name(p, bad) and _inside(p, root, bad)]
+    return root, sorted(found, key=lambda p: p.as_posix())
+
+
+def _encodable_name(path: Path, bad: BadRecords) -> bool:
+    """Whether the name is Unicode: provenance is written down as text."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        bad.add("undecodable", ascii(path.name), 0, "a file name that is not UTF-8")
+        return False
+    return True
 
 
 def _inside(path: Path, root: Path, bad: BadRecords) -> bool:

@@ -15,6 +15,8 @@ from deepseek.errors import ConfigError, did_you_mean
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 
+MOST_LAYERS = 10_000  #: more is a typing error
+
 
 @configclass
 class ModelConfig:
@@ -42,9 +44,15 @@ class ModelConfig:
                 raise ConfigError(f"{name}={value!r} may hold the letters {', '.join(letters)} only")
         if "E" in self.ffn_pattern and not self.moe.experts:
             raise ConfigError(f"ffn_pattern={self.ffn_pattern!r} asks for experts, but moe.experts is 0")
-        for name in ("vocab_size", "hidden", "layers", "max_length"):
+        for name in ("vocab_size", "hidden", "layers", "max_length", "ffn"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.layers > MOST_LAYERS:
+            raise ConfigError(f"layers={self.layers} is more than {MOST_LAYERS}")
+        if self.norm_eps <= 0 or self.init_std < 0:
+            raise ConfigError(
+                f"norm_eps={self.norm_eps} must be positive and init_std={self.init_std} not negative"
+            )
 
     @property
     def kinds(self) -> str:
@@ -153,7 +161,7 @@ def model_config(values: dict[str, Any], where: str = "model") -> ModelConfig:
     name = values.pop("preset", None)
     if name is None:
         return from_dict(ModelConfig, values, where)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
             f"unknown {where}.preset {name!r}{did_you_mean(str(name), PRESETS)}; one of {', '.join(PRESETS)}"
         )

@@ -46,8 +46,12 @@ class AttentionConfig:
             raise ConfigError(
                 f"kv_heads={self.kv_heads} does not divide heads={self.heads}; try {', '.join(divisors)}"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        if self.rope_theta <= 0:
+            raise ConfigError(f"rope_theta={self.rope_theta} must be positive")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim={self.head_dim} must be even and at least 2: rotary embedding turns pairs"
+            )
         if self.window < 1 or self.block < 1 or not 1 <= self.stride <= self.block:
             raise ConfigError(
                 f"window={self.window} and block={self.block} must be positive "

@@ -49,6 +49,11 @@ class MoEConfig:
     backend: Backend = "auto"
 
     def check(self) -> None:
+        if self.expert_ffn < 1 or self.shared_experts < 0 or self.experts < 0:
+            raise ConfigError(
+                f"expert_ffn={self.expert_ffn} must be at least 1, experts={self.experts} and "
+                f"shared_experts={self.shared_experts} not negative"
+            )
         if self.experts and not 1 <= self.top_k <= self.experts:
             raise ConfigError(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
         if not 0 <= self.token_floor <= 1 or not 0 <= self.default_decay < 1:

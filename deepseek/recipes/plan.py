@@ -34,6 +34,13 @@ class EvaluateConfig:
     tokens: int = 0  # held-out tokens per evaluation while training; 0: all. The last one always takes all
     length: int = 0  # positions per row; 0: train.length
 
+    def check(self) -> None:
+        if self.every < 0 or self.tokens < 0 or self.length < 0 or self.length == 1:
+            raise ConfigError(
+                f"evaluate.every={self.every} and evaluate.tokens={self.tokens} must not be negative, "
+                f"evaluate.length={self.length} 0 or at least 2"
+            )
+
 
 @configclass
 class PretrainConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import platform
 import sys
@@ -24,10 +25,10 @@ from deepseek.batch import Batch
 from deepseek.config import replace, to_dict, to_toml
 from deepseek.data import Loader, prepare
 from deepseek.dist import comm
-from deepseek.errors import CheckpointError, RunError
+from deepseek.errors import CheckpointError, ConfigError, RunError, TrainingError
 from deepseek.events import JsonlSink, Sink, attached, emit
 from deepseek.files import InUse, claimed, write_atomic
-from deepseek.models import count
+from deepseek.models import ModelConfig, count
 from deepseek.recipes.plan import (
     EvaluateConfig,
     Plan,
@@ -56,6 +57,11 @@ from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import Checkpointer
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+#: Options of a model that a resumed run may change: they guide training and leave the function as it is.
+FREE_TO_CHANGE = (
+    "max_length", "init_std", "moe.entropy_weight", "moe.bias_rate", "moe.bias_step", "moe.token_floor",
+    "moe.default_decay", "moe.backend",
+)  # fmt: skip
 LOCK = ".training"  #: the file in a run directory that its one trainer holds
 
 
@@ -165,6 +171,8 @@ class _Pretraining:
         self.plan = derive(self.config, self.corpus.tokenizer.vocab_size)
         self.config = self.plan.config
         found = checkpoint.load(resume) if resume is not None else None
+        if found is not None and found.step >= self.config.train.steps:
+            return self._nothing_left(found.step)
         self.model = build(self.config.model, self.plan.device, self.config.train.seed)
         self.plan = confirm_precision(self.plan, self.model)
         # What was measured once is kept: a resumed run must not measure, and compute, something else.
@@ -173,7 +181,8 @@ class _Pretraining:
         self.optimizer = build_optimizer(self.model, self.config.optim)
         with self._loader() as self.loader:
             start = self._restore(found) if found is not None else 0
-            if self.rank == 0 and found is None:
+            if self.rank == 0:
+                checkpoint.rewind(self.path, start)
                 self.corpus.tokenizer.save(self.path / "tokenizer")
             if self.rank == 0:
                 write_atomic(self.path / "config.toml", to_toml(self.config))
@@ -183,6 +192,15 @@ class _Pretraining:
             ) as self.checkpointer:
                 done = self._fit(start)
         return PretrainResult(self.path, done, done >= self.config.train.steps, self.evaluation)
+
+    def _nothing_left(self, step: int) -> PretrainResult:
+        steps = self.config.train.steps
+        if step > steps:
+            raise RunError(
+                f"{self.path} is at step {step} already, train.steps={steps} lies before it; give a larger "
+                f"--train.steps, or go back with --from"
+            )
+        return PretrainResult(self.path, step, True, None)
 
     def _loader(self) -> Loader:
         length = self.config.train.length
@@ -194,6 +212,7 @@ class _Pretraining:
                 f"{found.path} was not made by pretraining: its state lacks {sorted(missing)}"
             )
         load_weights(self.model, found)
+        _check_same_model(found, self.config.model)
         self.optimizer.load_state_dict(found.optimizer)
         self.loader.load_state_dict(found.state["loader"])
         checkpoint.set_rng_state(found.state["rng"])
@@ -240,6 +259,11 @@ class _Pretraining:
             self._save(done, self.last, wait=True)
         elif start < done:
             self._evaluate(done, everything=True)
+            if self.evaluation is not None and not math.isfinite(self.evaluation.loss):
+                raise TrainingError(
+                    f"the weights after step {done} give a held-out loss of {self.evaluation.loss}; no checkpoint was "
+                    "written. Lower optim.lr, or resume from an earlier checkpoint with --from"
+                )
             self._save(done, self.last, wait=True)
             emit("done", done, seconds=time.perf_counter() - self.began)
         return done
@@ -282,6 +306,25 @@ class _Pretraining:
         metric = self.evaluation.bits_per_byte if self.evaluation and self.evaluated_at == step else None
         self.checkpointer.save(step, tensors=tensors, state=state, metric=metric, wait=wait)
         comm.barrier()
+
+
+def _check_same_model(found: checkpoint.Checkpoint, model: ModelConfig) -> None:
+    """A resumed run keeps the function it has been training: refuse changes that alter no shape and yet the model."""
+    before, now = _flat(found.state.get("config", {}).get("model", {})), _flat(to_dict(model))
+    changed = [k for k in before if k not in FREE_TO_CHANGE and k in now and before[k] != now[k]]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"model.{key} was {before[key]!r} when {found.path.name} was made and is {now[key]!r} now: a resumed run "
+            "keeps its model; start a new run for another"
+        )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def _process() -> dict[str, Any]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
 
+COLDEST = 1e-6  #: below this temperature the most likely token has all the probability that fp32 can tell
+
 
 @configclass
 class SamplingConfig:
@@ -29,6 +31,8 @@ class SamplingConfig:
                 f"temperature={self.temperature} must be at least 0, top_p={self.top_p} in (0, 1], "
                 f"top_k={self.top_k} at least 0"
             )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must lie between 0 and 2^63 - 1")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
         stop: object = self.stop
@@ -51,7 +55,7 @@ class Sampler:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """The next token of each row: ``[B, V]`` → int64 ``[B]``."""
-        if self.config.temperature == 0:
+        if self.config.temperature < COLDEST:
             return logits_BV.argmax(-1)
         probs = self.probabilities(logits_BV).cpu()
         return torch.multinomial(probs, 1, generator=self._random)[:, 0].to(logits_BV.device)
@@ -67,6 +71,7 @@ class Sampler:
         probs = logits.softmax(-1)
         if c.top_p < 1:
             ordered, order = probs.sort(-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= c.top_p  # the most likely token always stays
+            beyond = ordered.cumsum(-1) - ordered >= c.top_p
+            beyond[..., 0] = False  # the most likely token always stays
             probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
         return probs / probs.sum(-1, keepdim=True)

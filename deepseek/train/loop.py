@@ -50,6 +50,8 @@ class TrainingConfig:
     device: str = "auto"
 
     def check(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"train.seed={self.seed} must lie between 0 and 2^63 - 1")
         for name in ("steps", "tokens", "micro_rows", "grad_clip_threshold", "max_nonfinite"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")

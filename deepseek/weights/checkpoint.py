@@ -62,6 +62,7 @@ __all__ = [
     "latest",
     "list_checkpoints",
     "load",
+    "rewind",
     "rng_state",
     "set_rng_state",
 ]
@@ -293,9 +294,7 @@ class Checkpointer:
 
     def _retain(self, step: int) -> None:
         """Set aside what lies beyond ``step``, then delete all but the newest few and the best."""
-        for path in list_checkpoints(self.run):
-            if step_of(path) > step:
-                _set_aside(path)
+        rewind(self.run, step)
         if self.config.keep_last == 0:
             return
         intact = {p: m for p in list_checkpoints(self.run) if (m := manifest_or_none(p)) is not None}
@@ -305,6 +304,13 @@ class Checkpointer:
         for path in intact:
             if path not in keep:
                 discard(path)
+
+
+def rewind(run: Path, step: int) -> None:
+    """Move every checkpoint above ``step`` to ``abandoned/``: the run goes on from ``step``. None is deleted."""
+    for path in list_checkpoints(run):
+        if step_of(path) > step:
+            _set_aside(path)
 
 
 def _set_aside(path: Path) -> None:

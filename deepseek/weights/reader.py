@@ -179,9 +179,7 @@ def _way_out(damaged: Path, verify: bool) -> str:
         if path != damaged:
             with contextlib.suppress(CheckpointError, OSError):
                 Manifest.read(path).check_files(path, verify=verify)
-                return (
-                    f"; the newest intact checkpoint is {path.name}: resume from it with --from {path.name}"
-                )
+                return f"; the newest intact checkpoint is {path.name}: resume from it with --from {step_of(path)}"
     return "; this run has no other intact checkpoint"
 
 
