@@ -113,10 +113,10 @@ def test_toml_round_trip(tmp_path: Path) -> None:
     st.builds(
         Model,
         dim=st.integers(-(2**63), 2**63 - 1),
-        dropout=st.floats(allow_nan=False),
+        dropout=st.floats(allow_nan=False, allow_infinity=False),
         moe=st.none() | st.builds(MoE, experts=st.integers(2, 99), balance=st.sampled_from(["bias", "loss"])),
         layers=st.lists(st.text(st.characters(exclude_categories=["Cs"]))).map(tuple),
-        clip=st.none() | st.floats(allow_nan=False),
+        clip=st.none() | st.floats(allow_nan=False, allow_infinity=False),
         seed=st.none() | st.integers(0, 99),
     )
 )

@@ -171,8 +171,10 @@ class _Pretraining:
         self.plan = derive(self.config, self.corpus.tokenizer.vocab_size)
         self.config = self.plan.config
         found = checkpoint.load(resume) if resume is not None else None
-        if found is not None and found.step >= self.config.train.steps:
-            return self._nothing_left(found.step)
+        if found is not None:
+            _check_ours(found)
+            if found.step >= self.config.train.steps:
+                return self._nothing_left(found.step)
         self.model = build(self.config.model, self.plan.device, self.config.train.seed)
         self.plan = confirm_precision(self.plan, self.model)
         # What was measured once is kept: a resumed run must not measure, and compute, something else.
@@ -207,10 +209,6 @@ class _Pretraining:
         return self.corpus.loader(rows=self.plan.rows, length=length, rank=self.rank, world=self.world)
 
     def _restore(self, found: checkpoint.Checkpoint) -> int:
-        if missing := {"loader", "rng"} - found.state.keys():
-            raise CheckpointError(
-                f"{found.path} was not made by pretraining: its state lacks {sorted(missing)}"
-            )
         load_weights(self.model, found)
         _check_same_model(found, self.config.model)
         self.optimizer.load_state_dict(found.optimizer)
@@ -306,6 +304,11 @@ class _Pretraining:
         metric = self.evaluation.bits_per_byte if self.evaluation and self.evaluated_at == step else None
         self.checkpointer.save(step, tensors=tensors, state=state, metric=metric, wait=wait)
         comm.barrier()
+
+
+def _check_ours(found: checkpoint.Checkpoint) -> None:
+    if missing := {"loader", "rng"} - found.state.keys():
+        raise CheckpointError(f"{found.path} was not made by pretraining: its state lacks {sorted(missing)}")
 
 
 def _check_same_model(found: checkpoint.Checkpoint, model: ModelConfig) -> None:
