@@ -206,5 +206,5 @@ def test_bad_shapes_are_refused_by_name() -> None:
 
 def test_a_preset_changes_in_part() -> None:
     made = model_config({"preset": "tiny", "layers": 6, "moe": {"experts": 8}})
-    assert (made.layers, made.moe.experts, made.moe.expert_ffn) == (6, 8, 192)
-    assert made.kinds == "LLLHLL"
+    assert (made.layers, made.moe.experts, made.moe.expert_ffn) == (6, 8, 64)
+    assert made.kinds == "LLHLLH"

@@ -55,7 +55,7 @@ def test_any_changed_byte_is_refused(whole: Path, data: st.DataObject, name: str
             path.unlink()
         else:
             path.write_bytes(bad)
-        with pytest.raises(CheckpointError, match=r"--from step-000400"):
+        with pytest.raises(CheckpointError, match=r"--from 400"):
             load(whole)
         with contextlib.suppress(CheckpointError):  # without hashes a changed number passes, and no more
             load(whole, verify=False)
@@ -111,7 +111,7 @@ def test_the_message_says_what_is_wrong_and_what_to_do(tmp_path: Path, change: A
             load(place)
     assert latest(run) == run / "step-000500"
     (run / "step-000400" / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"--from step-000300"):
+    with pytest.raises(CheckpointError, match=r"--from 300"):
         load(run)
     assert load(run / "step-000300").step == 300
 
