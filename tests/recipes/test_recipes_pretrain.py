@@ -407,3 +407,28 @@ def test_steps_follow_from_tokens_or_from_the_model(config: PretrainConfig) -> N
     )
     assert derived.config.train.steps == round(20 * active / 256)
     assert derived.rows == 8
+
+
+def test_a_resumed_run_keeps_its_model(copy: Path) -> None:
+    """An option that alters no shape and yet the function is refused, and nothing is written."""
+    config = read_config(copy / "config.toml")
+    changed = replace(
+        config, model=replace(config.model, norm_eps=1e-3), train=replace(config.train, steps=6)
+    )
+    before = (copy / "config.toml").read_bytes()
+    with pytest.raises(ConfigError, match=r"model\.norm_eps was 1e-06 .* keeps its model"):
+        resume_run(copy, changed)
+    assert (copy / "config.toml").read_bytes() == before
+
+
+def test_going_back_sets_later_checkpoints_aside(copy: Path) -> None:
+    config = read_config(copy / "config.toml")
+    resume_run(copy, replace(config, train=replace(config.train, steps=3)), step=2)
+    assert [p.name for p in checkpoint.list_checkpoints(copy)] == ["step-000002", "step-000003"]
+    assert (copy / "abandoned/step-000004/manifest.json").is_file()
+
+
+def test_fewer_steps_than_done_are_refused(copy: Path) -> None:
+    config = read_config(copy / "config.toml")
+    with pytest.raises(RunError, match=r"is at step 4 already, train\.steps=3"):
+        resume_run(copy, replace(config, train=replace(config.train, steps=3)))
