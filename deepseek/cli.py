@@ -258,6 +258,22 @@ class Doctor:
         return 0
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Measure this machine: train, attention, moe, memory, optim, fusion or time-to-loss, beside peers and ceilings.
+
+    `deepseek bench train --help` lists the options of one.
+    """
+
+    name: Positional[str]
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek import bench
+
+        bench.run(self.name, rest)
+        return 0
+
+
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
     | Annotated[Pretrain, subcommand("pretrain")]
@@ -269,6 +285,7 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Bench, subcommand("bench")]
 )
 
 
@@ -291,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
+        if args[:1] == ["bench"] and len(args) > 1 and not args[1].startswith("-"):
+            return Bench(args[1]).go(args[2:])  # each benchmark has options, and a --help, of its own
         parsed, rest = tyro.cli(
             Command, args=args or ["--help"], prog="deepseek", return_unknown_args=True,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),

@@ -23,7 +23,7 @@ LAYERS = [
     {"assemble"},
     {"train", "serve"},
     {"align", "compress", "monitor", "planner", "cluster", "transformers", "labs"},
-    {"recipes"},
+    {"recipes", "bench"},
     {"cli", "__main__"},
 ]
 HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row}

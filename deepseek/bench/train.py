@@ -1,0 +1,334 @@
+"""``deepseek bench train``: tokens per second and MFU of our stack, through the path a real run takes, and of peers.
+
+Every stack gets the same random tokens, the same tokens per optimizer step and the largest micro-batch that
+fits. Model FLOPs are counted by ``deepseek.models.count`` and are the same for all. Ours keeps fp32 master
+weights and optimizer state, clips and balances; the peers train bf16 weights (``bench.peers``).
+
+An expert model is run twice: with its own router's choices, and with experts assigned in turn ("forced
+balance"), so that the price of real routing can be seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deepseek.batch import Batch
+from deepseek.bench import kernels
+from deepseek.bench.ceilings import datasheet_tflops, matmul_tflops
+from deepseek.bench.peers import PEERS, Setup, Step, full_attention
+from deepseek.bench.report import BenchOptions, Report
+from deepseek.bench.timing import Timer, attempt, free, peak_gib, synchronize
+from deepseek.config import replace as changed
+from deepseek.errors import ConfigError, did_you_mean
+from deepseek.models import PRESETS, ModelConfig, Transformer, count
+from deepseek.precision import choose
+from deepseek.train import OptimConfig, TrainStep, build_optimizer, next_token_loss
+from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
+
+TITLE = "training"
+DISTINCT = 8  #: different batches; a run goes round them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
+    """Tokens per second and MFU of ours and of peers."""
+
+    model: str = "dense_856m"  # a preset: dense_856m, moe_64x2, small, …
+    peer: Literal["all", "none", "plain-torch", "transformers", "liger"] = "all"
+    peer_compile: Literal["auto", "yes", "no", "both"] = (
+        "auto"  # transformers: auto is both if dense, eager if not
+    )
+    length: int = 4096
+    batch_tokens: int = 131_072  # tokens per optimizer step
+    micro_rows: int = 8  # rows per forward pass to try first; halved while memory runs out
+    steps: int = 8  # timed optimizer steps
+    warmup: int = 2
+    optimizer: Literal["adamw", "muon"] = "adamw"  # ours; peers use AdamW
+    precision: str = "auto"
+    eager: bool = False  # do not compile anything
+    real_only: bool = False  # no forced-balance run
+    profile: bool = False  # kernels by kind and name, and the share of time without any
+    checkpoint: bool = False  # also measure what a snapshot costs
+    cold_start: bool = False  # also the first step of a new process, twice: empty compile cache, then kept
+    seconds: float = 0.0  # start nothing more after so long; 0: no limit
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape. Raises ``ConfigError`` for an unknown preset."""
+        if self.model not in PRESETS:
+            raise ConfigError(
+                f"unknown preset {self.model!r}{did_you_mean(self.model, PRESETS)}; one of {', '.join(PRESETS)}"
+            )
+        config = PRESETS[self.model]()
+        config = changed(config, max_length=max(config.max_length, self.length))
+        return quick_config(config) if self.quick else config
+
+
+def quick_config(config: ModelConfig) -> ModelConfig:
+    """The same kind of model, small enough for a test."""
+    heads = changed(config.attention, heads=4, kv_heads=2, head_dim=16, window=16, block=8, stride=4)
+    moe = changed(config.moe, experts=4, top_k=2, expert_ffn=32) if config.moe.experts else config.moe
+    return changed(config, vocab_size=256, hidden=64, layers=2, ffn=128, attention=heads, moe=moe)
+
+
+def run(options: Options) -> Report:
+    """Measure every stack; rows appear as they are found."""
+    device = options.torch_device
+    if options.quick:
+        options = replace(options, length=64, batch_tokens=256, micro_rows=2, steps=2, warmup=1)
+    if options.batch_tokens % options.length:
+        raise ConfigError(
+            f"--batch-tokens={options.batch_tokens} is not a multiple of --length={options.length}"
+        )
+    config, began = options.config, time.perf_counter()
+    report = Report("train", device, options, options.json)
+    if options.cold_start:
+        _cold_start(options, report)
+    ceiling = _ceilings(report, device, 256 if options.quick else 8192)
+    report.say(_told(options, config))
+    for name, make in stacks(options, config).items():
+        if 0 < options.seconds < time.perf_counter() - began:
+            report.note(f"{name}: not started, {options.seconds:.0f} s are over")
+            continue
+        _measure(name, make, options, report, ceiling)
+    report.show(TITLE)
+    report.ceiling("matmul again, at the end, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
+    return report.close()
+
+
+def _ceilings(report: Report, device: torch.device, size: int) -> float:
+    sheet = datasheet_tflops(report.environment["device"])
+    if sheet is not None:
+        report.ceiling("data sheet, dense bf16, TFLOP/s", sheet)
+    dtype = "fp32" if device.type == "cpu" else "bf16"
+    return report.ceiling(f"{dtype} matmul {size}^3, TFLOP/s", matmul_tflops(device, size))
+
+
+def _told(options: Options, config: ModelConfig) -> str:
+    found, flops = count.parameters(config), count.flops(config, options.length).per_token
+    return (
+        f"{options.model}: {found.total:,} parameters, {found.active:,} active, {flops / 1e9:.3f} GFLOP/token at "
+        f"{options.length:,}; {options.batch_tokens:,} tokens a step"
+    )
+
+
+Maker = Callable[[int], Step]  #: micro-batch rows -> a stack ready to step
+
+
+def stacks(options: Options, config: ModelConfig) -> dict[str, Maker]:
+    """What is to be measured, by name, in order."""
+    device, compiled = options.torch_device, not options.eager and options.torch_device.type != "cpu"
+    found: dict[str, Maker] = {"deepseek": partial(Ours, options, config)}
+    if config.moe.experts and not options.real_only:
+        found["deepseek, forced balance"] = partial(Ours, options, config, forced_balance=True)
+
+    def peer(name: str, compile: bool, micro_rows: int) -> Step:
+        return PEERS[name](Setup(full_attention(config), device, micro_rows, compile))
+
+    for name in PEERS:
+        if options.peer not in ("all", name) or (
+            name == "liger" and config.moe.experts and options.peer == "all"
+        ):
+            continue
+        for how in _compile_choices(name, options, bool(config.moe.experts)) if compiled else [False]:
+            found[f"{name}, {'compiled' if how else 'eager'}"] = partial(peer, name, how)
+    return found
+
+
+def _compile_choices(name: str, options: Options, sparse: bool) -> list[bool]:
+    """Plain torch is compiled, Liger's kernels replace compiling, transformers is better sometimes so, sometimes so."""
+    if name != "transformers":
+        return [name == "plain-torch"]
+    auto = [False] if sparse else [False, True]
+    return {"auto": auto, "yes": [True], "no": [False], "both": [False, True]}[options.peer_compile]
+
+
+class Ours:
+    """Our stack as a ``Step``: the path of ``deepseek pretrain`` without its data and its events."""
+
+    def __init__(
+        self, options: Options, config: ModelConfig, micro_rows: int, forced_balance: bool = False
+    ) -> None:
+        device = options.torch_device
+        torch.manual_seed(options.seed)
+        with torch.device(device):
+            self.model = Transformer(config)
+        if forced_balance:
+            force_balance(self.model)
+        if not options.eager and device.type != "cpu":
+            compile_model(self.model)
+        optimizer = build_optimizer(self.model, OptimConfig(name=options.optimizer, lr=1e-4))
+        policy = choose(options.precision, device)
+        self.step = TrainStep(self.model, next_token_loss, optimizer, policy, micro_rows=micro_rows)
+        self.violation: Tensor | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        result = self.step(batch)
+        self.violation = result.max_violation if result.load else None
+        return result.loss
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What else the last step had to tell."""
+        return {"MaxVio": None if self.violation is None else float(self.violation)}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds."""
+        return {"model": self.model.state_dict(), "optimizer": self.step.optimizer.state_dict()}
+
+
+def compile_model(model: Transformer) -> None:
+    """As ``train.compile`` does it: block by block."""
+    for block in model.blocks:
+        block.compile()
+
+
+def force_balance(model: Transformer) -> None:
+    """Experts in turn instead of the router's choice. Raises ``ConfigError`` when the layers cannot do that."""
+    for moe in model.moe_layers().values():
+        if not hasattr(moe.router, "force_balance"):
+            raise ConfigError("this version's router has no force_balance: forced balance is not measured")
+        moe.router.force_balance = True
+
+
+def _measure(name: str, make: Maker, options: Options, report: Report, ceiling: float) -> None:
+    """One stack, with micro-batches halved until it fits."""
+    device, rows = options.torch_device, options.batch_tokens // options.length
+    micro = min(options.micro_rows, rows)
+    free(device)
+    while True:
+        outcome = attempt(partial(_one, name, make, micro, options, report, ceiling), device)
+        if not outcome.out_of_memory or micro == 1:
+            break
+        report.note(f"{name}: {micro} rows of {options.length:,} do not fit")
+        micro //= 2
+    if outcome.problem:
+        report.note(f"{name}: {outcome.problem}")
+    free(device)
+
+
+def _one(name: str, make: Maker, micro: int, options: Options, report: Report, ceiling: float) -> None:
+    """Build, warm up, time, and look inside if asked."""
+    device, config = options.torch_device, options.config
+    step, batches = make(micro), random_batches(options, config)
+    synchronize(device)
+    began = time.perf_counter()
+    first = float(step(batches[0]))
+    first_seconds = time.perf_counter() - began
+    losses, timers = [], []
+    for number in range(options.warmup + options.steps):
+        timers.append(timer := Timer(device))
+        timer.start()
+        losses.append(step(batches[(number + 1) % len(batches)]))
+        timer.stop()
+    synchronize(device)
+    seconds = sorted(t.seconds for t in timers[options.warmup :])
+    median = seconds[len(seconds) // 2]
+    ours = name.startswith("deepseek")
+    flops = count.flops(config if ours else full_attention(config), options.length).per_token
+    speed = options.batch_tokens / median
+    achieved, sheet = speed * flops / 1e12, datasheet_tflops(report.environment["device"])
+    row = {
+        "stack": name, "tok/s": speed, "MFU %": 100 * achieved / sheet if sheet else None,
+        "of matmul %": 100 * achieved / ceiling, "TFLOP/s": achieved, "step ms": median * 1e3,
+        "worst step ms": seconds[-1] * 1e3, "first step s": first_seconds, "peak GiB": peak_gib(device),
+        "rows": micro, "loss first": first, "loss last": float(losses[-1]), "idle %": None,
+        **getattr(step, "facts", {}),
+    }  # fmt: skip
+    if not math.isfinite(row["loss last"]):
+        report.note(f"{name}: the loss is {row['loss last']}")
+    seen = kernels.profile(lambda: step(batches[0]), device) if options.profile else None
+    if seen is not None and seen.idle_share is not None:
+        row["idle %"] = 100 * seen.idle_share
+    report.keep(TITLE, row)
+    if seen is not None:
+        report.add(f"{name}: time of a step by kind of kernel", seen.by_kind())
+        report.add(f"{name}: kernels", seen.top())
+    if options.checkpoint and isinstance(step, Ours) and name == "deepseek":
+        report.add("checkpoints", snapshot(step, batches, device, median))
+
+
+def random_batches(options: Options, config: ModelConfig) -> list[Batch]:
+    """Uniform random tokens, one document a row, on the host as a loader would have them."""
+    random = torch.Generator().manual_seed(options.seed)
+    shape = (options.batch_tokens // options.length, options.length + 1)
+    number = min(DISTINCT, 1 + options.warmup + options.steps)
+    return [
+        Batch.from_rows(torch.randint(0, config.vocab_size, shape, generator=random)) for _ in range(number)
+    ]
+
+
+def snapshot(step: Ours, batches: list[Batch], device: torch.device, usual: float) -> list[dict[str, Any]]:
+    """Two saves, as a run makes them: how long training stands still, and what writing costs the steps meanwhile."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, Checkpointer(
+        Path(folder), CheckpointConfig(keep_last=1, keep_best=False)
+    ) as keeper:  # fmt: skip
+        for number, which in enumerate(("first save", "later save"), 1):
+            synchronize(device)
+            began = time.perf_counter()
+            tensors = step.tensors()
+            keeper.save(number, tensors=tensors, state={})
+            stall = time.perf_counter() - began
+            size = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+            del tensors
+            meanwhile = _steps_seconds(step, batches, device)
+            keeper.wait()
+            rows.append({
+                "checkpoint": which, "GB": size / 1e9, "stall s": stall, "stall, steps": stall / usual,
+                "on disk after s": time.perf_counter() - began, "step while writing, % longer":
+                100 * (meanwhile / usual - 1),
+            })  # fmt: skip
+    return rows
+
+
+def _steps_seconds(step: Step, batches: list[Batch], device: torch.device, number: int = 3) -> float:
+    timer = Timer(device)
+    timer.start()
+    for i in range(number):
+        step(batches[i % len(batches)])
+    timer.stop()
+    synchronize(device)
+    return timer.seconds / number
+
+
+def _cold_start(options: Options, report: Report) -> None:
+    """The first step of two fresh processes that share a compile cache, which is empty for the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for which in ("empty cache", "kept cache"):
+            path = Path(folder) / "cold.json"
+            path.unlink(missing_ok=True)
+            command = [
+                sys.executable, "-m", "deepseek", "bench", "train", "--model", options.model, "--peer", "none",
+                "--real-only", "--steps", "1", "--warmup", "0", "--length", str(options.length),
+                "--batch-tokens", str(options.batch_tokens), "--micro-rows", str(options.micro_rows),
+                "--optimizer", options.optimizer, "--precision", options.precision, "--device", options.device,
+                "--json", str(path), *(["--quick"] if options.quick else []), *(["--eager"] if options.eager else []),
+            ]  # fmt: skip
+            began = time.perf_counter()
+            done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True)
+            took = time.perf_counter() - began
+            rows = json.loads(path.read_text())["tables"].get(TITLE, []) if path.exists() else []
+            if not rows:
+                report.note(f"cold start, {which}: no result; {done.stderr.strip()[-300:]}")
+                continue
+            report.keep(
+                "start of a process",
+                {"compile cache": which, "first step s": rows[0]["first step s"], "whole process s": took},
+            )
+    report.show("start of a process")
