@@ -2,7 +2,8 @@
 
 ``window_attention`` splits the row into chunks as long as the window; a chunk attends to itself and the chunk
 before it, so the work is O(T·W) in plain torch, forward and backward, on any device. ``dense_attention`` is
-the same thing with an explicit T×T mask: the reference in tests, and the path for odd cases.
+the same thing with an explicit T×T mask: the reference in tests, and the path for odd cases. On a GPU a fused kernel
+(``deepseek.ops.triton``) takes windows and documents, and torch's own fused kernels take whole rows.
 
 Shape letters: B rows, H query heads, K key/value heads (K divides H), T positions, D head size, W window, N
 chunks.
