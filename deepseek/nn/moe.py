@@ -9,18 +9,20 @@
   the tokens that like it best, each with its own small probability as weight. (It looks at the whole batch,
   like expert choice; evaluation and generation never use it.)
 * **default outputs**: an exponential average of each expert's output stands in for the experts that were not
-  chosen, in the router's gradient only (straight-through form of Default MoE, arXiv 2504.12463).
+  chosen, in the router's gradient only (straight-through form of Default MoE, arXiv 2504.12463). The average is
+  taken over the inner activations of a sample of rows and projected once a step: the projection is linear.
 
 ``forward`` is pure: what the step learnt about routing is returned as ``RoutingStats`` and applied by
 ``update`` once per optimizer step, after the micro-batches and ranks were added up.
 
-Shape letters: N tokens, E experts, K experts per token, C hidden size, F expert size, R assignments.
+Shape letters: N tokens, E experts, K experts per token, C hidden size, F expert size, A assignments, R rows, S rescue
+slots (see ``deepseek.ops.experts``).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +30,10 @@ from torch import Tensor, nn
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
-from deepseek.nn.layers import SwiGLU, to_compute_dtype, widen
-from deepseek.ops.experts import Backend, combine, run_experts
+from deepseek.nn.layers import SwiGLU, to_compute_dtype
+from deepseek.ops.experts import Backend, Dispatch, dispatch, gates, route, rescued_pairs, run_experts, sample_hidden
+
+DEFAULT_SAMPLE = 256  #: rows of an expert that its average output is taken over, per forward pass
 
 
 @configclass
@@ -69,18 +73,18 @@ class RoutingStats(NamedTuple):
     balance_loss: Tensor  #: scalar, already weighted
     chosen_E: Tensor  #: how many tokens chose each expert (top-k only)
     served_E: Tensor  #: how many tokens each expert worked on (with the floor's)
-    output_sum_EC: Tensor  #: sum of each expert's outputs, for the default outputs
+    sampled_E: Tensor  #: how many of those took part in ``hidden_sum_EF``
+    hidden_sum_EF: Tensor  #: sum of each expert's inner activations over these, for the default outputs
     entropy: Tensor  #: mean entropy of the router's distribution, nats
 
 
 class Routing(NamedTuple):
-    """Which token goes where: ``token_R``, ``expert_R``, ``gate_R``, and what the choice was made from."""
+    """Which token goes where, and what the choice was made from."""
 
-    token_R: Tensor
-    expert_R: Tensor
-    gate_R: Tensor
-    chosen_NE: Tensor
+    expert_NK: Tensor
     probs_NE: Tensor
+    gate_A: Tensor
+    where: Dispatch
 
 
 def coverage(load_E: Tensor) -> Tensor:
@@ -94,47 +98,36 @@ def max_violation(load_E: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Softmax router in fp32; the bias takes part in the selection only."""
+    """Softmax router in fp32; the bias takes part in the selection only.
+
+    ``force_balance`` sends token n to experts ``n·K … n·K + K − 1`` (mod E) whatever the router says: a yardstick for
+    benchmarks, never for training.
+    """
 
     bias: Tensor
 
     def __init__(self, hidden: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
+        self.force_balance = False
         self.weight = nn.Parameter(torch.empty(config.experts, hidden))
         self.register_buffer("bias", torch.zeros(config.experts))
 
     def forward(self, x_NC: Tensor, valid_N: Tensor | None = None) -> Routing:
-        c = self.config
+        c, tokens = self.config, x_NC.shape[0]
         with torch.autocast(x_NC.device.type, enabled=False):
-            wide = widen(x_NC)
-            probs = F.linear(wide, self.weight.to(wide.dtype)).softmax(-1)
-        expert_NK = (probs.detach() + self.bias).topk(c.top_k, dim=-1).indices
-        gate_NK = probs.gather(1, expert_NK)
-        if c.normalise_gates:
-            gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
-        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, expert_NK, True)
-        token = torch.arange(probs.shape[0], device=probs.device).repeat_interleave(c.top_k)
-        routing = Routing(token, expert_NK.flatten(), gate_NK.flatten(), chosen, probs)
-        return self._rescue(routing, valid_N) if self.training and c.token_floor > 0 else routing
+            probs, expert_NK, gate_NK = route(x_NC, self.weight, self.bias, c.top_k, c.normalise_gates)
+            if self.force_balance:
+                turn = torch.arange(tokens * c.top_k, device=x_NC.device, dtype=torch.int32) % c.experts
+                expert_NK = turn.view(tokens, c.top_k)
+            where = dispatch(expert_NK, probs, valid_N, self.floor(tokens))
+            return Routing(expert_NK, probs, gates(gate_NK, probs, where), where)
 
-    def _rescue(self, routing: Routing, valid_N: Tensor | None) -> Routing:
-        """Give every expert at least ``ceil(token_floor · N·K/E)`` tokens (at most N), padding last."""
-        N, E = routing.probs_NE.shape
-        floor = min(N, math.ceil(self.config.token_floor * N * self.config.top_k / E))
-        missing_E = (floor - routing.chosen_NE.sum(0)).clamp(min=0)
-        liking = routing.probs_NE.detach()
-        if valid_N is not None:  # padding: below every real token, above those that chose the expert
-            liking = liking - 1.0 * ~valid_N[:, None]
-        eager = liking.masked_fill(routing.chosen_NE, -2.0).topk(floor, dim=0).indices
-        taken = torch.arange(floor, device=eager.device)[:, None] < missing_E
-        token = eager[taken]
-        expert = torch.arange(E, device=eager.device).expand_as(eager)[taken]
-        return routing._replace(
-            token_R=torch.cat((routing.token_R, token)),
-            expert_R=torch.cat((routing.expert_R, expert)),
-            gate_R=torch.cat((routing.gate_R, routing.probs_NE[token, expert])),
-        )
+    def floor(self, tokens: int) -> int:
+        """How many tokens every expert is guaranteed: ``ceil(token_floor · N·K/E)``, at most N; 0 in evaluation."""
+        c = self.config
+        share = c.token_floor * tokens * c.top_k / c.experts if self.training else 0.0
+        return min(tokens, math.ceil(share))
 
 
 class MoE(nn.Module):
@@ -151,66 +144,90 @@ class MoE(nn.Module):
         self.shared = SwiGLU(hidden, c.shared_experts * c.expert_ffn) if c.shared_experts else None
         self.register_buffer("default_EC", torch.zeros(c.experts, hidden), persistent=c.default_decay > 0)
 
-    # Under torch.compile routing and experts stay eager: the rows of an expert depend on the data, Dynamo's fake
-    # grouped_mm knows bf16 only, and torch 2.11 stumbles over named tuples.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_BTC: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """``[B, T, C]`` → ``[B, T, C]`` and what routing was; padding (not ``valid``) is not counted."""
-        x = x_BTC.flatten(0, 1)
-        routing = self.router(x, None if valid_BT is None else valid_BT.flatten())
-        y_RC, order, ends_E = run_experts(
-            to_compute_dtype(x),
-            routing.token_R,
-            routing.expert_R,
-            self.gate_up,
-            self.down,
-            self.config.backend,
-        )
-        out = combine(y_RC, routing.gate_R[order], routing.token_R[order], x.shape[0])
-        if self.training and self.config.default_decay > 0:
-            out = out + self._default_gradient(routing)
-        out = out.to(x.dtype).view_as(x_BTC)
+        c, x = self.config, to_compute_dtype(x_BTC).flatten(0, 1)
+        valid = None if valid_BT is None else valid_BT.flatten()
+        routing = self.router(x_BTC.flatten(0, 1), valid)
+        out, hidden = run_experts(x, routing.gate_A, routing.where, self.gate_up, self.down, c.backend)
+        if self.training and c.default_decay > 0:
+            # A copy: ``update`` moves the averages in place, perhaps before this graph's backward.
+            out = _DefaultGradient.apply(out, routing.probs_NE, self._absent(routing), self.default_EC.clone())
+        out = out.to(x_BTC.dtype).view_as(x_BTC)
         if self.shared is not None:
             out = out + self.shared(x_BTC)
-        return out, self._stats(routing, y_RC, ends_E, valid_BT)
+        return out, self._stats(routing, hidden, valid)
 
-    def _default_gradient(self, routing: Routing) -> Tensor:
-        """Zero in value; in gradient, what the experts a token did not reach answer on average."""
-        probs = routing.probs_NE
-        served = torch.zeros_like(routing.chosen_NE).index_put(
-            (routing.token_R, routing.expert_R), torch.ones_like(routing.token_R, dtype=torch.bool)
-        )
-        # A copy: ``update`` moves the averages in place, perhaps before this graph's backward.
-        absent = probs.masked_fill(served, 0.0) @ self.default_EC.to(probs.dtype, copy=True)
-        return absent - absent.detach()
+    def _absent(self, routing: Routing) -> Tensor:
+        """bool ``[N, E]``: the experts that did not work on a token."""
+        tokens, experts = routing.probs_NE.shape
+        absent = ~chosen_mask(routing.expert_NK, experts)
+        if not routing.where.rescued_S.numel():
+            return absent
+        place = rescued_pairs(routing.where, tokens, experts)
+        return F.pad(absent.flatten(), (0, 1)).scatter(0, place, False)[:-1].view(tokens, experts)
 
-    def _stats(self, routing: Routing, y_RC: Tensor, ends_E: Tensor, valid_BT: Tensor | None) -> RoutingStats:
-        probs, c = routing.probs_NE, self.config
-        counted = torch.ones_like(probs[:, 0]) if valid_BT is None else valid_BT.flatten().to(probs.dtype)
+    def _stats(self, routing: Routing, hidden_RF2: Tensor, valid_N: Tensor | None) -> RoutingStats:
+        probs, c, where = routing.probs_NE, self.config, routing.where
+        counted = torch.ones_like(probs[:, 0]) if valid_N is None else valid_N.to(probs.dtype)
         mean_E = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)
         loss = c.entropy_weight * (torch.xlogy(mean_E, mean_E).sum() + math.log(c.experts))
         with torch.no_grad():
-            served = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).to(probs.dtype)
-            sums = probs.new_zeros(c.experts, y_RC.shape[1])
+            served = torch.diff(where.ends_E, prepend=where.ends_E.new_zeros(1))
+            sampled = served.clamp(max=DEFAULT_SAMPLE)
             if self.training and c.default_decay > 0:
-                rows = torch.repeat_interleave(
-                    torch.arange(c.experts, device=probs.device), served.long(), output_size=y_RC.shape[0]
-                )
-                sums = sums.index_add(0, rows, y_RC.detach().to(sums.dtype))
+                sums = sample_hidden(hidden_RF2, where.ends_E, DEFAULT_SAMPLE)
+            else:
+                sums, sampled = probs.new_zeros(c.experts, c.expert_ffn), torch.zeros_like(sampled)
             entropy = -(torch.xlogy(probs, probs).sum(-1) * counted).sum() / counted.sum().clamp(min=1)
-            chosen = (routing.chosen_NE * counted[:, None]).sum(0)
-        return RoutingStats(loss, chosen, served, sums, entropy)
+            chosen = where.chosen_E.to(probs.dtype)
+            if valid_N is not None:
+                chosen = (chosen_mask(routing.expert_NK, c.experts) * counted[:, None]).sum(0)
+        return RoutingStats(loss, chosen, served.to(probs.dtype), sampled.to(probs.dtype), sums, entropy)
 
     @torch.no_grad()
-    def update(self, stats: RoutingStats) -> None:
-        """Apply a whole step's routing statistics: move the selection bias and the default outputs."""
+    def update(self, stats: RoutingStats, apply: Tensor | None = None) -> None:
+        """Apply a whole step's routing statistics: move the selection bias and the default outputs.
+
+        ``apply``: a bool scalar on the device; where it is false nothing moves.
+        """
         c = self.config
         if c.bias_rate > 0:
             load = stats.chosen_E / stats.chosen_E.sum().clamp(min=1)
             lack = 1 - load * c.experts  # 1 for an idle expert, -1 at twice the share
-            self.router.bias += c.bias_rate * (lack.sign() if c.bias_step == "sign" else lack.clamp(-1, 1))
-            self.router.bias -= self.router.bias.mean()
+            moved = self.router.bias + c.bias_rate * (lack.sign() if c.bias_step == "sign" else lack.clamp(-1, 1))
+            _keep(self.router.bias, moved - moved.mean(), apply)
         if c.default_decay > 0:
-            served = stats.served_E[:, None]
-            mean = torch.where(served > 0, stats.output_sum_EC / served.clamp(min=1), self.default_EC)
-            self.default_EC.lerp_(mean.to(self.default_EC.dtype), 1 - c.default_decay)
+            sampled = stats.sampled_E[:, None]
+            inner = (stats.hidden_sum_EF / sampled.clamp(min=1)).to(self.down.dtype)
+            mean = torch.where(sampled > 0, torch.bmm(inner[:, None], self.down)[:, 0], self.default_EC)
+            moved = self.default_EC.lerp(mean.to(self.default_EC.dtype), 1 - c.default_decay)
+            _keep(self.default_EC, moved, apply)
+
+
+def _keep(old: Tensor, new: Tensor, apply: Tensor | None) -> None:
+    old.copy_(new if apply is None else torch.where(apply, new, old))
+
+
+def chosen_mask(expert_NK: Tensor, experts: int) -> Tensor:
+    """bool ``[N, E]``: which experts a token chose."""
+    return (expert_NK[:, :, None] == torch.arange(experts, device=expert_NK.device)).any(1)
+
+
+class _DefaultGradient(torch.autograd.Function):
+    """Identity in value; in gradient, what the experts a token did not reach answer on average.
+
+    As if ``Σ_absent p_e · default_e`` had been added and its value subtracted again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out_NC: Tensor, probs_NE: Tensor, absent_NE: Tensor, default_EC: Tensor) -> Tensor:
+        ctx.save_for_backward(absent_NE, default_EC)
+        ctx.dtype = probs_NE.dtype
+        return out_NC.view_as(out_NC)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        absent, default = ctx.saved_tensors
+        answer = (d_out @ default.to(d_out.dtype).T).to(ctx.dtype)
+        return d_out, answer.masked_fill(~absent, 0.0), None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError
-from deepseek.nn.moe import MoE, MoEConfig, coverage, max_violation
+from deepseek.nn.moe import DEFAULT_SAMPLE, MoE, MoEConfig, Routing, chosen_mask, coverage, max_violation
 
 QUIET: dict[str, Any] = {"entropy_weight": 0.0, "bias_rate": 0.0, "token_floor": 0.0, "default_decay": 0.0}
 
@@ -25,6 +25,16 @@ def layer(experts: int = 6, top_k: int = 2, hidden: int = 8, seed: int = 0, **op
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return moe
+
+
+def assignments(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, expert and gate of every row in use, in the order of the assignments."""
+    ends, where = routing.where.ends_E, routing.where
+    used = int(ends[-1])
+    expert = torch.repeat_interleave(torch.arange(len(ends)), torch.diff(ends, prepend=ends.new_zeros(1)))
+    order = where.assignment_R[:used].argsort()
+    token, assignment = where.token_R[:used][order].long(), where.assignment_R[:used][order].long()
+    return token, expert[order], routing.gate_A[assignment]
 
 
 def naive(moe: MoE, x: Tensor) -> Tensor:
@@ -69,10 +79,11 @@ def test_gates_sum_to_one_and_belong_to_the_best() -> None:
     moe = layer(**QUIET)
     x = torch.randn(50, 8)
     routing = moe.router(x)
-    gates = torch.zeros(50).index_add(0, routing.token_R, routing.gate_R)
+    token, expert, gate = assignments(routing)
+    gates = torch.zeros(50).index_add(0, token, gate)
     torch.testing.assert_close(gates, torch.ones(50))
     best = (x @ moe.router.weight.T).topk(2).indices.sort().values
-    assert routing.expert_R.view(50, 2).sort().values.equal(best)
+    assert expert.view(50, 2).sort().values.equal(best)
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.5, 1.0])
@@ -85,7 +96,8 @@ def test_floor_serves_every_expert_in_training_only(floor: float) -> None:
     assert stats.served_E.min() >= least
     assert stats.chosen_E.sum() == 200
     routing = moe.router(x[0])
-    pairs = list(zip(routing.token_R.tolist(), routing.expert_R.tolist()))
+    token, expert, _ = assignments(routing)
+    pairs = list(zip(token.tolist(), expert.tolist()))
     assert len(set(pairs)) == len(pairs), "no token twice at one expert"
     moe.eval()
     _, stats = moe(x)
@@ -98,10 +110,11 @@ def test_floor_picks_the_tokens_that_like_the_expert_best_and_no_padding() -> No
     x = torch.randn(40, 8)
     valid = torch.arange(40) < 30
     routing = moe.router(x, valid)
-    rescued = routing.token_R[40:][routing.expert_R[40:] == 3]
+    token, expert, gate = assignments(routing)
+    rescued = token[40:][expert[40:] == 3]
     liking = routing.probs_NE[:, 3].masked_fill(~valid, -1)
     assert set(rescued.tolist()) == set(liking.topk(math.ceil(0.5 * 40 / 4)).indices.tolist())
-    gates = routing.gate_R[40:][routing.expert_R[40:] == 3]
+    gates = gate[40:][expert[40:] == 3]
     torch.testing.assert_close(gates, routing.probs_NE[rescued, 3])
 
 
@@ -158,7 +171,7 @@ def test_default_outputs_change_no_value_and_give_the_router_the_surrogate_gradi
     torch.testing.assert_close(out, off(x)[0], rtol=0, atol=1e-12)
     target = torch.randn_like(out)
     (gradient,) = torch.autograd.grad((out * target).sum(), on.router.weight)
-    chosen = on.router(x[0]).chosen_NE
+    chosen = chosen_mask(on.router(x[0]).expert_NK, 6)
 
     def surrogate(weight: Tensor) -> Tensor:
         p = (x[0] @ weight.T).softmax(-1)
@@ -184,12 +197,58 @@ def test_default_outputs_are_running_means_and_leave_backward_alone() -> None:
     x = torch.randn(1, 40, 8)
     out, stats = moe(x)
     routing = moe.router(x[0])
-    mean = torch.stack(
-        [_expert(moe, e, x[0, routing.chosen_NE[:, e]]).mean(0) for e in range(6)]
-    ).nan_to_num()
+    chosen = chosen_mask(routing.expert_NK, 6)
+    mean = torch.stack([_expert(moe, e, x[0, chosen[:, e]]).mean(0) for e in range(6)]).nan_to_num()
     moe.update(stats)
     torch.testing.assert_close(moe.default_EC, 0.25 * mean.detach(), rtol=1e-5, atol=1e-6)
     out.sum().backward()  # after the in-place update
+
+
+def test_a_large_expert_s_average_is_over_an_even_sample_of_its_rows() -> None:
+    moe = layer(experts=2, top_k=1, **{**QUIET, "default_decay": 0.5})
+    moe.router.bias[1] = 10.0
+    tokens = 3 * DEFAULT_SAMPLE
+    x = torch.randn(1, tokens, 8)
+    _, stats = moe(x)
+    assert stats.served_E.tolist() == [0, tokens]
+    assert stats.sampled_E.tolist() == [0, DEFAULT_SAMPLE]
+    moe.update(stats)
+    mean = _expert(moe, 1, x[0, ::3]).mean(0)
+    torch.testing.assert_close(moe.default_EC[1], 0.5 * mean.detach(), rtol=1e-4, atol=1e-6)
+    assert moe.default_EC[0].abs().max() == 0
+
+
+def test_an_update_that_does_not_apply_moves_nothing() -> None:
+    moe = layer(bias_rate=0.1)
+    _, stats = moe(torch.randn(1, 40, 8))
+    before = {k: v.clone() for k, v in moe.state_dict().items()}
+    moe.update(stats, torch.tensor(False))
+    assert all(torch.equal(before[k], v) for k, v in moe.state_dict().items())
+    moe.update(stats, torch.tensor(True))
+    assert not torch.equal(before["router.bias"], moe.router.bias)
+    assert not torch.equal(before["default_EC"], moe.default_EC)
+
+
+def test_forced_balance_serves_all_experts_alike() -> None:
+    moe = layer(experts=6, **QUIET)
+    moe.router.force_balance = True
+    _, stats = moe(torch.randn(1, 30, 8))
+    assert stats.served_E.tolist() == [10] * 6
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_compiles_without_a_graph_break_and_computes_the_same(floor: float) -> None:
+    moe = layer(experts=8, token_floor=floor)
+    moe.router.bias[:2] = 5.0
+    x, valid = torch.randn(2, 20, 8), torch.arange(40).view(2, 20) < 33
+    eager = moe(x, valid)
+    (eager[0].square().sum() + eager[1].balance_loss).backward()
+    gradients = [p.grad for p in moe.parameters()]
+    moe.zero_grad()
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)(x, valid)
+    (compiled[0].square().sum() + compiled[1].balance_loss).backward()
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close([p.grad for p in moe.parameters()], gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

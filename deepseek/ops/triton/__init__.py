@@ -1,0 +1,29 @@
+"""Triton kernels, each registered or called over a plain-torch reference. Optional: the extra ``kernels``.
+
+Nothing here is imported before a kernel is needed. ``TRITON_INTERPRET=1`` runs them on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+
+@cache
+def available() -> bool:
+    """Whether kernels can run: Triton is installed and the GPU is an SM80 or newer."""
+    return (
+        find_spec("triton") is not None
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
+
+
+def kernels(name: str) -> ModuleType:
+    """The module of kernels called ``name``."""
+    return import_module(f"deepseek.ops.triton.{name}")

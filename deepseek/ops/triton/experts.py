@@ -1,0 +1,375 @@
+"""Triton kernels of the expert path: route, sort, gather, SwiGLU with the gate folded in, sum back.
+
+Everything here is bound by memory, so each kernel reads and writes a tensor once. Sizes that depend on the data stay on
+the device: rows beyond ``ends[-1]`` are skipped, never computed, so that shapes are static and the host never waits.
+
+Shape letters: N tokens, K experts per token, E experts, A = N·K + S assignments, S rescue slots, R = A rows, D hidden
+size, F expert size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _divisor(size: int, most: int, least: int = 64) -> int:
+    """The largest power of two that divides ``size``, between ``least`` and ``most``."""
+    return max(least, min(most, size & -size))
+
+
+# --- router ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _router_kernel(
+    x, weight, bias, probs, expert, gate, n_tokens, hidden,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALISE: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BN + tl.arange(0, BN)
+    e = tl.arange(0, EP)
+    there = token < n_tokens
+    scores = tl.zeros((BN, EP), dtype=tl.float32)
+    for start in range(0, hidden, BD):
+        d = start + tl.arange(0, BD)
+        a = tl.load(x + token[:, None].to(tl.int64) * hidden + d[None, :],
+                    mask=there[:, None] & (d < hidden)[None, :], other=0.0)  # fmt: skip
+        b = tl.load(weight + e[None, :] * hidden + d[:, None], mask=(e < E)[None, :] & (d < hidden)[:, None], other=0.0)
+        scores += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    scores = tl.where((e < E)[None, :], scores, float("-inf"))
+    scores = tl.exp(scores - tl.max(scores, 1)[:, None])
+    p = scores / tl.sum(scores, 1)[:, None]
+    tl.store(probs + token[:, None].to(tl.int64) * E + e[None, :], p, mask=there[:, None] & (e < E)[None, :])
+    left = tl.where((e < E)[None, :], p + tl.load(bias + e, mask=e < E, other=0.0)[None, :], float("-inf"))
+    k = tl.arange(0, KP)
+    chosen = tl.zeros((BN, KP), dtype=tl.int32)
+    gates = tl.zeros((BN, KP), dtype=tl.float32)
+    for i in tl.static_range(K):
+        best = tl.argmax(left, 1).to(tl.int32)
+        taken = e[None, :] == best[:, None]
+        chosen = tl.where((k == i)[None, :], best[:, None], chosen)
+        gates = tl.where((k == i)[None, :], tl.sum(tl.where(taken, p, 0.0), 1)[:, None], gates)
+        left = tl.where(taken, float("-inf"), left)
+    if NORMALISE:
+        gates = gates / tl.sum(gates, 1)[:, None]
+    at = token[:, None] * K + k[None, :]
+    mask = there[:, None] & (k < K)[None, :]
+    tl.store(expert + at, chosen, mask=mask)
+    tl.store(gate + at, gates, mask=mask)
+
+
+def router(x: Tensor, weight: Tensor, bias: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (fp32 product), softmax, top-k of ``p + bias`` and gates in one pass over ``x [N, D]``."""
+    tokens, hidden = x.shape
+    experts = weight.shape[0]
+    probs = torch.empty(tokens, experts, device=x.device, dtype=torch.float32)
+    expert = torch.empty(tokens, top_k, device=x.device, dtype=torch.int32)
+    gate = torch.empty(tokens, top_k, device=x.device, dtype=torch.float32)
+    padded = max(16, triton.next_power_of_2(experts))
+    rows = 64 if padded <= 64 else 32
+    depth = min(64, max(16, triton.next_power_of_2(hidden)))
+    _router_kernel[(triton.cdiv(tokens, rows),)](
+        x, weight, bias, probs, expert, gate, tokens, hidden,
+        E=experts, EP=padded, K=top_k, KP=triton.next_power_of_2(top_k), NORMALISE=normalise, BN=rows, BD=depth, PRECISION="tf32x3", num_warps=4,
+    )  # fmt: skip
+    return probs, expert, gate
+
+
+# --- sort: counting sort by expert, stable ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _count_kernel(expert, counts, n, blocks, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
+    b = tl.program_id(0)
+    a = b * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, EP)
+    mine = tl.load(expert + a, mask=a < n, other=EP)
+    hit = (mine[:, None] == e[None, :]).to(tl.int32)
+    tl.store(counts + e * blocks + b, tl.sum(hit, 0), mask=e < E)
+
+
+@triton.jit
+def _place_kernel(
+    expert, first, row, assignment, token, n, blocks, K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr
+):
+    b = tl.program_id(0)
+    a = b * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, EP)
+    mine = tl.load(expert + a, mask=a < n, other=EP)
+    hit = (mine[:, None] == e[None, :]).to(tl.int32)
+    rank = tl.sum(hit * tl.cumsum(hit, 0), 1) - 1
+    place = tl.load(first + mine * blocks + b, mask=a < n, other=0) + rank
+    tl.store(row + a, place, mask=a < n)
+    tl.store(assignment + place, a, mask=a < n)
+    tl.store(token + place, a // K, mask=a < n)
+
+
+@triton.jit
+def _rescue_kernel(
+    probs, expert, valid, chosen, start, row, assignment, token, rescued, n_tokens, floor,
+    E: tl.constexpr, K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program an expert: the tokens that like it best, by bisection on the bits of their probabilities."""
+    e = tl.program_id(0)
+    count = tl.load(chosen + e)
+    missing = floor - count
+    if missing > 0:
+        low = 0
+        high = 0x7F800001
+        while high - low > 1:  # the largest key that at least `missing` tokens reach
+            middle = low + (high - low) // 2
+            reached = 0
+            for at in range(0, n_tokens, BLOCK):
+                key = _liking(probs, expert, valid, at, n_tokens, e, E, K, HAS_VALID, BLOCK)
+                reached += tl.sum((key >= middle).to(tl.int32), 0)
+            low = tl.where(reached >= missing, middle, low)
+            high = tl.where(reached >= missing, high, middle)
+        above = 0
+        for at in range(0, n_tokens, BLOCK):
+            key = _liking(probs, expert, valid, at, n_tokens, e, E, K, HAS_VALID, BLOCK)
+            above += tl.sum((key > low).to(tl.int32), 0)
+        ties = missing - above
+        done = 0
+        tied = 0
+        for at in range(0, n_tokens, BLOCK):
+            key = _liking(probs, expert, valid, at, n_tokens, e, E, K, HAS_VALID, BLOCK)
+            tie = (key == low).to(tl.int32)
+            take = ((key > low) | ((tie > 0) & (tied + tl.cumsum(tie, 0) <= ties))).to(tl.int32)
+            i = done + tl.cumsum(take, 0) - 1
+            n = at + tl.arange(0, BLOCK)
+            slot = e * floor + i
+            place = tl.load(start + e) + count + i
+            tl.store(rescued + slot, n, mask=take > 0)
+            tl.store(row + n_tokens * K + slot, place, mask=take > 0)
+            tl.store(assignment + place, n_tokens * K + slot, mask=take > 0)
+            tl.store(token + place, n, mask=take > 0)
+            done += tl.sum(take, 0)
+            tied += tl.sum(tie, 0)
+
+
+@triton.jit
+def _liking(
+    probs, expert, valid, at, n_tokens, e, E: tl.constexpr, K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Keys in the order of preference: real tokens by probability, padding below them, -1 for those already there."""
+    n = at + tl.arange(0, BLOCK)
+    there = n < n_tokens
+    p = tl.load(probs + n.to(tl.int64) * E + e, mask=there, other=0.0)
+    key = p.to(tl.int32, bitcast=True)
+    if HAS_VALID:
+        key += tl.where(tl.load(valid + n, mask=there, other=0) != 0, 0x40000000, 0)
+    else:
+        key += 0x40000000
+    for k in tl.static_range(K):
+        key = tl.where(tl.load(expert + n * K + k, mask=there, other=-1) == e, -1, key)
+    return tl.where(there, key, -1)
+
+
+def dispatch(
+    expert_NK: Tensor, probs_NE: Tensor, valid_N: Tensor | None, floor: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``deepseek.ops.experts.dispatch``; two small passes over the assignments, none over the tokens' features."""
+    tokens, top_k = expert_NK.shape
+    experts, device, n = probs_NE.shape[1], expert_NK.device, expert_NK.numel()
+    slots = experts * floor
+    padded = max(16, triton.next_power_of_2(experts))
+    block = max(16, min(256, 16384 // padded))
+    blocks = triton.cdiv(n, block)
+    counts = torch.empty(experts, blocks, device=device, dtype=torch.int32)
+    _count_kernel[(blocks,)](expert_NK, counts, n, blocks, E=experts, EP=padded, BLOCK=block)
+    chosen = counts.sum(1, dtype=torch.int32)
+    missing = (floor - chosen).clamp(min=0)
+    ends = (chosen + missing).cumsum(0, dtype=torch.int32)
+    start = ends - chosen - missing
+    first = counts.cumsum(1, dtype=torch.int32) - counts + start[:, None]
+    row = torch.full((n + slots,), -1, device=device, dtype=torch.int32)
+    assignment = torch.zeros(n + slots, device=device, dtype=torch.int32)
+    token = torch.zeros(n + slots, device=device, dtype=torch.int32)
+    rescued = torch.full((slots,), -1, device=device, dtype=torch.int32)
+    _place_kernel[(blocks,)](
+        expert_NK, first, row, assignment, token, n, blocks, K=top_k, EP=padded, BLOCK=block
+    )  # fmt: skip
+    if floor:
+        _rescue_kernel[(experts,)](
+            probs_NE, expert_NK, valid_N if valid_N is not None else chosen, chosen, start, row, assignment, token,
+            rescued, tokens, floor, E=experts, K=top_k, HAS_VALID=valid_N is not None, BLOCK=1024,
+        )  # fmt: skip
+    return row, token, assignment, ends, chosen, rescued
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gather_kernel(x, token, ends, out, hidden, E: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    total = tl.load(ends + E - 1)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    if tl.program_id(0) * BR < total:
+        there = (r < total)[:, None]
+        source = tl.load(token + r, mask=r < total, other=0).to(tl.int64)
+        for start in range(0, hidden, BD):
+            d = start + tl.arange(0, BD)
+            mask = there & (d < hidden)[None, :]
+            value = tl.load(x + source[:, None] * hidden + d[None, :], mask=mask)
+            tl.store(out + r[:, None].to(tl.int64) * hidden + d[None, :], value, mask=mask)
+
+
+def gather(x_ND: Tensor, token_R: Tensor, ends_E: Tensor) -> Tensor:
+    """``x[token_R]`` for the rows in use; the others stay unwritten."""
+    hidden = x_ND.shape[1]
+    out = x_ND.new_empty(token_R.shape[0], hidden)
+    rows = 8
+    _gather_kernel[(triton.cdiv(out.shape[0], rows),)](
+        x_ND, token_R, ends_E, out, hidden, E=ends_E.shape[0], BR=rows, BD=_divisor(hidden, 512), num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _sum_kernel(y, row, out, n_tokens, hidden, K: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    there = n < n_tokens
+    for start in range(0, hidden, BD):
+        d = start + tl.arange(0, BD)
+        mask = there[:, None] & (d < hidden)[None, :]
+        total = tl.zeros((BN, BD), dtype=tl.float32)
+        for k in tl.static_range(K):
+            source = tl.load(row + n * K + k, mask=there, other=0).to(tl.int64)
+            total += tl.load(y + source[:, None] * hidden + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = out + n[:, None].to(tl.int64) * hidden + d[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_rescued_kernel(y, row, rescued, out, slots, hidden, SB: tl.constexpr, BD: tl.constexpr):
+    for i in range(SB):
+        s = tl.program_id(0) * SB + i
+        token = tl.load(rescued + s, mask=s < slots, other=-1).to(tl.int64)
+        if token >= 0:
+            source = tl.load(row + s).to(tl.int64)
+            for start in range(0, hidden, BD):
+                d = start + tl.arange(0, BD)
+                value = tl.load(y + source * hidden + d, mask=d < hidden, other=0.0)
+                tl.atomic_add(out + token * hidden + d, value.to(out.dtype.element_ty), mask=d < hidden, sem="relaxed")
+
+
+def sum_rows(y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k: int) -> Tensor:
+    """``out[n] = Σ y[row]`` over token n's assignments, added up in fp32 (the rare rescued ones in the output's dtype)."""
+    hidden, slots = y_RD.shape[1], rescued_S.shape[0]
+    out = y_RD.new_empty(tokens, hidden)
+    block = _divisor(hidden, 512)
+    rows = 8
+    _sum_kernel[(triton.cdiv(tokens, rows),)](
+        y_RD, row_A, out, tokens, hidden, K=top_k, BN=rows, BD=block, num_warps=4
+    )
+    if slots:
+        _sum_rescued_kernel[(triton.cdiv(slots, 16),)](
+            y_RD, row_A[tokens * top_k :], rescued_S, out, slots, hidden, SB=16, BD=block, num_warps=4
+        )
+    return out
+
+
+# --- SwiGLU ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _swiglu_kernel(h, gate, assignment, ends, out, inner, E: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr):
+    total = tl.load(ends + E - 1)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    if tl.program_id(0) * BR < total:
+        there = r < total
+        g = tl.load(gate + tl.load(assignment + r, mask=there, other=0), mask=there, other=0.0)[:, None]
+        row = r[:, None].to(tl.int64)
+        for start in range(0, inner, BF):
+            f = (start + tl.arange(0, BF))[None, :]
+            mask = there[:, None] & (f < inner)
+            a = tl.load(h + row * 2 * inner + f, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(h + row * 2 * inner + inner + f, mask=mask, other=0.0).to(tl.float32)
+            value = g * b * a / (1 + tl.exp(-a))
+            tl.store(out + row * inner + f, value.to(out.dtype.element_ty), mask=mask)
+
+
+def swiglu(h_RF2: Tensor, gate_A: Tensor, assignment_R: Tensor, ends_E: Tensor) -> Tensor:
+    """``gate · silu(a) · b`` of ``[a, b] = h [R, 2F]``."""
+    inner = h_RF2.shape[1] // 2
+    out = h_RF2.new_empty(h_RF2.shape[0], inner)
+    rows = 8
+    _swiglu_kernel[(triton.cdiv(out.shape[0], rows),)](
+        h_RF2, gate_A, assignment_R, ends_E, out, inner, E=ends_E.shape[0], BR=rows, BF=_divisor(inner, 512), num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    h, gate, assignment, ends, d_out, d_h, out, d_gate, inner, E: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr
+):
+    total = tl.load(ends + E - 1)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    if tl.program_id(0) * BR < total:
+        there = r < total
+        a_of_r = tl.load(assignment + r, mask=there, other=0)
+        g = tl.load(gate + a_of_r, mask=there, other=0.0)[:, None]
+        row = r[:, None].to(tl.int64)
+        slope = tl.zeros((BR,), dtype=tl.float32)
+        for start in range(0, inner, BF):
+            f = (start + tl.arange(0, BF))[None, :]
+            mask = there[:, None] & (f < inner)
+            a = tl.load(h + row * 2 * inner + f, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(h + row * 2 * inner + inner + f, mask=mask, other=0.0).to(tl.float32)
+            d = tl.load(d_out + row * inner + f, mask=mask, other=0.0).to(tl.float32)
+            s = 1 / (1 + tl.exp(-a))
+            y = a * s * b
+            slope += tl.sum(d * y, 1)
+            d = d * g
+            tl.store(out + row * inner + f, (g * y).to(out.dtype.element_ty), mask=mask)
+            d_a = d * b * s * (1 + a * (1 - s))
+            tl.store(d_h + row * 2 * inner + f, d_a.to(d_h.dtype.element_ty), mask=mask)
+            tl.store(d_h + row * 2 * inner + inner + f, (d * a * s).to(d_h.dtype.element_ty), mask=mask)
+        tl.store(d_gate + a_of_r, slope, mask=there)
+
+
+def swiglu_backward(
+    h_RF2: Tensor, gate_A: Tensor, assignment_R: Tensor, ends_E: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``swiglu`` for ``h`` and the gates, and its value again: one pass."""
+    inner = h_RF2.shape[1] // 2
+    d_h, out, d_gate = torch.empty_like(h_RF2), torch.empty_like(d_out), torch.zeros_like(gate_A)
+    rows = 8
+    _swiglu_backward_kernel[(triton.cdiv(out.shape[0], rows),)](
+        h_RF2, gate_A, assignment_R, ends_E, d_out, d_h, out, d_gate, inner,
+        E=ends_E.shape[0], BR=rows, BF=_divisor(inner, 256), num_warps=4,
+    )  # fmt: skip
+    return d_h, out, d_gate
+
+
+@triton.jit
+def _sample_kernel(h, ends, out, inner, SAMPLE: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr):
+    e = tl.program_id(0)
+    f = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
+    start = tl.load(ends + e - 1, mask=e > 0, other=0)
+    count = tl.load(ends + e) - start
+    taken = tl.minimum(count, SAMPLE)
+    total = tl.zeros((1, BF), dtype=tl.float32)
+    for at in range(0, taken, BR):
+        i = at + tl.arange(0, BR)
+        r = (start + i * count // tl.maximum(taken, 1)).to(tl.int64)[:, None]
+        mask = (i < taken)[:, None] & (f < inner)
+        a = tl.load(h + r * 2 * inner + f, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(h + r * 2 * inner + inner + f, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(b * a / (1 + tl.exp(-a)), 0)[None, :]
+    tl.store(out + e * inner + f, total, mask=f < inner)
+
+
+def sample_hidden(h_RF2: Tensor, ends_E: Tensor, sample: int) -> Tensor:
+    """Sum of ``silu(a)·b`` over at most ``sample`` evenly spaced rows of every expert: fp32 ``[E, F]``."""
+    inner, experts = h_RF2.shape[1] // 2, ends_E.shape[0]
+    out = torch.empty(experts, inner, device=h_RF2.device, dtype=torch.float32)
+    block = _divisor(inner, 128)
+    _sample_kernel[(experts, triton.cdiv(inner, block))](
+        h_RF2, ends_E, out, inner, SAMPLE=sample, BR=32, BF=block, num_warps=4
+    )
+    return out
