@@ -2,8 +2,8 @@
 
 ``window_attention`` splits the row into chunks as long as the window; a chunk attends to itself and the chunk
 before it, so the work is O(T·W) in plain torch, forward and backward, on any device. ``dense_attention`` is
-the same thing with an explicit T×T mask: the reference in tests, and the path for odd cases. On a GPU a fused kernel
-(``deepseek.ops.triton``) takes windows and documents, and torch's own fused kernels take whole rows.
+the same thing with an explicit T×T mask: the reference in tests, and the path for odd cases. On a GPU, fused
+kernels (``deepseek.ops.triton``) take windows and documents, and torch's own take whole rows.
 
 Shape letters: B rows, H query heads, K key/value heads (K divides H), T positions, D head size, W window, N
 chunks.
@@ -11,11 +11,50 @@ chunks.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deepseek.ops.triton import available, kernels
 from deepseek.registry import register_op
+
+#: What the Triton kernels take; anything else goes to plain torch.
+KERNEL_HEAD_DIMS = (64, 96, 128)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: Torch's kernels for whole causal rows, the fastest on Hopper first; a kernel that cannot is passed over.
+CAUSAL_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def pick_backend(device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
+    """Which implementation of windows and documents runs: ``triton`` or ``chunked``."""
+    fits = head_dim in KERNEL_HEAD_DIMS and dtype in KERNEL_DTYPES
+    return "triton" if fits and device.type == "cuda" and available() else "chunked"
+
+
+class DocumentSpans(NamedTuple):
+    """Where the document of each position starts and ends (exclusive): int32 ``[B, T]`` each."""
+
+    start: Tensor
+    end: Tensor
+
+
+def document_spans(documents: Tensor) -> DocumentSpans:
+    """The spans of contiguous documents ``[B, T]`` of ids; computed where the ids are, without waiting."""
+    B, T = documents.shape
+    t = torch.arange(T, device=documents.device, dtype=torch.int32).expand(B, T)
+    changes = documents[:, 1:] != documents[:, :-1]
+    start = torch.where(F.pad(changes, (1, 0), value=True), t, 0).cummax(1).values
+    end = torch.where(F.pad(changes, (0, 1), value=True), t + 1, T).flip(1).cummin(1).values.flip(1)
+    return DocumentSpans(start, end)
 
 
 def causal_mask(
@@ -58,6 +97,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``dense_attention`` of whole rows without documents, by the fastest kernel of this device."""
+    if q.device.type != "cuda":
+        return dense_attention(q, k, v)
+    with sdpa_kernel(CAUSAL_KERNELS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def window_mask(length: int, window: int, documents: Tensor | None, device: torch.device | str) -> Tensor:
@@ -116,3 +163,17 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor 
         mask = mask[:, None].repeat(B, 1, 1, 1)
     y = dense_attention(fold(split(q)), fold(with_previous(split(k))), fold(with_previous(split(v))), mask)
     return y.unflatten(0, (B, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
+@register_op("window_attention", "triton")
+def window_attention_kernel(
+    q: Tensor, k: Tensor, v: Tensor, window: int, spans: DocumentSpans | None = None
+) -> Tensor:
+    """``window_attention`` in one fused kernel; a window as long as the row is causal attention.
+
+    Args:
+        q: ``[B, H, T, D]``; k, v: ``[B, K, T, D]``; D and dtype as ``pick_backend`` asks, one dtype for all.
+        spans: ``document_spans`` when rows hold several documents.
+    """
+    start, end = spans or (None, None)
+    return kernels("hybrid_attention").window_forward(q, k, v, start, end, window)[0]

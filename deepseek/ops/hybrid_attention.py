@@ -12,11 +12,14 @@ Shape letters: B rows, H query heads, K key/value heads, T positions, D head siz
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops.attention import causal_mask, dense_attention, window_attention
+from deepseek.ops.attention import DocumentSpans, causal_mask, dense_attention, window_attention
+from deepseek.ops.triton import kernels
 from deepseek.registry import register_op
 
 
@@ -41,8 +44,40 @@ def document_blocks(documents: Tensor, block: int, stride: int) -> Tensor:
     return starts.sort(1).values[:, : pooled_length(T, block, stride)]
 
 
-def pool_blocks(x_BKTD: Tensor, block: int, stride: int, starts: Tensor | None = None) -> Tensor:
-    """Mean over each complete block: ``[B, K, T, D]`` → ``[B, K, J, D]``; ``starts``: ``document_blocks``."""
+class PooledSpans(NamedTuple):
+    """Who sees which slot when rows hold several documents; first and end (exclusive) of each interval, int32.
+
+    Attributes:
+        starts: int64 ``[B, J]``, what ``document_blocks`` returned.
+        slots: ``[2, B, T]``, the slots that each query sees.
+        seen: ``[2, B, J]``, the queries that see each slot.
+    """
+
+    starts: Tensor
+    slots: Tensor
+    seen: Tensor
+
+
+def pooled_spans(documents: Tensor, spans: DocumentSpans, block: int, stride: int) -> PooledSpans:
+    """The intervals of ``documents [B, T]`` with these ``document_spans``."""
+    T = documents.shape[1]
+    starts = document_blocks(documents, block, stride).contiguous()
+    complete = torch.arange(T, device=documents.device).expand_as(documents) - block + 1
+    first = torch.searchsorted(starts, spans.start.to(starts.dtype), out_int32=True)
+    end = torch.searchsorted(starts, complete.contiguous(), right=True, out_int32=True)
+    seen = torch.stack((starts.int() + block - 1, spans.end.gather(1, starts.clamp(max=T - 1))))
+    return PooledSpans(starts, torch.stack((first, end.maximum(first))), seen)
+
+
+def pool_blocks(
+    x_BKTD: Tensor, block: int, stride: int, starts: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Mean over each complete block, ``[B, K, T, D]`` → ``[B, K, J, D]``, or a weighted mean.
+
+    Args:
+        starts: what ``document_blocks`` returned, when rows hold several documents.
+        weights: ``[K, block]``, the share of each place in the block; rows sum to one.
+    """
     B, K, T, D = x_BKTD.shape
     blocks = pooled_length(T, block, stride)
     if not blocks:
@@ -51,9 +86,20 @@ def pool_blocks(x_BKTD: Tensor, block: int, stride: int, starts: Tensor | None =
         place = starts.clamp(max=T - block)[..., None] + torch.arange(block, device=starts.device)
         row = (place + torch.arange(B, device=starts.device)[:, None, None] * T).flatten()
         picked = x_BKTD.transpose(1, 2).reshape(B * T, K * D).index_select(0, row)
-        return picked.view(B, blocks, block, K, D).mean(2).transpose(1, 2)
+        picked = picked.view(B, blocks, block, K, D)
+        if weights is not None:
+            return torch.einsum("bjnkd,kn->bkjd", picked, weights.to(picked.dtype))
+        return picked.mean(2).transpose(1, 2)
     if block % stride:
-        return x_BKTD.unfold(2, block, stride)[:, :, :blocks].mean(-1)
+        taken = x_BKTD.unfold(2, block, stride)[:, :, :blocks]
+        if weights is not None:
+            return torch.einsum("bkjdn,kn->bkjd", taken, weights.to(taken.dtype))
+        return taken.mean(-1)
+    if weights is not None:
+        pieces = x_BKTD[:, :, : (T // stride) * stride].unflatten(2, (-1, stride))
+        shares = weights.to(pieces.dtype).unflatten(1, (-1, stride)).unbind(1)
+        each = [torch.einsum("bkjnd,kn->bkjd", pieces[:, :, i : i + blocks], w) for i, w in enumerate(shares)]
+        return torch.stack(each).sum(0)
     # Sums of stride-long pieces, then of block/stride neighbouring pieces: no overlapping copy of the row.
     pieces = x_BKTD[:, :, : (T // stride) * stride].unflatten(2, (-1, stride)).sum(3)
     per_block = block // stride
@@ -84,6 +130,13 @@ def pooled_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, sink: Tensor, ma
     return dense_attention(q, torch.cat((first[0], k_pool), 2), torch.cat((first[1], v_pool), 2), mask)
 
 
+def _pool(
+    k: Tensor, v: Tensor, block: int, stride: int, starts: Tensor | None, pooling: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    for_k, for_v = (None, None) if pooling is None else pooling.unbind()
+    return pool_blocks(k, block, stride, starts, for_k), pool_blocks(v, block, stride, starts, for_v)
+
+
 @register_op("hybrid_attention", "chunked")
 def hybrid_attention(
     q: Tensor,
@@ -100,6 +153,7 @@ def hybrid_attention(
     window_mask: Tensor | None = None,
     global_mask: Tensor | None = None,
     starts: Tensor | None = None,
+    pooling: Tensor | None = None,
 ) -> Tensor:
     """``gate · global + (1 − gate) · local``.
 
@@ -111,6 +165,7 @@ def hybrid_attention(
         gate: ``[B, H, T]`` or broadcastable, in (0, 1).
         window_mask, global_mask, starts: what ``window_mask``, ``pooled_mask`` and ``document_blocks``
             return; needed when rows hold several documents.
+        pooling: ``[2, K, block]``, ``pool_blocks``' weights for keys and for values; ``None``: the mean.
 
     Returns:
         ``[B, H, T, D]``.
@@ -118,10 +173,41 @@ def hybrid_attention(
     local = window_attention(q_rope, k_rope, v, window, window_mask)
     if global_mask is None:
         global_mask = pooled_mask(torch.arange(q.shape[2], device=q.device), q.shape[2], block, stride)
-    k_pool, v_pool = (pool_blocks(x, block, stride, starts) for x in (k, v))
+    k_pool, v_pool = _pool(k, v, block, stride, starts, pooling)
     whole = pooled_attention(q, k_pool, v_pool, sink, global_mask)
     g = gate[..., None].to(local.dtype)
     return g * whole + (1 - g) * local
+
+
+@register_op("hybrid_attention", "triton")
+def hybrid_attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_rope: Tensor,
+    k_rope: Tensor,
+    sink: Tensor,
+    gate: Tensor,
+    *,
+    window: int,
+    block: int,
+    stride: int,
+    spans: DocumentSpans | None = None,
+    pooled: PooledSpans | None = None,
+    pooling: Tensor | None = None,
+) -> Tensor:
+    """``hybrid_attention`` with both branches and the blend in one fused kernel.
+
+    Args:
+        spans, pooled: ``document_spans`` and ``pooled_spans``, both when rows hold several documents.
+    """
+    start, end = spans or (None, None)
+    starts, slots, seen = pooled or (None, None, None)
+    k_pool, v_pool = _pool(k, v, block, stride, starts, pooling)
+    gate = gate.expand(q.shape[0], q.shape[1], q.shape[2])
+    return kernels("hybrid_attention").hybrid_forward(
+        q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, start, end, slots, seen, window, block, stride
+    )[0]
 
 
 @register_op("hybrid_attention", "reference")
@@ -138,6 +224,7 @@ def hybrid_attention_reference(
     block: int,
     stride: int,
     documents: Tensor | None = None,
+    pooling: Tensor | None = None,
 ) -> Tensor:
     """The same function with explicit softmaxes and loops, one document at a time; slow and obvious."""
     if documents is not None:
@@ -148,7 +235,7 @@ def hybrid_attention_reference(
                 here = (slice(row, row + 1), slice(None), slice(start, start + length))
                 y[here] = hybrid_attention_reference(
                     q[here], k[here], v[here], q_rope[here], k_rope[here], sink, gate[here],
-                    window=window, block=block, stride=stride,
+                    window=window, block=block, stride=stride, pooling=pooling,
                 )  # fmt: skip
                 start += length
         return y
@@ -156,6 +243,7 @@ def hybrid_attention_reference(
     repeat = H // k.shape[1]
     k, v, k_rope = (x.repeat_interleave(repeat, 1) for x in (k, v, k_rope))
     sink = sink.repeat_interleave(repeat, 1)
+    share = k.new_full((2, H, block), 1 / block) if pooling is None else pooling.repeat_interleave(repeat, 1)
     t = torch.arange(T, device=q.device)
 
     def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -166,8 +254,8 @@ def hybrid_attention_reference(
     keys, values = [sink[0].expand(B, H, D)], [sink[1].expand(B, H, D)]
     visible = [torch.ones(T, dtype=torch.bool, device=q.device)]
     for start in range(0, T - block + 1, stride):
-        keys.append(k[:, :, start : start + block].mean(2))
-        values.append(v[:, :, start : start + block].mean(2))
+        keys.append((k[:, :, start : start + block] * share[0, :, :, None]).sum(2))
+        values.append((v[:, :, start : start + block] * share[1, :, :, None]).sum(2))
         visible.append(t >= start + block - 1)
     whole = softmax_attention(q, torch.stack(keys, 2), torch.stack(values, 2), torch.stack(visible, -1))
     g = gate[..., None]

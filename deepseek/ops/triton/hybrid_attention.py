@@ -1,9 +1,9 @@
 """Fused attention over a sliding window, over pooled blocks, and their blend: forward and backward, deterministic.
 
-One idea keeps the kernels few: in both branches every query sees an *interval* of keys, every key is seen by an interval
-of queries, and both ends of the interval only grow along the row. So the window, the pooled slots, documents and plain
-causality are the same loop with other bounds: tiles outside the interval are skipped, tiles inside it need no mask, and
-only tiles at its ends pay for one.
+One idea keeps the kernels few: in both branches every query sees an *interval* of keys, every key is seen by an
+interval of queries, and both ends of the interval only grow along the row. So the window, the pooled slots, documents
+and plain causality are the same loop with other bounds: tiles outside the interval are skipped, tiles inside it need no
+mask, and only tiles at its ends pay for one.
 
 Forward (one program a query tile and head): pooled slots, starting from the sink; then the window; then the blend
 ``g·G + (1 − g)·L``. Kept for backward: the blend, ``G``, and per branch ``lse − log2(weight of the branch)``, so that
@@ -129,7 +129,8 @@ def _row(pointer, start, limit, other, N: tl.constexpr):
 @triton.jit
 def _softmax(
     acc, top, total, q, k_at, v_at, k_stride, v_stride, lo, hi, limit, first, end, scale,
-    BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys ``lo … hi − 1``; row i sees ``first[i] <= n < end[i]``."""
     for start in range(lo, hi, BN):
@@ -152,7 +153,8 @@ def _softmax(
 @triton.jit
 def _to_queries(
     dq, q, do, lse, delta, k_at, v_at, k_stride, v_stride, lo, hi, limit, first, end, scale,
-    BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what keys ``lo … hi − 1`` give to the gradient of ``q``."""
     for start in range(lo, hi, BN):
@@ -172,11 +174,12 @@ def _to_queries(
 @triton.jit
 def _to_keys(
     dk, dv, k, v, q_at, do_at, q_stride, do_stride, lse_at, delta_at, lo, hi, limit, first, end, scale,
-    BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries ``lo … hi − 1`` give to the gradients of ``k`` and ``v``; row n is seen by ``first[n] <= i < end[n]``.
+    """Add what queries ``lo … hi − 1`` give to the gradients of ``k`` and ``v``.
 
-    Queries beyond ``limit`` read a gradient of zero, so they give nothing.
+    Row n is seen by ``first[n] <= i < end[n]``. Queries beyond ``limit`` read a gradient of zero, so they give nothing.
     """
     for start in range(lo, hi, BM):
         start = tl.multiple_of(start, BM)
@@ -226,7 +229,7 @@ def _window_queries(n, doc_end, T, window, DOCS: tl.constexpr):
 
 @triton.jit
 def _pooled_slots(i, slots, T, rows, BLOCK: tl.constexpr, STRIDE: tl.constexpr, DOCS: tl.constexpr):
-    """The slots ``[first, end)`` that query ``i`` sees; ``slots``: this row's first of each, the ends ``rows·T`` later."""
+    """The slots ``[first, end)`` that query ``i`` sees; ``slots``: this row's firsts; ends lie ``rows·T`` later."""
     i = tl.minimum(i, T - 1)
     if DOCS:
         first, end = tl.load(slots + i), tl.load(slots + rows * T + i)
@@ -237,7 +240,7 @@ def _pooled_slots(i, slots, T, rows, BLOCK: tl.constexpr, STRIDE: tl.constexpr, 
 
 @triton.jit
 def _pooled_queries(j, seen, T, J, rows, BLOCK: tl.constexpr, STRIDE: tl.constexpr, DOCS: tl.constexpr):
-    """The queries ``[first, end)`` that see slot ``j``; ``seen``: this row's first of each, the ends ``rows·J`` later."""
+    """The queries ``[first, end)`` that see slot ``j``; ``seen``: this row's firsts; ends lie ``rows·J`` later."""
     j = tl.minimum(j, J - 1)
     if DOCS:
         first, end = tl.load(seen + j), tl.load(seen + rows * J + j)
@@ -321,14 +324,15 @@ def _forward_kernel(
     a, z = _inner(full_lo, full_hi, BN)
     if WIDE:
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kr_t, v_t, lo // BN * BN, tl.minimum(a, hi), T, first, end, scale,
-            BN, D, DP, True, not EVEN, PRECISION,
+            acc, top, total, x, k_at, v_at, kr_t, v_t, lo // BN * BN, tl.minimum(a, hi), T, first, end,
+            scale, BN, D, DP, True, not EVEN, PRECISION,
         )  # fmt: skip
         acc, top, total = _softmax(
             acc, top, total, x, k_at, v_at, kr_t, v_t, a, z, T, first, end, scale, BN, D, DP, False, False, PRECISION,
         )  # fmt: skip
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kr_t, v_t, z, hi, T, first, end, scale, BN, D, DP, True, not EVEN, PRECISION,
+            acc, top, total, x, k_at, v_at, kr_t, v_t, z, hi, T, first, end, scale,
+            BN, D, DP, True, not EVEN, PRECISION,
         )  # fmt: skip
     else:
         acc, top, total = _softmax(
@@ -428,8 +432,8 @@ def _queries_kernel(
     a, z = _inner(full_lo, full_hi, BN)
     if WIDE:
         acc = _to_queries(
-            acc, x, dy, kept, local_delta, k_at, v_at, kr_t, v_t, lo // BN * BN, tl.minimum(a, hi), T, first, end, scale,
-            BN, D, DP, True, not EVEN, PRECISION,
+            acc, x, dy, kept, local_delta, k_at, v_at, kr_t, v_t, lo // BN * BN, tl.minimum(a, hi), T, first, end,
+            scale, BN, D, DP, True, not EVEN, PRECISION,
         )  # fmt: skip
         acc = _to_queries(
             acc, x, dy, kept, local_delta, k_at, v_at, kr_t, v_t, a, z, T, first, end, scale,
@@ -713,7 +717,8 @@ def _(do, q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, out, whole, lse, doc
     B, H, T, _ = q.shape
     dk, dv = (x.new_empty(x.shape) for x in (k_pool, v_pool))
     return (
-        _new(q), _new(q), _new(v), _new(v), dk, dv, sink.new_empty(sink.shape), q.new_empty(B, H, T, dtype=torch.float32),
+        _new(q), _new(q), _new(v), _new(v), dk, dv, sink.new_empty(sink.shape),
+        q.new_empty(B, H, T, dtype=torch.float32),
     )  # fmt: skip
 
 
