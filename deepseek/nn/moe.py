@@ -31,7 +31,16 @@ from torch import Tensor, nn
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.nn.layers import SwiGLU, to_compute_dtype
-from deepseek.ops.experts import Backend, Dispatch, dispatch, gates, route, rescued_pairs, run_experts, sample_hidden
+from deepseek.ops.experts import (
+    Backend,
+    Dispatch,
+    dispatch,
+    gates,
+    rescued_pairs,
+    route,
+    run_experts,
+    sample_hidden,
+)
 
 DEFAULT_SAMPLE = 256  #: rows of an expert that its average output is taken over, per forward pass
 
@@ -152,7 +161,9 @@ class MoE(nn.Module):
         out, hidden = run_experts(x, routing.gate_A, routing.where, self.gate_up, self.down, c.backend)
         if self.training and c.default_decay > 0:
             # A copy: ``update`` moves the averages in place, perhaps before this graph's backward.
-            out = _DefaultGradient.apply(out, routing.probs_NE, self._absent(routing), self.default_EC.clone())
+            out = _DefaultGradient.apply(
+                out, routing.probs_NE, self._absent(routing), self.default_EC.clone()
+            )
         out = out.to(x_BTC.dtype).view_as(x_BTC)
         if self.shared is not None:
             out = out + self.shared(x_BTC)
@@ -195,7 +206,9 @@ class MoE(nn.Module):
         if c.bias_rate > 0:
             load = stats.chosen_E / stats.chosen_E.sum().clamp(min=1)
             lack = 1 - load * c.experts  # 1 for an idle expert, -1 at twice the share
-            moved = self.router.bias + c.bias_rate * (lack.sign() if c.bias_step == "sign" else lack.clamp(-1, 1))
+            moved = self.router.bias + c.bias_rate * (
+                lack.sign() if c.bias_step == "sign" else lack.clamp(-1, 1)
+            )
             _keep(self.router.bias, moved - moved.mean(), apply)
         if c.default_decay > 0:
             sampled = stats.sampled_E[:, None]

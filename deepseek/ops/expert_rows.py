@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def router(x: Tensor, weight: Tensor, bias: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def router(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, normalise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities ``[N, E]``, the chosen experts (int32) and their gates ``[N, K]``; fp32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     probs = F.linear(x.to(wide), weight.to(wide)).softmax(-1)
@@ -51,7 +53,12 @@ def dispatch(
         taken = i < missing[:, None]
         slot = (torch.arange(experts, device=device)[:, None] * floor + i)[taken]
         place = ((start + chosen)[:, None] + i)[taken]
-        rescued[slot], row[n + slot], assignment[place], token[place] = eager[taken], place, n + slot, eager[taken]
+        rescued[slot], row[n + slot], assignment[place], token[place] = (
+            eager[taken],
+            place,
+            n + slot,
+            eager[taken],
+        )
     row, token, assignment, ends, chosen, rescued = (
         t.to(torch.int32) for t in (row, token, assignment, ends, chosen, rescued)
     )

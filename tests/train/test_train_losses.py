@@ -15,7 +15,6 @@ from deepseek.models import Transformer
 from deepseek.models.config import tiny
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
-
 from deepseek.ops import cross_entropy
 from deepseek.train.losses import cross_entropy_sum, next_token_loss
 

@@ -41,12 +41,23 @@ def _rows_kernel(
             tl.store(row + v, d.to(logits.dtype.element_ty), mask=v < vocab)
 
 
-def rows(logits_NV: Tensor, targets_N: Tensor, ignore: int, z_weight: float, gradient: bool) -> tuple[Tensor, Tensor]:
+def rows(
+    logits_NV: Tensor, targets_N: Tensor, ignore: int, z_weight: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
     """See ``deepseek.ops.cross_entropy``: loss and squared log-sum-exp of every row, fp32 ``[N]``."""
     n, vocab = logits_NV.shape
     losses, squares = (torch.empty(n, device=logits_NV.device, dtype=torch.float32) for _ in range(2))
     block = min(4096, triton.next_power_of_2(vocab))
     _rows_kernel[(n,)](
-        logits_NV, targets_N, losses, squares, vocab, ignore, z_weight, GRADIENT=gradient, BLOCK=block, num_warps=8
+        logits_NV,
+        targets_N,
+        losses,
+        squares,
+        vocab,
+        ignore,
+        z_weight,
+        GRADIENT=gradient,
+        BLOCK=block,
+        num_warps=8,
     )
     return losses, squares

@@ -37,7 +37,11 @@ def _router_kernel(
         d = start + tl.arange(0, BD)
         a = tl.load(x + token[:, None].to(tl.int64) * hidden + d[None, :],
                     mask=there[:, None] & (d < hidden)[None, :], other=0.0)  # fmt: skip
-        b = tl.load(weight + e[None, :] * hidden + d[:, None], mask=(e < E)[None, :] & (d < hidden)[:, None], other=0.0)
+        b = tl.load(
+            weight + e[None, :] * hidden + d[:, None],
+            mask=(e < E)[None, :] & (d < hidden)[:, None],
+            other=0.0,
+        )
         scores += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
     scores = tl.where((e < E)[None, :], scores, float("-inf"))
     scores = tl.exp(scores - tl.max(scores, 1)[:, None])
@@ -61,7 +65,9 @@ def _router_kernel(
     tl.store(gate + at, gates, mask=mask)
 
 
-def router(x: Tensor, weight: Tensor, bias: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def router(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, normalise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (fp32 product), softmax, top-k of ``p + bias`` and gates in one pass over ``x [N, D]``."""
     tokens, hidden = x.shape
     experts = weight.shape[0]
@@ -152,7 +158,16 @@ def _rescue_kernel(
 
 @triton.jit
 def _liking(
-    probs, expert, valid, at, n_tokens, e, E: tl.constexpr, K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr
+    probs,
+    expert,
+    valid,
+    at,
+    n_tokens,
+    e,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Keys in the order of preference: real tokens by probability, padding below them, -1 for those already there."""
     n = at + tl.arange(0, BLOCK)
@@ -253,7 +268,9 @@ def _sum_rescued_kernel(y, row, rescued, out, slots, hidden, SB: tl.constexpr, B
             for start in range(0, hidden, BD):
                 d = start + tl.arange(0, BD)
                 value = tl.load(y + source * hidden + d, mask=d < hidden, other=0.0)
-                tl.atomic_add(out + token * hidden + d, value.to(out.dtype.element_ty), mask=d < hidden, sem="relaxed")
+                tl.atomic_add(
+                    out + token * hidden + d, value.to(out.dtype.element_ty), mask=d < hidden, sem="relaxed"
+                )
 
 
 def sum_rows(y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k: int) -> Tensor:
@@ -276,7 +293,9 @@ def sum_rows(y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k:
 
 
 @triton.jit
-def _swiglu_kernel(h, gate, assignment, ends, out, inner, E: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr):
+def _swiglu_kernel(
+    h, gate, assignment, ends, out, inner, E: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr
+):
     total = tl.load(ends + E - 1)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     if tl.program_id(0) * BR < total:
@@ -298,14 +317,34 @@ def swiglu(h_RF2: Tensor, gate_A: Tensor, assignment_R: Tensor, ends_E: Tensor) 
     out = h_RF2.new_empty(h_RF2.shape[0], inner)
     rows = 8
     _swiglu_kernel[(triton.cdiv(out.shape[0], rows),)](
-        h_RF2, gate_A, assignment_R, ends_E, out, inner, E=ends_E.shape[0], BR=rows, BF=_divisor(inner, 512), num_warps=4
+        h_RF2,
+        gate_A,
+        assignment_R,
+        ends_E,
+        out,
+        inner,
+        E=ends_E.shape[0],
+        BR=rows,
+        BF=_divisor(inner, 512),
+        num_warps=4,
     )
     return out
 
 
 @triton.jit
 def _swiglu_backward_kernel(
-    h, gate, assignment, ends, d_out, d_h, out, d_gate, inner, E: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr
+    h,
+    gate,
+    assignment,
+    ends,
+    d_out,
+    d_h,
+    out,
+    d_gate,
+    inner,
+    E: tl.constexpr,
+    BR: tl.constexpr,
+    BF: tl.constexpr,
 ):
     total = tl.load(ends + E - 1)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
