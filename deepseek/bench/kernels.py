@@ -24,13 +24,13 @@ from deepseek.bench.timing import synchronize
 KINDS = (
     ("communication", r"nccl"),
     ("copy", r"^mem(cpy|set)"),
-    ("attention", r"flash|fmha|sdpa|attention|flex|softmax_warp|_attn|attn_"),
+    ("attention", r"flash|fmha|sdpa|attention|flex|softmax_warp|_attn|attn_|^_(forward|queries|keys)_kernel"),
     ("optimizer", r"multi_tensor|multi_tensor_apply|fused_?adam|adamw|muon|adafactor|newton"),
     ("grouped matmul", r"grouped|GroupProblemShape|group_gemm|ptr_?array"),
     ("matmul", r"gemm|nvjet|cublas|cutlass|xmma|triton_(tem|mm)|splitk|addmm|\bmm\b|bmm|aten::linear"),
     (
         "routing and indexing",
-        r"sort|radix|histogram|scatter|gather|index|topk|bincount|scan|permute|router|combine|dispatch|embedding",
+        r"sort|radix|histogram|scatter|gather|index|topk|bincount|scan|permute|router|combine|dispatch|embedding|^_(count|place|rescue|sum|sum_rescued|sample)_kernel",
     ),
 )
 REST = "memory-bound"

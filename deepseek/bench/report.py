@@ -141,7 +141,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "memory_GiB": _memory(device), "cuda": torch.version.cuda, "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "command": shlex.join(sys.argv),
+        "threads": torch.get_num_threads(), "command": command(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "code": code_version(),
     }  # fmt: skip
     for package in PACKAGES:
@@ -150,6 +150,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def command() -> str:
+    """The command line, without the path of the installation."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def cpu_name() -> str:

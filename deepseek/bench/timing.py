@@ -150,9 +150,9 @@ def attempt(call: Callable[[], T], device: torch.device) -> Outcome[T]:
 
 def free(device: torch.device) -> None:
     """Give memory back between competitors, compiled graphs included, and count the peak anew."""
-    torch._dynamo.reset()
-    gc.collect()
     if _cuda(device):
+        torch._dynamo.reset()
+        gc.collect()
         synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

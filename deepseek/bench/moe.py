@@ -1,0 +1,229 @@
+"""``deepseek bench moe``: one expert layer, forward and backward, under kind and unkind routing.
+
+Ours (router statistics, load balancing, token floor and all) beside plain torch with grouped matmuls and beside a
+loop over experts. Routing is steered through the router itself: the first E inputs of a token are its logits.
+FLOPs are those of the chosen experts; the ceiling is the same grouped matmuls alone, measured in the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.bench import kernels
+from deepseek.bench.ceilings import compute_dtype, grouped_tflops, matmul_tflops
+from deepseek.bench.peers import LoopMoE, PlainMoE
+from deepseek.bench.report import BenchOptions, Report
+from deepseek.bench.timing import Call, attempt, free, measure, peak_gib, race, random_like
+from deepseek.bench.train import quick_config
+from deepseek.errors import ConfigError, did_you_mean
+from deepseek.models import PRESETS, ModelConfig
+from deepseek.nn.moe import MoE, coverage, max_violation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
+    """One expert layer, forward and backward."""
+
+    model: str = "moe_64x2"  # the preset whose layer is taken
+    tokens: int = 65_536
+    routing: tuple[str, ...] = ("uniform", "zipf", "one takes all", "half empty")
+    rounds: int = 10
+    eager: bool = False  # nothing compiled
+    loop: bool = False  # also the loop over experts with every routing, not only the first
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape. Raises ``ConfigError`` when it has no experts."""
+        if self.model not in PRESETS:
+            raise ConfigError(
+                f"unknown preset {self.model!r}{did_you_mean(self.model, PRESETS)}; one of {', '.join(PRESETS)}"
+            )
+        config = PRESETS[self.model]()
+        if not config.moe.experts:
+            raise ConfigError(f"{self.model} has no experts; try moe_64x2")
+        return quick_config(config) if self.quick else config
+
+
+def logits(kind: str, tokens: int, experts: int) -> Tensor:
+    """Steering logits ``[tokens, experts]`` whose top-k is a sample of ``kind`` without replacement (Gumbel).
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    weight = torch.ones(experts)
+    if kind == "zipf":
+        weight = 1 / torch.arange(1, experts + 1)
+    elif kind == "one takes all":
+        weight[0] = 1e30
+    elif kind == "half empty":
+        weight[experts // 2 :] = 1e-30
+    elif kind != "uniform":
+        raise ConfigError(f"routing {kind!r} is not known; uniform, zipf, 'one takes all' or 'half empty'")
+    gumbel = -torch.log(-torch.log(torch.rand(tokens, experts).clamp(1e-9, 1 - 1e-7)))
+    return (weight.log() + gumbel).clamp(-40, 80)
+
+
+def inputs(kind: str, tokens: int, config: ModelConfig, device: torch.device) -> Tensor:
+    """Tokens ``[1, N, C]``: steering logits, then noise."""
+    x = torch.randn(tokens, config.hidden)
+    x[:, : config.moe.experts] = logits(kind, tokens, config.moe.experts)
+    return x[None].to(device, compute_dtype(device)).requires_grad_()
+
+
+def steering(config: ModelConfig, device: torch.device) -> Tensor:
+    """The router weight ``[E, C]`` that reads a token's first E numbers."""
+    return torch.eye(config.moe.experts, config.hidden, device=device)
+
+
+class OurLayer(nn.Module):
+    """Our expert layer with bf16 experts and an fp32 router, as it computes in training."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__()
+        with torch.device(device):
+            self.moe = MoE(config.hidden, config.moe)
+        for weight in (self.moe.gate_up, self.moe.down):
+            weight.data = torch.randn_like(weight).mul_(0.02).to(compute_dtype(device))
+        self.moe.router.weight.data = steering(config, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, stats = self.moe(x)
+        return y + stats.balance_loss.to(y.dtype)
+
+
+def peer_layer(kind: type[PlainMoE], config: ModelConfig, device: torch.device) -> nn.Module:
+    """Plain torch's layer in the compute dtype."""
+    m = config.moe
+    with torch.device(device):
+        layer = kind(config.hidden, m.expert_ffn, m.experts, m.top_k)
+    layer.router.weight.data = steering(config, device)
+    return layer.to(compute_dtype(device))
+
+
+def layers(options: Options, first: bool) -> dict[str, Callable[[], Any]]:
+    """What to measure, by name: functions that make a layer."""
+    config, device = options.config, options.torch_device
+    compiled = not options.eager and device.type == "cuda"
+    ours, plain = partial(OurLayer, config, device), partial(peer_layer, PlainMoE, config, device)
+    found: dict[str, Callable[[], Any]] = {"deepseek, eager": ours, "plain-torch, eager": plain}
+    if compiled:
+        found["deepseek, compiled"] = lambda: torch.compile(ours())
+        found["plain-torch, compiled"] = lambda: torch.compile(plain())
+    if first or options.loop:
+        found["loop over experts, eager"] = partial(peer_layer, LoopMoE, config, device)
+    return found
+
+
+def run(options: Options) -> Report:
+    """One table for each routing, then where the time goes."""
+    device, config = options.torch_device, options.config
+    torch.manual_seed(options.seed)
+    tokens = 512 if options.quick else options.tokens
+    report = Report("moe", device, options, options.json)
+    report.ceiling("matmul, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
+    ceilings = _ceilings(report, config, tokens, device)
+    for number, kind in enumerate(options.routing):
+        _routing(report, kind, tokens, options, ceilings, first=number == 0)
+    _breakdown(report, options, tokens)
+    return report.close()
+
+
+def _ceilings(report: Report, config: ModelConfig, tokens: int, device: torch.device) -> float:
+    """TFLOP/s of the layer's grouped matmuls alone, forward and backward, evenly loaded."""
+    m, rows = config.moe, tokens * config.moe.top_k
+    for inner, outer in ((config.hidden, 2 * m.expert_ffn), (m.expert_ffn, config.hidden)):
+        report.ceiling(
+            f"grouped_mm {m.experts} x {inner}x{outer}, {rows:,} rows, TFLOP/s",
+            grouped_tflops(device, rows, m.experts, inner, outer),
+        )
+    dtype, used = compute_dtype(device), rows // m.experts * m.experts
+    x = random_like((used, config.hidden), device, dtype, grad=True)
+    first = random_like((m.experts, config.hidden, m.expert_ffn), device, dtype, grad=True)
+    second = random_like((m.experts, m.expert_ffn, config.hidden), device, dtype, grad=True)
+    ends = torch.arange(1, m.experts + 1, device=device, dtype=torch.int32) * (used // m.experts)
+    gradient = random_like((used, config.hidden), device, dtype)
+
+    def both() -> None:
+        inner = F.grouped_mm(x, first, offs=ends)
+        torch.autograd.grad(F.grouped_mm(inner, second, offs=ends), (x, first, second), gradient)
+
+    work = 3 * 2 * used * 2 * config.hidden * m.expert_ffn
+    value = work / measure(both, device).median / 1e12
+    return report.ceiling("grouped_mm in and out, forward+backward, TFLOP/s", value)
+
+
+def _routing(report: Report, kind: str, tokens: int, options: Options, ceiling: float, first: bool) -> None:
+    device, config = options.torch_device, options.config
+    x, calls, memory = inputs(kind, tokens, config, device), dict[str, Call](), dict[str, float | None]()
+    gradient = torch.randn_like(x)
+    for name, make in layers(options, first).items():
+        free(device)
+        before = peak_gib(device)
+        outcome = attempt(partial(_call, make, x, gradient), device)
+        if outcome.value is None:
+            report.note(f"{name}, {kind}: {outcome.problem}")
+            continue
+        calls[name], peak = outcome.value, peak_gib(device)
+        memory[name] = peak - before if peak is not None and before is not None else None
+    taken = race(
+        calls, device, rounds=2 if options.quick else options.rounds, warmup=1 if options.quick else 3
+    )
+    m = config.moe
+    work = 3 * 6 * tokens * m.top_k * config.hidden * m.expert_ffn
+    load = _load(x, config)
+    rows = []
+    for name, time in taken.items():
+        achieved = work / time.median / 1e12
+        rows.append({
+            "routing": kind, "layer": name, "forward+backward ms": time.ms, "TFLOP/s": achieved,
+            "of grouped_mm %": 100 * achieved / ceiling, "peak GiB": memory[name],
+            "MaxVio": float(max_violation(load)), "coverage": float(coverage(load)),
+        })  # fmt: skip
+    report.add(f"{kind} routing, {tokens:,} tokens", rows)
+    calls.clear()
+    free(device)
+
+
+def _load(x: Tensor, config: ModelConfig) -> Tensor:
+    """Share of the choices that each expert gets."""
+    chosen = x[0, :, : config.moe.experts].topk(config.moe.top_k).indices.flatten()
+    return torch.bincount(chosen, minlength=config.moe.experts) / chosen.numel()
+
+
+def _call(make: Callable[[], Any], x: Tensor, gradient: Tensor) -> Call:
+    """Forward and backward to the input and every weight; has run once."""
+    layer = make()
+    leaves = [x, *(p for p in layer.parameters())]
+
+    def both() -> None:
+        torch.autograd.grad(layer(x), leaves, gradient)
+
+    both()
+    return both
+
+
+def _breakdown(report: Report, options: Options, tokens: int) -> None:
+    """Kernels of the fastest form of ours and of plain torch."""
+    device, config = options.torch_device, options.config
+    how = "compiled" if "deepseek, compiled" in layers(options, False) else "eager"
+    x = inputs("uniform", tokens, config, device)
+    for stack in ("deepseek", "plain-torch"):
+        name = f"{stack}, {how}"
+        outcome = attempt(partial(_profile, layers(options, False)[name], x, device), device)
+        if outcome.value is None:
+            report.note(f"{name}, kernels: {outcome.problem}")
+            continue
+        report.add(f"{name}: time by kind of kernel", outcome.value.by_kind())
+        report.add(f"{name}: kernels", outcome.value.top(20))
+        free(device)
+
+
+def _profile(make: Callable[[], Any], x: Tensor, device: torch.device) -> kernels.KernelProfile:
+    return kernels.profile(_call(make, x, torch.randn_like(x)), device)
