@@ -3,7 +3,8 @@
 Rows are random windows of the concatenated training documents and cross document boundaries; evaluation goes
 over the held-out documents in contiguous rows of the training length. That is simpler and a little faster
 than packed rows, and the same for every run of a study. The bits per byte of a study therefore compare with
-each other, not with those of ``deepseek evaluate``.
+each other, not with those of ``deepseek evaluate``. Tokens lie on the device, windows are drawn there, and
+nothing is read back before the end.
 
 Shape letters: B rows, T positions.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from deepseek.batch import Batch
+from deepseek.bench.tokens import load_tokens
 from deepseek.data import DataConfig, prepare
 from deepseek.data.store import TokenStore
 from deepseek.models import ModelConfig, Transformer, count
@@ -49,6 +51,10 @@ class Setting:
     queries_per_kv: int = 2
     window: int = 128
     gate_init: float = -3.0
+    block: int = 32
+    stride: int = 16
+    pooling: str = "mean"
+    full_rope: bool = True
     experts: int = 16
     expert_ffn: int = 0  # 0: hidden
     top_k: int = 2
@@ -64,6 +70,7 @@ class Setting:
     tokens: int = 0
     tflop: float = 4.0
     precision: str = "fp32"
+    compiled: bool = False
     seed: int = 0
 
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -83,7 +90,7 @@ class Setting:
         heads = self.hidden // self.head_dim
         attention = AttentionConfig(
             heads=heads, kv_heads=max(1, heads // self.queries_per_kv), head_dim=self.head_dim, qk_norm=True,
-            window=self.window, gate_init=self.gate_init,
+            window=self.window, gate_init=self.gate_init, block=self.block, stride=self.stride, **self._newer,
         )  # fmt: skip
         moe = MoEConfig(
             experts=self.experts, top_k=self.top_k if self.experts else 1, expert_ffn=self.expert_ffn or self.hidden,
@@ -94,6 +101,12 @@ class Setting:
             pattern=self.pattern, ffn_pattern=self.ffn_pattern, max_length=max(512, self.length),
             init_std=self.init_std, tie_embeddings=self.tied, attention=attention, moe=moe,
         )  # fmt: skip
+
+    @property
+    def _newer(self) -> dict[str, Any]:
+        """Options of ``AttentionConfig`` that not every version has."""
+        changes = {"pooling": self.pooling, "full_rope": self.full_rope}
+        return {name: v for name, v in changes.items() if v != getattr(Setting, name)}
 
     @property
     def optim(self) -> OptimConfig:
@@ -109,7 +122,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Text:
-    """The standard library as int64 token ids ``train [N]`` and ``held_out [M]``, and held-out bytes per token."""
+    """Token ids ``train [N]`` and ``held_out [M]``, int32 on the device, and held-out bytes per token."""
 
     train: Tensor
     held_out: Tensor
@@ -118,7 +131,15 @@ class Text:
 
 @cache
 def text(vocab: int, folder: Path, device: str) -> Text:
-    """Prepared once for each vocabulary, kept in ``folder``."""
+    """The tokens of ``folder`` if ``corpus_debian.py`` wrote them there; else the standard library, prepared once
+    for each vocabulary and kept in ``folder``."""
+    if (folder / "tokens.json").is_file():
+        tokens = load_tokens(folder)
+        return Text(
+            torch.from_numpy(tokens.train.astype(np.int32)).to(device),
+            torch.from_numpy(tokens.held_out.astype(np.int32)).to(device),
+            float(tokens.report["held_out_bytes"]) / len(tokens.held_out),
+        )
     corpus = prepare(DataConfig(vocab_size=vocab), folder)
     assert corpus.held_out is not None
     held_out = _ids(corpus.held_out, device)
@@ -127,42 +148,68 @@ def text(vocab: int, folder: Path, device: str) -> Text:
 
 def _ids(store: TokenStore, device: str) -> Tensor:
     joined = np.concatenate([np.asarray(store.tokens(i)) for i in range(len(store))])
-    return torch.from_numpy(joined.astype(np.int64)).to(device)
+    return torch.from_numpy(joined.astype(np.int32)).to(device)
 
 
-def run(setting: Setting, data: Text, device: str, held_out_tokens: int = 0) -> dict[str, float]:
-    """Train and evaluate; ``held_out_tokens`` > 0 evaluates on so many only."""
+def run(
+    setting: Setting, data: Text, device: str, held_out_tokens: int = 0, marks: int = 0
+) -> dict[str, Any]:
+    """Train and evaluate; ``held_out_tokens`` > 0 evaluates on so many only, ``marks`` > 0 also at so many points."""
     torch.manual_seed(setting.seed)
     model = Transformer(setting.model).to(device)
+    if setting.compiled:
+        torch.compiler.reset()
+        for block in model.blocks:
+            block.compile()
     policy = choose(setting.precision, torch.device(device))
-    step = TrainStep(
-        model, next_token_loss, build_optimizer(model, setting.optim), policy, grad_clip=setting.clip
-    )
+    optimizer = build_optimizer(model, setting.optim)
+    step = TrainStep(model, next_token_loss, optimizer, policy, grad_clip=setting.clip)
     flops = count.flops(setting.model, setting.length).per_token
     steps = setting.number_of_steps(flops)
-    shape = ScheduleConfig(kind=setting.schedule, warmup=setting.warmup, floor=setting.floor)
-    schedule = Schedule(shape, steps)
-    rows, random = (
-        max(1, setting.batch_tokens // setting.length),
-        torch.Generator().manual_seed(setting.seed + 1),
+    schedule = Schedule(
+        ScheduleConfig(kind=setting.schedule, warmup=setting.warmup, floor=setting.floor), steps
     )
-    offsets, began, loss = torch.arange(setting.length + 1, device=device), time.perf_counter(), float("nan")
+    held_out, T = data.held_out[: held_out_tokens or None], setting.length
+    rows = max(1, setting.batch_tokens // T)
+    random = torch.Generator(device).manual_seed(setting.seed + 1)
+    offsets, losses, curve = torch.arange(T + 1, device=device), list[Tensor](), list[tuple[int, float]]()
+    seconds, began, counted = 0.0, time.perf_counter(), 0
+    started = began
     for number in range(steps):
         schedule.apply(step.optimizer, number)
-        starts = torch.randint(0, len(data.train) - setting.length - 1, (rows,), generator=random).to(device)
-        result = step(Batch.from_rows(data.train[starts[:, None] + offsets]))
-        loss = float(result.loss)
-        if number == 0:
+        starts = torch.randint(0, len(data.train) - T - 1, (rows, 1), generator=random, device=device)
+        result = step(Batch.from_rows(data.train[starts + offsets]))
+        losses.append(result.loss.detach())
+        counted += 1
+        at_mark = marks and (number + 1) % max(1, steps // marks) == 0
+        if number < min(10, steps - 1):  # compiling and warming up is no training speed
+            _synchronize(device)
+            began, counted = time.perf_counter(), 0
+        elif at_mark or number == steps - 1:
+            _synchronize(device)
+            seconds += time.perf_counter() - began
+            if at_mark and number < steps - 1:
+                curve.append(((number + 1) * rows * T, round(evaluate(model, held_out, setting, device), 4)))
             began = time.perf_counter()
-    seconds = (time.perf_counter() - began) / max(1, steps - 1)
+        if number == 0:
+            first = time.perf_counter() - started
     parameters = count.parameters(setting.model)
-    nats = evaluate(model, data.held_out[: held_out_tokens or None], setting, device)
+    nats = evaluate(model, held_out, setting, device)
+    gates = {str(i): round(float(gate.mean()), 3) for i, gate in result.gates.items()}
+    tail = torch.stack(losses[-max(1, steps // 20) :])
     return {
         "bits_per_byte": round(nats / math.log(2) / data.bytes_per_token, 4), "loss": round(nats, 4),
-        "train_loss": round(loss, 3), "steps": steps, "tokens": steps * rows * setting.length,
+        "train_loss": round(float(tail.mean()), 4), "steps": steps, "tokens": steps * rows * T,
+        "epochs": round(steps * rows * T / len(data.train), 2), "curve": curve, "gates": gates,
         "mflop_per_token": round(flops / 1e6, 2), "active": parameters.active, "total": parameters.total,
-        "tokens_per_second": round(rows * setting.length / seconds),
+        "tokens_per_second": round((steps - min(10, steps - 1)) * rows * T / max(seconds, 1e-9)),
+        "first_step_seconds": round(first, 1), "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
 
 
 @torch.no_grad()
@@ -170,14 +217,17 @@ def evaluate(model: Transformer, ids: Tensor, setting: Setting, device: str) -> 
     """Mean cross-entropy in nats over contiguous rows."""
     model.eval()
     policy, T = choose(setting.precision, torch.device(device)), setting.length
-    total, counted = 0.0, 0
+    total, counted = torch.zeros((), dtype=torch.float64, device=device), 0
     rows = ids[: (len(ids) - 1) // T * T + 1].unfold(0, T + 1, T)
-    for part in torch.split(rows, max(1, 8192 // T)):
-        with policy.compute(torch.device(device)):
-            hidden = model(part[:, :-1]).hidden
-            total += float(cross_entropy_sum(hidden.flatten(0, 1), model.head_weight, part[:, 1:].flatten()))
-        counted += part[:, 1:].numel()
-    return total / counted
+    for part in torch.split(rows, max(1, 65_536 // T)):
+        batch = Batch.from_rows(part)
+        with policy.compute(torch.device(device)), torch.compiler.set_stance("force_eager"):
+            hidden = model(batch.tokens).hidden
+            nats = cross_entropy_sum(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
+        total += nats.to(torch.float64)
+        counted += batch.n_targets
+    model.train()
+    return float(total) / counted
 
 
 def main(doc: str, grid: Mapping[str, Setting]) -> None:
