@@ -42,7 +42,7 @@ from deepseek.ops.experts import (
     sample_hidden,
 )
 
-DEFAULT_SAMPLE = 256  #: rows of an expert that its average output is taken over, per forward pass
+DEFAULT_SAMPLE = 64  #: rows of an expert that its average output is taken over, per forward pass
 
 
 @configclass
