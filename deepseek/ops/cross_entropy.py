@@ -1,10 +1,10 @@
 """Head and cross-entropy as one operation that never holds all logits, and never computes them twice.
 
-Rows go through in chunks. A chunk's logits are overwritten by their own gradient, from which the gradients of the hidden
-states and of the head follow at once, in forward: backward only multiplies them by a number. So the head costs three matrix
-products, where recomputing the logits would cost four, and memory is one chunk. (The idea is that of the fused linear
-cross-entropies of Wijmans et al., arXiv 2411.09009, and Hsu et al., arXiv 2410.10989.) The optional z-loss
-``z · log²Σexp`` keeps logits from drifting (PaLM, arXiv 2204.02311).
+Rows go through in chunks. A chunk's logits are overwritten by their own gradient, from which the gradients of the
+hidden states and of the head follow at once, in forward: backward only multiplies them by a number. So the head costs
+three matrix products, where recomputing the logits would cost four, and memory is one chunk. (The idea is that of the
+fused linear cross-entropies of Wijmans et al., arXiv 2411.09009, and Hsu et al., arXiv 2410.10989.) The optional
+z-loss ``z · log²Σexp`` keeps logits from drifting (PaLM, arXiv 2204.02311).
 
 Shape letters: N rows, C hidden size, V vocabulary.
 """

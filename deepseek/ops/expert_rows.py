@@ -31,7 +31,7 @@ def dispatch(
     expert_NK: Tensor, probs_NE: Tensor, valid_N: Tensor | None, floor: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``deepseek.ops.experts.dispatch``."""
-    tokens, top_k = expert_NK.shape
+    top_k = expert_NK.shape[1]
     experts, n, device = probs_NE.shape[1], expert_NK.numel(), expert_NK.device
     expert_A = expert_NK.flatten().long()
     chosen = torch.bincount(expert_A, minlength=experts)

@@ -1,10 +1,10 @@
 """Experts: route, sort by expert, one grouped matmul per projection, sum back (F12, F15).
 
 The whole path is four custom operations without a data-dependent shape and without a host synchronisation, so that a
-block compiles as one graph and can be captured. On CUDA their row work is done by Triton kernels, elsewhere by plain torch
-(``expert_rows``). Two choices make backward cheap: the gate is folded into the expert's inner activation, so that the
-outputs of the experts need not be kept; and only the first projection's output is kept, the gathered rows and the inner
-activation are made again.
+block compiles as one graph and can be captured. On CUDA their row work is done by Triton kernels, elsewhere by plain
+torch (``expert_rows``). Two choices make backward cheap: the gate is folded into the expert's inner activation, so
+that the outputs of the experts need not be kept; and only the first projection's output is kept, the gathered rows
+and the inner activation are made again.
 
 ``grouped_linear`` has the backends ``grouped_mm`` (one call, CUDA and CPU) and ``loop`` (one matmul per expert: the
 reference). Routing may be as skewed as it likes and experts may be empty.
@@ -148,7 +148,7 @@ def _router_backward(ctx: Any, d_probs: Tensor, _: Tensor, d_gate: Tensor) -> tu
         d_gate = (d_gate - (d_gate * gate).sum(-1, keepdim=True)) / total
     d_probs = d_probs.scatter_add(1, expert.long(), d_gate)
     d_scores = (d_probs - (d_probs * probs).sum(-1, keepdim=True)) * probs
-    # One product in the input's precision for the tokens, whose gradient has it anyway; the router's own adds up in fp32.
+    # The tokens' gradient has the input's precision anyway; the router's own adds up in fp32.
     narrow = d_scores.to(x.dtype)
     return narrow @ weight.to(x.dtype), _wide_product(narrow.T, x, weight.dtype), None, None, None
 
@@ -198,8 +198,8 @@ def _(expert_NK: Tensor, probs_NE: Tensor, valid_N: Tensor | None, floor: int) -
 def dispatch(expert_NK: Tensor, probs_NE: Tensor, valid_N: Tensor | None = None, floor: int = 0) -> Dispatch:
     """Sort assignments by expert, stably, and give every expert at least ``floor`` tokens.
 
-    An expert that fewer tokens chose also gets those that like it best (largest ``probs``) and did not choose it; padding
-    (not ``valid``) comes last.
+    An expert that fewer tokens chose also gets those that like it best (largest ``probs``) and did not choose it;
+    padding (not ``valid``) comes last.
 
     Args:
         expert_NK: int32. probs_NE: fp32 or fp64 in [0, 1]. valid_N: bool. floor: at most N.
@@ -277,7 +277,8 @@ def _(
 @torch.library.custom_op("deepseek::experts_backward", mutates_args=())
 def _experts_backward(
     d_out: Tensor, x_ND: Tensor, gate_A: Tensor, row_A: Tensor, token_R: Tensor, assignment_R: Tensor,
-    ends_E: Tensor, rescued_S: Tensor, w_in_EDF2: Tensor, w_out_EFD: Tensor, hidden_RF2: Tensor, top_k: int, backend: str,
+    ends_E: Tensor, rescued_S: Tensor, w_in_EDF2: Tensor, w_out_EFD: Tensor, hidden_RF2: Tensor,
+    top_k: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = _rows(x_ND)
     d_y = rows.gather(d_out.contiguous(), token_R, ends_E)
@@ -293,7 +294,8 @@ def _experts_backward(
 @_experts_backward.register_fake
 def _(
     d_out: Tensor, x_ND: Tensor, gate_A: Tensor, row_A: Tensor, token_R: Tensor, assignment_R: Tensor,
-    ends_E: Tensor, rescued_S: Tensor, w_in_EDF2: Tensor, w_out_EFD: Tensor, hidden_RF2: Tensor, top_k: int, backend: str,
+    ends_E: Tensor, rescued_S: Tensor, w_in_EDF2: Tensor, w_out_EFD: Tensor, hidden_RF2: Tensor,
+    top_k: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format)
                  for t in (x_ND, gate_A, w_in_EDF2, w_out_EFD))  # type: ignore[return-value]  # fmt: skip

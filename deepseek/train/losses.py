@@ -26,7 +26,7 @@ class Loss(NamedTuple):
 
 
 def cross_entropy_sum(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-    """Sum of −log p(target) in nats over targets that are not ``IGNORE``, fp32 at least; see ``linear_cross_entropy``."""
+    """Sum of −log p(target) in nats over targets that are not ``IGNORE``; see ``linear_cross_entropy``."""
     return linear_cross_entropy(to_compute_dtype(hidden_NC), weight_VC, targets_N)[0]
 
 

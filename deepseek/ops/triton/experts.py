@@ -79,12 +79,13 @@ def router(
     depth = min(64, max(16, triton.next_power_of_2(hidden)))
     _router_kernel[(triton.cdiv(tokens, rows),)](
         x, weight, bias, probs, expert, gate, tokens, hidden,
-        E=experts, EP=padded, K=top_k, KP=triton.next_power_of_2(top_k), NORMALISE=normalise, BN=rows, BD=depth, PRECISION="tf32x3", num_warps=4,
+        E=experts, EP=padded, K=top_k, KP=triton.next_power_of_2(top_k),
+        NORMALISE=normalise, BN=rows, BD=depth, PRECISION="tf32x3", num_warps=4,
     )  # fmt: skip
     return probs, expert, gate
 
 
-# --- sort: counting sort by expert, stable ------------------------------------------------------------------------------
+# --- sort: counting sort by expert, stable --------------------------------------------------------------------------
 
 
 @triton.jit
@@ -274,7 +275,7 @@ def _sum_rescued_kernel(y, row, rescued, out, slots, hidden, SB: tl.constexpr, B
 
 
 def sum_rows(y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k: int) -> Tensor:
-    """``out[n] = Σ y[row]`` over token n's assignments, added up in fp32 (the rare rescued ones in the output's dtype)."""
+    """``out[n] = Σ y[row]`` over token n's assignments, added up in fp32 (rescued ones in the output's dtype)."""
     hidden, slots = y_RD.shape[1], rescued_S.shape[0]
     out = y_RD.new_empty(tokens, hidden)
     block = _divisor(hidden, 512)
