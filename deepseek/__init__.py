@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from deepseek.models import ModelConfig, Transformer
     from deepseek.nn.attention import AttentionConfig
     from deepseek.nn.moe import MoEConfig
+    from deepseek.ops.jit import jit
+    from deepseek.parallel.memory import activation_checkpoint
     from deepseek.parallel.plan import ParallelConfig
     from deepseek.recipes.evaluate import evaluate_run as evaluate
     from deepseek.recipes.export import export
@@ -74,10 +76,12 @@ _HOMES = {
     "TrainingError": "deepseek.errors",
     "Transformer": "deepseek.models",
     "WeightsError": "deepseek.errors",
+    "activation_checkpoint": "deepseek.parallel.memory",
     "emit": "deepseek.events",
     "evaluate": "deepseek.recipes.evaluate:evaluate_run",
     "export": "deepseek.recipes.export",
     "fit": "deepseek.train",
+    "jit": "deepseek.ops.jit",
     "load": "deepseek.serve",
     "prepare": "deepseek.data",
     "pretrain": "deepseek.recipes.pretrain",
@@ -93,8 +97,8 @@ __all__ = [
     "DataError", "DeepseekError", "EvaluateConfig", "LanguageModel", "Message", "MissingExtraError", "MoEConfig",
     "ModelConfig", "OptimConfig", "ParallelConfig", "PretrainConfig", "RunError", "SamplingConfig", "ScheduleConfig",
     "SourceConfig", "Tokenizer", "TrainingConfig", "TrainingError", "Transformer", "WeightsError", "__version__",
-    "data", "emit", "evaluate", "events", "export", "fit", "load", "math", "models", "nn", "prepare", "pretrain",
-    "read_config", "register_op", "resume", "train_tokenizer",
+    "activation_checkpoint", "data", "emit", "evaluate", "events", "export", "fit", "jit", "load", "math", "models",
+    "nn", "prepare", "pretrain", "read_config", "register_op", "resume", "train_tokenizer",
 ]  # fmt: skip
 
 

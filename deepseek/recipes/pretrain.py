@@ -29,6 +29,8 @@ from deepseek.errors import CheckpointError, ConfigError, RunError, TrainingErro
 from deepseek.events import JsonlSink, Sink, attached, emit
 from deepseek.files import InUse, claimed, write_atomic
 from deepseek.models import ModelConfig, count
+from deepseek.ops.jit import compile_blocks
+from deepseek.parallel.memory import activation_checkpoint
 from deepseek.recipes.plan import (
     EvaluateConfig,
     Plan,
@@ -238,9 +240,9 @@ class _Pretraining:
 
     def _fit(self, start: int) -> int:
         c = self.config
+        activation_checkpoint(self.model, c.train.activation_checkpoint)
         if c.train.compile:
-            for block in self.model.blocks:
-                block.compile()
+            compile_blocks(self.model.blocks)
         step = TrainStep(
             self.model, next_token_loss, self.optimizer, self.plan.policy,
             micro_rows=c.train.micro_rows, grad_clip=c.train.grad_clip_threshold,

@@ -24,6 +24,7 @@ from deepseek.config import configclass
 from deepseek.dist import comm
 from deepseek.errors import ConfigError, TrainingError
 from deepseek.events import emit
+from deepseek.parallel.memory import parse_mode
 from deepseek.train.schedule import Schedule
 from deepseek.train.step import StepResult, TrainStep
 
@@ -45,6 +46,7 @@ class TrainingConfig:
     grad_clip_threshold: float = 1.0  # 0: none
     max_nonfinite: int = 5  # consecutive non-finite steps that are forgiven; one more ends the run
     compile: bool = False
+    activation_checkpoint: str = "none"  # sqrt, blocks, selective, budget=0.4, optimal: recompute, to keep less
     deterministic: bool = False
     seed: int = 0
     device: str = "auto"
@@ -60,6 +62,7 @@ class TrainingConfig:
                 f"train.batch_tokens={self.batch_tokens} must hold at least one row of train.length={self.length} "
                 "(and a row at least 2 positions)"
             )
+        parse_mode(self.activation_checkpoint)
         if not self.loss_scaling_factor > 0:
             raise ConfigError(f"train.loss_scaling_factor={self.loss_scaling_factor} must be positive")
 
