@@ -49,7 +49,7 @@ class Parameters:
 
     total: int
     active: int
-    by_part: dict[str, int]  #: the nine ``PARTS``; ``gates`` are a hybrid layer's gate and sink
+    by_part: dict[str, int]  #: the nine ``PARTS``; ``gates`` are a hybrid layer's gate, sink and pooling
 
 
 def parameters(config: ModelConfig) -> Parameters:
@@ -73,7 +73,8 @@ def _attention_parameters(config: ModelConfig, kind: str) -> dict[str, int]:
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     projections = 2 * C * q + 2 * C * kv
     biases = (q + 2 * kv if c.bias else 0) + (C if c.output_bias else 0)
-    gates = (2 * kv + c.heads + (C * c.heads if c.gate == "token" else 0)) if kind == "H" else 0
+    pooling = 2 * c.kv_heads * c.block if c.pooling == "learned" else 0
+    gates = (2 * kv + pooling + c.heads + (C * c.heads if c.gate == "token" else 0)) if kind == "H" else 0
     return {
         "attention": projections + biases,
         "norms": 2 * C + (2 * c.head_dim if c.qk_norm else 0),
@@ -257,7 +258,7 @@ def _attention_activations(config: ModelConfig, kind: str, rows: int, length: in
     if c.qk_norm:
         total += _norm_bytes(n * (c.heads + c.kv_heads), c.head_dim)
     if kind == "F":
-        return total + 4 * n * width * b + 4 * n * c.heads
+        return total + 3 * n * width * b + 4 * n * c.heads  # the output is also the projection's input
     w = min(c.window, length)
     padded = -(-length // w) * w * rows
     total += (

@@ -26,7 +26,15 @@ from deepseek.nn.moe import MoE, RoutingStats
 ATTENTION: dict[str, type[Attention]] = {"F": FullAttention, "L": WindowAttention, "H": HybridAttention}
 
 #: What starts at zero although it is a matrix: ways back into the residual stream, gates, sinks, averages.
-ZERO = ("attention.output.weight", "down.weight", ".down", "gate.weight", "sink", "default_EC")
+ZERO = (
+    "attention.output.weight",
+    "down.weight",
+    ".down",
+    "gate.weight",
+    "sink",
+    "attention.pool",
+    "default_EC",
+)
 
 
 class LayerStats(NamedTuple):
@@ -131,9 +139,10 @@ class Transformer(nn.Module):
         if cache is not None and documents is not None:
             raise ConfigError("a cache holds one document a row: pass documents or a cache, not both")
         start = cache.length if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
-        context = Context(self.config.attention, positions, documents, start)
+        context = Context(
+            self.config.attention, tokens_BT.shape[1], tokens_BT.device, positions, documents, start,
+            kinds="".join(self.config.kinds), dtype=self.embedding.weight.dtype,
+        )  # fmt: skip
         valid = None if documents is None else documents >= 0
         x = self.embedding(tokens_BT)
         layers: list[LayerStats] = []

@@ -9,18 +9,30 @@ Shape letters: B rows, T positions, H query heads, K key/value heads, D head siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.nn.cache import LayerCache
 from deepseek.nn.layers import RMSNorm, to_compute_dtype
-from deepseek.nn.rope import rope_table, rotate
-from deepseek.ops.attention import causal_mask, dense_attention, window_attention, window_mask
+from deepseek.nn.rope import counted_rope_table, rope_table, rotate
+from deepseek.ops.attention import (
+    DocumentSpans,
+    causal_attention,
+    causal_mask,
+    dense_attention,
+    document_spans,
+    pick_backend,
+    window_attention,
+    window_attention_kernel,
+    window_mask,
+)
+from deepseek.ops.hybrid_attention import PooledSpans, pooled_mask, pooled_spans
 
 
 @configclass
@@ -39,6 +51,8 @@ class AttentionConfig:
     stride: int = 16  # positions between pooled blocks
     gate: Literal["token", "static"] = "token"  # gate from the token, or one learned constant per head
     gate_init: float = -3.0  # logit: hybrids learn fastest starting near the local branch (LOG.md)
+    pooling: Literal["mean", "learned"] = "mean"  # learned: weights per key/value head and place in the block
+    full_rope: bool = True  # False: full layers have no rotary embedding, where other layers tell positions
 
     def check(self) -> None:
         if self.heads < 1 or self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -60,32 +74,70 @@ class AttentionConfig:
 
 
 class Context:
-    """What the layers of one forward pass share.
+    """What the layers of one forward pass share, all of it made up front: a compiled block meets only tensors.
 
     Args:
-        positions: ``[T]`` or ``[B, T]``, for the rotation.
+        length, device, dtype: of the row, and of the model's weights.
+        positions: ``[T]`` or ``[B, T]``, for the rotation; ``None``: ``start, start + 1, …``.
         documents: ``[B, T]`` ids, or ``None`` for one document a row.
         start: how many positions the cache already holds.
+        kinds: the letters of the model's attention layers; only what they need is made.
+
+    Attributes:
+        backend: who computes windows and documents, ``triton`` or ``chunked``.
+        spans, pooled: the documents for the kernels; the masks are for plain torch.
     """
 
     def __init__(
-        self, config: AttentionConfig, positions: Tensor, documents: Tensor | None = None, start: int = 0
+        self,
+        config: AttentionConfig,
+        length: int,
+        device: torch.device,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        start: int = 0,
+        kinds: str = "FLH",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config, self.documents, self.start = config, documents, start
-        self.length, self.device = positions.shape[-1], positions.device
-        self.rope = self.rope_at(positions)
-        self.index = torch.arange(start, start + self.length, device=self.device)  #: place in the row
-        self._masks: dict[str, Tensor | None] = {}
+        self.config, self.length, self.device, self.start = config, length, device, start
+        self.backend = pick_backend(device, config.head_dim, dtype)
+        self.index = torch.arange(start, start + length, device=device)  #: place in the row
+        if positions is None and start == 0:
+            self.rope = counted_rope_table(length, config.head_dim, config.rope_theta, device)
+        else:
+            self.rope = self.rope_at(self.index if positions is None else positions)
+        self.spans: DocumentSpans | None = None
+        self.pooled: PooledSpans | None = None
+        self.full_mask: Tensor | None = None
+        self.window_mask: Tensor | None = None
+        self.pooled_mask: Tensor | None = None
+        self._see(kinds, documents)
+
+    def _see(self, kinds: str, documents: Tensor | None) -> None:
+        """Who sees whom, for layers of these kinds."""
+        c, T = self.config, self.length
+        if self.start:
+            if "F" in kinds:
+                self.full_mask = causal_mask(self.index, torch.arange(self.start + T, device=self.device))
+            return  # the other kinds look at what their cache still holds
+        if documents is not None and (self.backend == "triton" or "H" in kinds):
+            spans = document_spans(documents)
+            if "H" in kinds:
+                self.pooled = pooled_spans(documents, spans, c.block, c.stride)
+            if self.backend == "triton":
+                self.spans = spans
+        if self.backend == "triton":
+            return
+        if "F" in kinds and documents is not None:
+            self.full_mask = causal_mask(self.index, self.index, documents=documents)
+        if "L" in kinds or "H" in kinds:
+            self.window_mask = window_mask(T, c.window, documents, self.device)
+        if "H" in kinds:
+            self.pooled_mask = pooled_mask(self.index, T, c.block, c.stride, documents)
 
     def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         return (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
-
-    def mask(self, kind: str, make: Callable[[], Tensor | None]) -> Tensor | None:
-        """The mask called ``kind``, made once and shared by the layers."""
-        if kind not in self._masks:
-            self._masks[kind] = make()
-        return self._masks[kind]
 
 
 class Attention(nn.Module, ABC):
@@ -106,13 +158,20 @@ class Attention(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, C]`` → ``[B, T, C]`` and the mean gate per head ``[H]`` (hybrid layers only)."""
         x_BTC = to_compute_dtype(x_BTC)
-        q = self.query(x_BTC).unflatten(-1, (-1, self.config.head_dim))
-        k = self.key(x_BTC).unflatten(-1, (-1, self.config.head_dim))
-        v = self.value(x_BTC).unflatten(-1, (-1, self.config.head_dim))
+        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y in self._project(x_BTC))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         y, gate = self.mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x_BTC, context, cache)
         return self.output(y.transpose(1, 2).flatten(2)), gate
+
+    def _project(self, x_BTC: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values; on a GPU as one product, for which the small weights are laid side by side."""
+        parts = (self.query, self.key, self.value)
+        if not x_BTC.is_cuda or self.query.weight.dtype != x_BTC.dtype:
+            return [part(x_BTC) for part in parts]
+        bias = torch.cat([part.bias for part in parts]) if self.config.bias else None
+        y = F.linear(x_BTC, torch.cat([part.weight for part in parts]), bias)
+        return y.split([part.out_features for part in parts], -1)
 
     @abstractmethod
     def mix(
@@ -130,16 +189,15 @@ class FullAttention(Attention):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, context: Context, cache: LayerCache | None
     ) -> tuple[Tensor, None]:
-        q, k = rotate(q, context.rope), rotate(k, context.rope)
+        if self.config.full_rope:
+            q, k = rotate(q, context.rope), rotate(k, context.rope)
         if cache is not None:
             k, v, _ = cache.extend(k, v)
-        return dense_attention(q, k, v, context.mask("full", lambda: self._mask(context))), None
-
-    def _mask(self, context: Context) -> Tensor | None:
-        if context.documents is None and context.start == 0:
-            return None
-        keys = torch.arange(context.start + context.length, device=context.device)
-        return causal_mask(context.index, keys, documents=context.documents)
+        if context.spans is not None:
+            return window_attention_kernel(q, k, v, context.length, context.spans), None
+        if context.full_mask is None:
+            return causal_attention(q, k, v), None
+        return dense_attention(q, k, v, context.full_mask), None
 
     def new_cache(self) -> LayerCache:
         return LayerCache()
@@ -156,10 +214,9 @@ class WindowAttention(Attention):
         if context.start:
             places = torch.arange(first, first + keys.shape[2], device=context.device)
             return dense_attention(q, keys, values, causal_mask(context.index, places, window)), None
-        mask = context.mask(
-            "window", lambda: window_mask(context.length, window, context.documents, context.device)
-        )
-        return window_attention(q, k, v, window, mask), None
+        if context.backend == "triton":
+            return window_attention_kernel(q, k, v, window, context.spans), None
+        return window_attention(q, k, v, window, context.window_mask), None
 
     def new_cache(self) -> LayerCache:
         return LayerCache(keep=self.config.window)

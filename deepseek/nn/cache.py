@@ -57,8 +57,8 @@ class LayerCache:
         self._v: Growing | Tensor | None = Growing() if keep is None else None
         self._k_pool, self._v_pool = Growing(), Growing()
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Append ``k, v [B, K, T, D]``.
+    def extend(self, k: Tensor, v: Tensor, pooling: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+        """Append ``k, v [B, K, T, D]``; ``pooling``: weights ``[2, K, block]`` of pooled blocks, ``None``: the mean.
 
         Returns:
             Every key and value needed to attend from the new positions, and the position of the first of
@@ -76,7 +76,7 @@ class LayerCache:
         first = self.length - (self._k.shape[2] if isinstance(self._k, Tensor) else 0)
         self.length = first + k.shape[2]
         if self.block:
-            self._pool(k, v, first)
+            self._pool(k, v, first, pooling)
         self._k, self._v = k[:, :, -self.keep :].clone(), v[:, :, -self.keep :].clone()
         return k, v, first
 
@@ -92,11 +92,12 @@ class LayerCache:
             if isinstance(grown, Growing):
                 grown.select(rows)
 
-    def _pool(self, k: Tensor, v: Tensor, first: int) -> None:
+    def _pool(self, k: Tensor, v: Tensor, first: int, pooling: Tensor | None) -> None:
         start = self._k_pool.length * self.stride - first
         if pooled_length(self.length, self.block, self.stride) > self._k_pool.length:
-            self._k_pool.append(pool_blocks(k[:, :, start:], self.block, self.stride))
-            self._v_pool.append(pool_blocks(v[:, :, start:], self.block, self.stride))
+            for_k, for_v = (None, None) if pooling is None else pooling.unbind()
+            self._k_pool.append(pool_blocks(k[:, :, start:], self.block, self.stride, weights=for_k))
+            self._v_pool.append(pool_blocks(v[:, :, start:], self.block, self.stride, weights=for_v))
 
     @property
     def nbytes(self) -> int:

@@ -15,8 +15,13 @@ from deepseek.nn.attention import Attention, AttentionConfig, Context
 from deepseek.nn.cache import LayerCache
 from deepseek.nn.layers import widen
 from deepseek.nn.rope import rotate
-from deepseek.ops.attention import causal_mask, dense_attention, window_mask
-from deepseek.ops.hybrid_attention import document_blocks, hybrid_attention, pooled_attention, pooled_mask
+from deepseek.ops.attention import causal_mask, dense_attention
+from deepseek.ops.hybrid_attention import (
+    hybrid_attention,
+    hybrid_attention_kernel,
+    pooled_attention,
+    pooled_mask,
+)
 
 
 class HybridAttention(Attention):
@@ -27,6 +32,12 @@ class HybridAttention(Attention):
         self.sink = nn.Parameter(torch.zeros(2, config.kv_heads, config.head_dim))
         self.gate_bias = nn.Parameter(torch.full((config.heads,), config.gate_init))
         self.gate = nn.Linear(hidden, config.heads, bias=False) if config.gate == "token" else None
+        learned = config.pooling == "learned"
+        self.pool = nn.Parameter(torch.zeros(2, config.kv_heads, config.block)) if learned else None
+
+    def pooling(self) -> Tensor | None:
+        """The share ``[2, K, block]`` of each place of a block in its key and value; ``None``: equal shares."""
+        return None if self.pool is None else widen(self.pool).softmax(-1)
 
     def gates(self, x_BTC: Tensor) -> Tensor:
         """γ ``[B, H, T]`` in (0, 1), fp32 at least."""
@@ -43,28 +54,29 @@ class HybridAttention(Attention):
         else:
             y = self._rows(q, k, v, gate, context)
             if cache is not None:
-                cache.extend(k, v)
+                cache.extend(k, v, self.pooling())
         return y, gate.detach().mean((0, 2))
 
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, context: Context) -> Tensor:
-        c, T, documents = self.config, context.length, context.documents
-        local = context.mask("window", lambda: window_mask(T, c.window, documents, context.device))
-        whole = context.mask("pooled", lambda: pooled_mask(context.index, T, c.block, c.stride, documents))
-        starts = None
-        if documents is not None:
-            starts = context.mask("blocks", lambda: document_blocks(documents, c.block, c.stride))
+        c, starts = self.config, context.pooled.starts if context.pooled is not None else None
         q_rope, k_rope = rotate(q, context.rope), rotate(k, context.rope)
+        if context.backend == "triton":
+            return hybrid_attention_kernel(
+                q, k, v, q_rope, k_rope, self.sink, gate,
+                window=c.window, block=c.block, stride=c.stride, spans=context.spans, pooled=context.pooled,
+                pooling=self.pooling(),
+            )  # fmt: skip
         return hybrid_attention(
             q, k, v, q_rope, k_rope, self.sink, gate,
-            window=c.window, block=c.block, stride=c.stride, window_mask=local, global_mask=whole,
-            starts=starts,
+            window=c.window, block=c.block, stride=c.stride, window_mask=context.window_mask,
+            global_mask=context.pooled_mask, starts=starts, pooling=self.pooling(),
         )  # fmt: skip
 
     def _decode(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, context: Context, cache: LayerCache
     ) -> Tensor:
         c = self.config
-        keys, values, first = cache.extend(k, v)
+        keys, values, first = cache.extend(k, v, self.pooling())
         places = torch.arange(first, first + keys.shape[2], device=context.device)
         mask = causal_mask(context.index, places, c.window)
         local = dense_attention(rotate(q, context.rope), rotate(keys, context.rope_at(places)), values, mask)

@@ -183,7 +183,7 @@ def _check_state(name: str, values: dict[str, Tensor], keys: set[str], p: nn.Par
 def is_matrix(name: str, p: nn.Parameter) -> bool:
     """Whether Muon takes it: hidden matrices and experts; not embedding, head, router, gates or sinks."""
     hidden = not name.startswith(("embedding", "head")) and not name.endswith(
-        ("router.weight", "gate.weight", "sink")
+        ("router.weight", "gate.weight", "sink", "attention.pool")
     )
     return p.dim() >= 2 and hidden
 

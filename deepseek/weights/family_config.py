@@ -271,6 +271,8 @@ def obstacle(config: ModelConfig, family: Family) -> str:
         return "it has hybrid attention"
     if "L" in kinds and (family.window == "none" or (family.window == "all" and "F" in kinds)):
         return f"{family.model_type} has no sliding window in {'some' if 'F' in kinds else 'all'} layers"
+    if "F" in kinds and not a.full_rope:
+        return "its full layers have no rotary embedding"
     if a.qk_norm != family.qk_norm:
         return f"{family.model_type} has {'no ' if a.qk_norm else ''}QK-norm"
     biases = {"none": [(False, False)], "qkv": [(True, False)], "option": [(False, False), (True, True)]}
