@@ -25,7 +25,7 @@ from deepseek.errors import ConfigError
 from deepseek.models import ModelConfig, count
 from deepseek.nn.attention import Attention, AttentionConfig, FullAttention, WindowAttention
 from deepseek.nn.hybrid import HybridAttention
-from deepseek.ops.attention import causal_mask, window_mask
+from deepseek.ops.attention import causal_mask, dense_attention, window_mask
 from deepseek.ops.hybrid_attention import hybrid_attention_reference, pooled_mask
 from deepseek.registry import backends, get_op, load_plugins
 
@@ -115,6 +115,12 @@ def sdpa(x: Inputs) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
     return lambda: F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=grouped), leaves
 
 
+def full(x: Inputs) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    """Full causal attention as our layers call it: torch's fastest kernel for this device first."""
+    leaves = (x.q_rope, x.k_rope, x.v)
+    return lambda: dense_attention(*leaves), leaves
+
+
 def flex_window(config: AttentionConfig, x: Inputs) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
     """Compiled flex_attention with a window mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -141,15 +147,16 @@ def window(
 
 
 def hybrid(
-    config: AttentionConfig, backend: str, x: Inputs
+    config: AttentionConfig, backend: str, compiled: bool, x: Inputs
 ) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-    """Our hybrid attention by one of its backends."""
+    """Our hybrid attention by one of its backends; compiled, as in a compiled block, its pooling is fused."""
     op, T, device = get_op("hybrid_attention", backend), x.q.shape[2], x.q.device
     sizes: dict[str, Any] = {"window": config.window, "block": config.block, "stride": config.stride}
     if backend == "chunked":
         sizes["window_mask"] = window_mask(T, config.window, None, device)
         sizes["global_mask"] = pooled_mask(torch.arange(T, device=device), T, config.block, config.stride)
-    return lambda: op(*x.tensors, **sizes), x.tensors
+    call: Any = torch.compile(op) if compiled else op
+    return lambda: call(*x.tensors, **sizes), x.tensors
 
 
 def contestants(config: AttentionConfig, device: torch.device) -> dict[str, Make]:
@@ -160,24 +167,27 @@ def contestants(config: AttentionConfig, device: torch.device) -> dict[str, Make
         slow = ("reference",) if device.type != "cpu" else ("reference", "triton")
         return [b for b in backends(op) if b not in slow]
 
-    found: dict[str, Make] = {"Full, SDPA": sdpa}
-    if device.type == "cuda":
+    gpu = device.type == "cuda"
+    found: dict[str, Make] = {"Full, SDPA": sdpa, "Full, ours": full}
+    if gpu:
         found["Local, flex_attention compiled"] = partial(flex_window, config)
     found.update({f"Local, ours, {b}": partial(window, config, b) for b in here("window_attention")})
-    found.update({f"Hybrid, ours, {b}": partial(hybrid, config, b) for b in here("hybrid_attention")})
+    found.update({f"Hybrid, ours, {b}": partial(hybrid, config, b, False) for b in here("hybrid_attention")})
+    if gpu and "triton" in here("hybrid_attention"):
+        found["Hybrid, ours, triton, compiled"] = partial(hybrid, config, "triton", True)
     return found
 
 
 def run(options: Options) -> Report:
     """Times, errors and bytes."""
-    device, config = options.torch_device, options.config
+    device, config, sizes = options.torch_device, options.config, options.sizes
     torch.manual_seed(options.seed)
     report = Report("attention", device, options, options.json)
     size, numbers = (256, 2**20) if options.quick else (8192, 2**30)
     report.ceiling(f"{_name(device)} matmul {size}^3, TFLOP/s", matmul_tflops(device, size))
     report.ceiling("copy, TB/s", copy_tb_per_s(device, numbers))
     free(device)
-    for rows, length in options.sizes:
+    for rows, length in sizes:
         _times(report, config, rows, length, options, device)
     _errors(report, config, 128 if options.quick else 512, device)
     report.add("bytes of keys and values that a new token reads, per row", reads(config, options))

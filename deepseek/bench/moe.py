@@ -21,9 +21,9 @@ from deepseek.bench.ceilings import compute_dtype, grouped_tflops, matmul_tflops
 from deepseek.bench.peers import LoopMoE, PlainMoE
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import Call, attempt, free, measure, peak_gib, race, random_like
-from deepseek.bench.train import quick_config
-from deepseek.errors import ConfigError, did_you_mean
-from deepseek.models import PRESETS, ModelConfig
+from deepseek.bench.train import named_config
+from deepseek.errors import ConfigError
+from deepseek.models import ModelConfig
 from deepseek.nn.moe import MoE, coverage, max_violation
 
 
@@ -41,14 +41,10 @@ class Options(BenchOptions):
     @property
     def config(self) -> ModelConfig:
         """The shape. Raises ``ConfigError`` when it has no experts."""
-        if self.model not in PRESETS:
-            raise ConfigError(
-                f"unknown preset {self.model!r}{did_you_mean(self.model, PRESETS)}; one of {', '.join(PRESETS)}"
-            )
-        config = PRESETS[self.model]()
+        config = named_config(self.model, 1, self.quick)
         if not config.moe.experts:
             raise ConfigError(f"{self.model} has no experts; try moe_64x2")
-        return quick_config(config) if self.quick else config
+        return config
 
 
 def logits(kind: str, tokens: int, experts: int) -> Tensor:

@@ -27,10 +27,10 @@ from deepseek.bench.ceilings import copy_tb_per_s
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import attempt, free, measure, peak_gib
 from deepseek.bench.tokens import joined, load_tokens
-from deepseek.bench.train import quick_config
+from deepseek.bench.train import named_config
 from deepseek.data import DataConfig, prepare
 from deepseek.errors import ConfigError, did_you_mean
-from deepseek.models import PRESETS, ModelConfig, Transformer
+from deepseek.models import ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.precision import choose
 from deepseek.train import OptimConfig, Schedule, ScheduleConfig, TrainStep, build_optimizer, next_token_loss
@@ -94,12 +94,8 @@ def run(options: Options) -> Report:
 def _costs(
     report: Report, preset: str, names: dict[str, dict[str, Any]], options: Options, ceiling: float
 ) -> None:
-    if preset not in PRESETS:
-        raise ConfigError(
-            f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; one of {', '.join(PRESETS)}"
-        )
-    device, config = options.torch_device, PRESETS[preset]()
-    model = with_gradients(quick_config(config) if options.quick else config, device)
+    device = options.torch_device
+    model = with_gradients(named_config(preset, 1, options.quick), device)
     makers: dict[str, Callable[[], Any]] = {
         "torch AdamW, fused, fp32": lambda: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     }

@@ -155,11 +155,17 @@ def free(device: torch.device) -> None:
         gc.collect()
         synchronize(device)
         torch.cuda.empty_cache()
+        reset_peak(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak anew from what is allocated now."""
+    if _cuda(device):
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """The most that tensors held since ``free``, GiB; ``None`` where nobody counts (CPU)."""
+    """The most that tensors held since ``reset_peak``, GiB; ``None`` where nobody counts (CPU)."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if _cuda(device) else None
 
 

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from deepseek.batch import Batch
 from deepseek.bench import kernels
-from deepseek.bench.ceilings import datasheet_tflops, matmul_tflops
+from deepseek.bench.ceilings import compute_dtype, datasheet_tflops, matmul_tflops
 from deepseek.bench.peers import PEERS, Setup, Step, full_attention
 from deepseek.bench.report import BenchOptions, Report
-from deepseek.bench.timing import Timer, attempt, free, peak_gib, synchronize
+from deepseek.bench.timing import Timer, attempt, free, peak_gib, reset_peak, synchronize
 from deepseek.config import replace as changed
 from deepseek.errors import ConfigError, did_you_mean
 from deepseek.models import PRESETS, ModelConfig, Transformer, count
@@ -68,14 +68,18 @@ class Options(BenchOptions):
 
     @property
     def config(self) -> ModelConfig:
-        """The shape. Raises ``ConfigError`` for an unknown preset."""
-        if self.model not in PRESETS:
-            raise ConfigError(
-                f"unknown preset {self.model!r}{did_you_mean(self.model, PRESETS)}; one of {', '.join(PRESETS)}"
-            )
-        config = PRESETS[self.model]()
-        config = changed(config, max_length=max(config.max_length, self.length))
-        return quick_config(config) if self.quick else config
+        return named_config(self.model, self.length, self.quick)
+
+
+def named_config(preset: str, length: int, quick: bool = False) -> ModelConfig:
+    """A preset's shape for rows of ``length``. Raises ``ConfigError`` for an unknown preset."""
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; one of {', '.join(PRESETS)}"
+        )
+    config = PRESETS[preset]()
+    config = changed(config, max_length=max(config.max_length, length))
+    return quick_config(config) if quick else config
 
 
 def quick_config(config: ModelConfig) -> ModelConfig:
@@ -229,6 +233,7 @@ def _one(name: str, make: Maker, micro: int, options: Options, report: Report, c
     began = time.perf_counter()
     first = float(step(batches[0]))
     first_seconds = time.perf_counter() - began
+    reset_peak(device)
     losses, timers = [], []
     for number in range(options.warmup + options.steps):
         timers.append(timer := Timer(device))
@@ -240,10 +245,11 @@ def _one(name: str, make: Maker, micro: int, options: Options, report: Report, c
     median = seconds[len(seconds) // 2]
     ours = name.startswith("deepseek")
     flops = count.flops(config if ours else full_attention(config), options.length).per_token
-    speed = options.batch_tokens / median
+    speed, peer_format = options.batch_tokens / median, str(compute_dtype(device)).removeprefix("torch.")
     achieved, sheet = speed * flops / 1e12, datasheet_tflops(report.environment["device"])
     row = {
-        "stack": name, "tok/s": speed, "MFU %": 100 * achieved / sheet if sheet else None,
+        "stack": name, "weights": "fp32 masters" if ours else peer_format,
+        "tok/s": speed, "MFU %": 100 * achieved / sheet if sheet else None,
         "of matmul %": 100 * achieved / ceiling, "TFLOP/s": achieved, "step ms": median * 1e3,
         "worst step ms": seconds[-1] * 1e3, "first step s": first_seconds, "peak GiB": peak_gib(device),
         "rows": micro, "loss first": first, "loss last": float(losses[-1]), "idle %": None,
@@ -263,13 +269,16 @@ def _one(name: str, make: Maker, micro: int, options: Options, report: Report, c
 
 
 def random_batches(options: Options, config: ModelConfig) -> list[Batch]:
-    """Uniform random tokens, one document a row, on the host as a loader would have them."""
+    """Uniform random tokens, one document a row, in (page-locked) host memory as a loader would have them."""
     random = torch.Generator().manual_seed(options.seed)
     shape = (options.batch_tokens // options.length, options.length + 1)
     number = min(DISTINCT, 1 + options.warmup + options.steps)
-    return [
+    found = [
         Batch.from_rows(torch.randint(0, config.vocab_size, shape, generator=random)) for _ in range(number)
     ]
+    if options.torch_device.type == "cuda":
+        found = [replace(b, tokens=b.tokens.pin_memory(), targets=b.targets.pin_memory()) for b in found]
+    return found
 
 
 def snapshot(step: Ours, batches: list[Batch], device: torch.device, usual: float) -> list[dict[str, Any]]:

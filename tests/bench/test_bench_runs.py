@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek import bench, cli
-from deepseek.bench import attention, moe, optim, train
+from deepseek.bench import attention, memory, moe, optim, train
 from deepseek.errors import ConfigError
 
 CPU = {"quick": True, "device": "cpu"}
@@ -107,6 +107,18 @@ def test_optim() -> None:
     }
     assert ends["adamw"]["speed-up"] == pytest.approx(1)
     assert set(ends) >= {"adamw", "muon"}
+
+
+def test_memory() -> None:
+    report = memory.run(memory.Options(modes=("none", "blocks"), **CPU))
+    rows = {row["mode"]: row for row in report.tables["forward and backward of 4 x 64"]}
+    assert rows["none"]["FLOPs, of none"] == 1
+    assert rows["blocks"]["saved %"] > 60
+    assert 1.1 < rows["blocks"]["FLOPs, of none"] <= 1.34
+    proof = report.tables["4 rows of 128 in the memory of 4 x 32"]
+    assert [(row["mode"], row["length"], row.get("fits")) for row in proof] == [
+        ("none", 32, None), ("none", 128, "no"), ("blocks", 128, "yes"),
+    ]  # fmt: skip
 
 
 def test_steps_to_a_target_are_interpolated() -> None:

@@ -1,0 +1,165 @@
+"""Every benchmark of this project on one GPU, in one call: ours, the peers and the machine's ceilings.
+
+    python benchmarks/run_gpu.py --out results --seconds 570
+    python benchmarks/run_gpu.py --only train,attention --set train-moe "--micro-rows 4 --steps 6"
+    python benchmarks/run_gpu.py --quick --out /tmp/try            # on a CPU, to see that it runs
+
+A part is one ``deepseek bench …`` in a process of its own, so that one that fails or runs out of memory leaves the
+others alone. A part that would not fit what is left of ``--seconds`` is skipped and says so; one that runs past the
+end is stopped and keeps what it had found. Files: PART.json and PART.log each, and results.json with everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and about how long it takes on an H100, in seconds."""
+
+    arguments: str
+    seconds: float
+    asked_only: bool = False  # runs only when named in --only
+
+
+PARTS = {
+    "attention": Part("attention", 75),
+    "moe": Part("moe", 75),
+    "train-dense": Part("train --model dense_856m --profile", 200),
+    "train-moe": Part("train --model moe_64x2 --profile", 200),
+    "optim": Part("optim", 60),
+    "memory": Part("memory", 150),
+    "memory-moe": Part("memory --model moe_64x2 --rows 2", 120, asked_only=True),
+    "fusion": Part("fusion", 120),
+    "cold-dense": Part("train --model dense_856m --peer none --steps 2 --cold-start", 150),
+    "cold-moe": Part("train --model moe_64x2 --peer none --steps 2 --cold-start --real-only", 180),
+    "checkpoint": Part("train --model dense_856m --peer none --steps 4 --checkpoint", 120),
+    "optim-target": Part("optim --models dense_856m --steps-to-target", 420, asked_only=True),
+    "time-to-loss": Part("time-to-loss", 1500, asked_only=True),
+}
+
+
+def chosen(only: str) -> list[str]:
+    """Parts by name or by the word before the dash (``train``: train-dense and train-moe); all usual ones if empty."""
+    if not only:
+        return [name for name, part in PARTS.items() if not part.asked_only]
+    found: list[str] = []
+    for word in filter(None, only.split(",")):
+        matches = [word] if word in PARTS else [n for n in PARTS if n.split("-")[0] == word]
+        if not matches:
+            sys.exit(f"no part {word!r}; there are: {', '.join(PARTS)}")
+        found += [n for n in matches if n not in found]
+    return found
+
+
+def run(name: str, extra: str, out: Path, limit: float, quick: bool) -> dict[str, Any]:
+    """One part; what it did and what it found, complete or not."""
+    result, log = out / f"{name}.json", out / f"{name}.log"
+    result.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "deepseek",
+        "bench",
+        *shlex.split(PARTS[name].arguments),
+        *shlex.split(extra),
+    ]
+    command += ["--json", str(result), *(["--quick"] if quick else [])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    began = time.perf_counter()
+    with (
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            errors="replace",
+        ) as process,
+        log.open("w", encoding="utf-8") as file,
+    ):
+        assert process.stdout is not None
+        reader = threading.Thread(target=copy, args=(process.stdout, file))
+        reader.start()
+        stopped = wait(process, limit)
+        reader.join()
+    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    return {
+        "command": shlex.join(command[1:]), "seconds": round(time.perf_counter() - began, 1),
+        "status": process.returncode, "stopped": stopped, "result": found,
+    }  # fmt: skip
+
+
+def copy(source: IO[str], file: IO[str]) -> None:
+    """Every line to the log at once, and to our own output."""
+    for line in source:
+        file.write(line)
+        file.flush()
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+def wait(process: subprocess.Popen[str], limit: float) -> bool:
+    """Whether it had to be stopped."""
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return True
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench-results")))
+    parser.add_argument("--only", default="", help=f"comma-separated: {', '.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=570.0, help="for everything together")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("PART", "ARGUMENTS"),
+                        help="more arguments for a part")  # fmt: skip
+    options = parser.parse_args()
+    names, extra = chosen(options.only), dict(options.set)
+    if unknown := set(extra) - set(PARTS):
+        sys.exit(f"no part {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    began, results = time.perf_counter(), dict[str, Any]()
+    for name in names:
+        left = options.seconds - (time.perf_counter() - began)
+        needed = 5.0 if options.quick else PARTS[name].seconds
+        if needed > left:
+            results[name] = {"skipped": f"needs about {needed:.0f} s, {left:.0f} s are left"}
+            print(f"\n=== {name}: skipped, {results[name]['skipped']}", flush=True)
+        else:
+            print(f"\n=== {name}: about {needed:.0f} s, {left:.0f} s are left", flush=True)
+            results[name] = run(name, extra.get(name, ""), options.out, left - 5, options.quick)
+            print(f"=== {name}: {results[name]['seconds']} s, status {results[name]['status']}", flush=True)
+        (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    failed = [n for n, r in results.items() if r.get("status") or r.get("stopped")]
+    if failed:
+        print(f"not complete: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The one script that runs them all: what it chooses, and that a part that fails or is late leaves the rest alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import run_gpu
+from run_gpu import PARTS, Part, chosen
+
+
+def test_parts_are_chosen_by_name_or_kind() -> None:
+    assert chosen("train,moe") == ["train-dense", "train-moe", "moe"]
+    assert chosen("optim-target") == ["optim-target"]
+    assert set(chosen("")) == {n for n, p in PARTS.items() if not p.asked_only}
+    with pytest.raises(SystemExit, match="no part 'trains'"):
+        chosen("trains")
+
+
+def test_every_part_names_a_benchmark() -> None:
+    from deepseek.bench import BENCHES
+
+    assert {p.arguments.split()[0] for p in PARTS.values()} == set(BENCHES)
+
+
+def test_failures_and_lack_of_time_are_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"bad": Part("attention --shapes wrong", 1), "long": Part("attention", 1e6)}
+    monkeypatch.setattr(run_gpu, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["run_gpu.py", "--out", str(tmp_path), "--seconds", "100"])
+    assert run_gpu.main() == 1
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert told["bad"]["status"] == 2
+    assert told["long"]["skipped"].startswith("needs about 1000000 s")
+    assert "not complete: bad" in capsys.readouterr().out
+    assert "ROWSxLENGTH" in (tmp_path / "bad.log").read_text()
+
+
+def test_a_part_that_is_late_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_gpu, "PARTS", {"slow": Part("attention --quick", 1)})
+    found = run_gpu.run("slow", "", tmp_path, limit=0.2, quick=False)
+    assert found["stopped"]
+    assert found["seconds"] < 15
