@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deepseek.ops.triton import available, kernels
+from deepseek.ops.triton import available
 from deepseek.registry import register_op
 
 #: What the Triton kernels take; anything else goes to plain torch.
@@ -175,5 +175,7 @@ def window_attention_kernel(
         q: ``[B, H, T, D]``; k, v: ``[B, K, T, D]``; D and dtype as ``pick_backend`` asks, one dtype for all.
         spans: ``document_spans`` when rows hold several documents.
     """
+    from deepseek.ops.triton.hybrid_attention import window_forward
+
     start, end = spans or (None, None)
-    return kernels("hybrid_attention").window_forward(q, k, v, start, end, window)[0]
+    return window_forward(q, k, v, start, end, window)[0]

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.ops.attention import DocumentSpans, causal_mask, dense_attention, window_attention
-from deepseek.ops.triton import kernels
 from deepseek.registry import register_op
 
 
@@ -201,11 +200,13 @@ def hybrid_attention_kernel(
     Args:
         spans, pooled: ``document_spans`` and ``pooled_spans``, both when rows hold several documents.
     """
+    from deepseek.ops.triton.hybrid_attention import hybrid_forward
+
     start, end = spans or (None, None)
     starts, slots, seen = pooled or (None, None, None)
     k_pool, v_pool = _pool(k, v, block, stride, starts, pooling)
     gate = gate.expand(q.shape[0], q.shape[1], q.shape[2])
-    return kernels("hybrid_attention").hybrid_forward(
+    return hybrid_forward(
         q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, start, end, slots, seen, window, block, stride
     )[0]
 
