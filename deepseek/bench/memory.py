@@ -19,9 +19,10 @@ from deepseek.batch import Batch
 from deepseek.bench.ceilings import matmul_tflops
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import attempt, free, measure, peak_gib
-from deepseek.bench.train import compile_model, named_config
+from deepseek.bench.train import named_config
 from deepseek.config import replace as changed
 from deepseek.models import ModelConfig, Transformer
+from deepseek.ops.jit import compile_blocks
 from deepseek.parallel import memory
 from deepseek.precision import choose
 from deepseek.train import next_token_loss
@@ -120,7 +121,7 @@ def make_step(mode: str, length: int, options: Options) -> tuple[Callable[[], Te
     batch = Batch.from_rows(torch.randint(0, config.vocab_size, (options.rows, length + 1))).to(device)
     memory.activation_checkpoint(model, mode.removesuffix(OFFLOAD), offload=mode.endswith(OFFLOAD))
     if options.compiled:
-        compile_model(model)
+        compile_blocks(model.blocks)
 
     def step() -> Tensor:
         with policy.compute(device):

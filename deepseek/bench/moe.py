@@ -89,9 +89,9 @@ class OurLayer(nn.Module):
             weight.data = torch.randn_like(weight).mul_(0.02).to(compute_dtype(device))
         self.moe.router.weight.data = steering(config, device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, stats = self.moe(x)
-        return y + stats.balance_loss.to(y.dtype)
+        return y, stats.balance_loss
 
 
 def peer_layer(kind: type[PlainMoE], config: ModelConfig, device: torch.device) -> nn.Module:
@@ -199,7 +199,9 @@ def _call(make: Callable[[], Any], x: Tensor, gradient: Tensor) -> Call:
     leaves = [x, *(p for p in layer.parameters())]
 
     def both() -> None:
-        torch.autograd.grad(layer(x), leaves, gradient)
+        out = layer(x)
+        outs = out if isinstance(out, tuple) else (out,)
+        torch.autograd.grad(outs, leaves, (gradient, *(torch.ones_like(o) for o in outs[1:])))
 
     both()
     return both

@@ -35,6 +35,7 @@ from deepseek.bench.timing import Timer, attempt, free, peak_gib, reset_peak, sy
 from deepseek.config import replace as changed
 from deepseek.errors import ConfigError, did_you_mean
 from deepseek.models import PRESETS, ModelConfig, Transformer, count
+from deepseek.ops.jit import compile_blocks
 from deepseek.precision import choose
 from deepseek.train import OptimConfig, TrainStep, build_optimizer, next_token_loss
 from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
@@ -174,7 +175,7 @@ class Ours:
         if forced_balance:
             force_balance(self.model)
         if not options.eager and device.type != "cpu":
-            compile_model(self.model)
+            compile_blocks(self.model.blocks)
         optimizer = build_optimizer(self.model, OptimConfig(name=options.optimizer, lr=1e-4))
         policy = choose(options.precision, device)
         self.step = TrainStep(self.model, next_token_loss, optimizer, policy, micro_rows=micro_rows)
@@ -193,12 +194,6 @@ class Ours:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds."""
         return {"model": self.model.state_dict(), "optimizer": self.step.optimizer.state_dict()}
-
-
-def compile_model(model: Transformer) -> None:
-    """As ``train.compile`` does it: block by block."""
-    for block in model.blocks:
-        block.compile()
 
 
 def force_balance(model: Transformer) -> None:
