@@ -211,7 +211,8 @@ def dispatch(
     if floor:
         _rescue_kernel[(experts,)](
             probs_NE, expert_NK, valid_N if valid_N is not None else chosen, chosen, start, row, assignment, token,
-            rescued, tokens, floor, E=experts, K=top_k, HAS_VALID=valid_N is not None, BLOCK=1024,
+            rescued, tokens, floor, E=experts, K=top_k, HAS_VALID=valid_N is not None,
+            BLOCK=min(4096, triton.next_power_of_2(tokens)), num_warps=8,
         )  # fmt: skip
     return row, token, assignment, ends, chosen, rescued
 
