@@ -26,6 +26,9 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
+LAST_STACK = 60  #: seconds before the end in which training starts no other stack
+
+
 @dataclass(frozen=True)
 class Part:
     """A command, and about how long it takes on an H100, in seconds."""
@@ -50,6 +53,53 @@ PARTS = {
     "optim-target": Part("optim --models dense_856m --steps-to-target", 420, asked_only=True),
     "time-to-loss": Part("time-to-loss", 1500, asked_only=True),
 }
+
+
+Row = dict[str, Any]
+SPEED = {"train-dense": 107_000, "train-moe": 340_000}  #: tok/s: 60% and 45% of an H100's 989 TFLOP/s
+HYBRID = {"1x4096": 0.5, "1x32768": 0.1}  #: forward and backward, at most this share of full SDPA
+FIRST_STEP = 60  #: seconds, compilation included
+
+
+def goals(results: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
+    """What the project wants on an H100: (what, measured, relation, goal, met), for the parts that were run."""
+    found = []
+
+    def goal(what: str, value: float, relation: str, wanted: float) -> None:
+        found.append(
+            (what, value, relation, wanted, value >= wanted if relation == ">=" else value <= wanted)
+        )
+
+    for part, speed in SPEED.items():
+        rows = {row["stack"]: row for row in table(results, part, "training")}
+        if ours := rows.get("deepseek"):
+            goal(f"{part}, tok/s", ours["tok/s"], ">=", speed)
+            goal(f"{part}, first step s", ours["first step s"], "<=", FIRST_STEP)
+            peers = [row["tok/s"] for name, row in rows.items() if not name.startswith("deepseek")]
+            if peers:
+                goal(f"{part}, tok/s of the best peer", ours["tok/s"], ">=", max(peers))
+    for shape, share in HYBRID.items():
+        rows_, length = shape.split("x")
+        ratios = [
+            row["of SDPA, forward+backward"]
+            for row in table(results, "attention", f"time at {rows_} x {int(length):,}")
+            if row["attention"].startswith("Hybrid")
+        ]
+        if ratios:
+            goal(f"hybrid attention {shape}, of SDPA", min(ratios), "<=", share)
+    reads = [
+        row["of full"]
+        for row in table(results, "attention", "bytes of keys and values that a new token reads, per row")
+        if row["pattern"] == "H"
+    ]
+    if reads:
+        goal("hybrid layer, bytes read while decoding, of full", max(reads), "<=", 0.25)
+    return found
+
+
+def table(results: dict[str, Any], part: str, title: str) -> list[Row]:
+    """A table of a part's report; empty when there is none."""
+    return ((results.get(part, {}).get("result") or {}).get("tables") or {}).get(title, [])
 
 
 def chosen(only: str) -> list[str]:
@@ -78,6 +128,8 @@ def run(name: str, extra: str, out: Path, limit: float, quick: bool) -> dict[str
         *shlex.split(extra),
     ]
     command += ["--json", str(result), *(["--quick"] if quick else [])]
+    if PARTS[name].arguments.startswith("train") and "--seconds" not in command:
+        command += ["--seconds", f"{max(1.0, limit - LAST_STACK):.0f}"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()
@@ -155,6 +207,8 @@ def main() -> int:
             results[name] = run(name, extra.get(name, ""), options.out, left - 5, options.quick)
             print(f"=== {name}: {results[name]['seconds']} s, status {results[name]['status']}", flush=True)
         (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    for what, value, relation, wanted, met in goals(results):
+        print(f"{'met   ' if met else 'missed'} {what}: {value:,.4g} {relation} {wanted:,.4g}")
     failed = [n for n, r in results.items() if r.get("status") or r.get("stopped")]
     if failed:
         print(f"not complete: {', '.join(failed)}")

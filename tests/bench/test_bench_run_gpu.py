@@ -45,3 +45,23 @@ def test_a_part_that_is_late_is_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     found = run_gpu.run("slow", "", tmp_path, limit=0.2, quick=False)
     assert found["stopped"]
     assert found["seconds"] < 15
+
+
+def test_goals_are_judged() -> None:
+    rows = [
+        {"stack": "deepseek", "tok/s": 350_000, "first step s": 80.0},
+        {"stack": "deepseek, forced balance", "tok/s": 380_000, "first step s": 50.0},
+        {"stack": "plain-torch, compiled", "tok/s": 243_000, "first step s": 50.0},
+    ]
+    times = [
+        {"attention": "Full, SDPA", "of SDPA, forward+backward": 1.0},
+        {"attention": "Hybrid, ours, triton", "of SDPA, forward+backward": 0.6},
+    ]
+    told = run_gpu.goals({
+        "train-moe": {"result": {"tables": {"training": rows}}},
+        "attention": {"result": {"tables": {"time at 1 x 4,096": times}}}, "moe": {"skipped": "no time"},
+    })  # fmt: skip
+    assert {what: met for what, *_, met in told} == {
+        "train-moe, tok/s": True, "train-moe, first step s": False, "train-moe, tok/s of the best peer": True,
+        "hybrid attention 1x4096, of SDPA": False,
+    }  # fmt: skip
