@@ -32,6 +32,7 @@ from deepseek.data.store import TokenStore
 from deepseek.models import ModelConfig, Transformer, count
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
+from deepseek.ops.jit import compile_blocks
 from deepseek.precision import choose
 from deepseek.train import OptimConfig, Schedule, ScheduleConfig, TrainStep, build_optimizer, next_token_loss
 from deepseek.train.losses import cross_entropy_sum
@@ -159,8 +160,7 @@ def run(
     model = Transformer(setting.model).to(device)
     if setting.compiled:
         torch.compiler.reset()
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model.blocks)
     policy = choose(setting.precision, torch.device(device))
     optimizer = build_optimizer(model, setting.optim)
     step = TrainStep(model, next_token_loss, optimizer, policy, grad_clip=setting.clip)

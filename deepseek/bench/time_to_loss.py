@@ -53,6 +53,7 @@ from deepseek.monitor.charts import LEFT, RIGHT, TOP, WIDTH, Line, Scale
 from deepseek.monitor.markup import Html, tag
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
+from deepseek.ops.jit import compile_blocks
 from deepseek.precision import choose
 from deepseek.train import OptimConfig, Schedule, ScheduleConfig, TrainStep, build_optimizer, next_token_loss
 from deepseek.train.losses import cross_entropy_sum
@@ -174,8 +175,7 @@ class Ours:
         with torch.device(device):
             self.model = Transformer(config)
         if compiled(s, device):
-            for block in self.model.blocks:
-                block.compile()
+            compile_blocks(self.model.blocks)
         self.optimizer = build_optimizer(
             self.model, OptimConfig(name=s.optimizer, lr=job.lr, weight_decay=s.weight_decay)
         )
