@@ -23,17 +23,25 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 
 @dataclass(frozen=True)
 class Policy:
-    """The compute format, the loss scale (fp16 only), and why. Master weights and optimizer state stay fp32."""
+    """The compute format, the loss scale (fp16 only), and why. Master weights and optimizer state stay fp32.
+
+    ``masters``: matrices are stored in the compute format and the optimizer keeps them in fp32
+    (``deepseek.precision.masters``); otherwise the model's weights are fp32 and autocast converts them.
+    """
 
     name: str
     dtype: torch.dtype
     loss_scale: float
     reason: str
+    masters: bool = False
 
     @contextmanager
     def compute(self, device: torch.device) -> Iterator[None]:
-        """Matmuls in the compute format; norms, softmax, router and loss stay fp32."""
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        """Matmuls in the compute format; norms, softmax, router and loss stay fp32. Nothing to do with ``masters``."""
+        if self.masters or self.dtype == torch.float32:
+            yield
+            return
+        with torch.autocast(device.type, dtype=self.dtype):
             yield
 
 
@@ -68,8 +76,12 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def choose(mode: str, device: torch.device, loss_scaling_factor: float = 128.0) -> Policy:
+def choose(
+    mode: str, device: torch.device, loss_scaling_factor: float = 128.0, training: bool = False
+) -> Policy:
     """The policy for ``mode`` on ``device``; 'auto' measures on a CPU and takes bf16 on an accelerator that has it.
+
+    ``training`` in bf16 on an accelerator comes with ``masters``: the caller lowers the model.
 
     Raises:
         ConfigError: unknown mode.
@@ -79,7 +91,8 @@ def choose(mode: str, device: torch.device, loss_scaling_factor: float = 128.0) 
     reason = "as configured"
     if mode == "auto":
         mode, reason = _auto(device)
-    return Policy(mode, DTYPES[mode], loss_scaling_factor if mode == "fp16" else 1.0, reason)
+    masters = training and mode == "bf16" and device.type != "cpu"
+    return Policy(mode, DTYPES[mode], loss_scaling_factor if mode == "fp16" else 1.0, reason, masters)
 
 
 def _auto(device: torch.device) -> tuple[str, str]:

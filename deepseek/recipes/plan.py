@@ -116,7 +116,7 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
     model = replace(model, vocab_size=vocab, max_length=max(model.max_length, train.length))
     check_layout(config.parallel, model, world)
     device = pick_device(train.device)
-    policy = comm.from_first(choose(train.precision_mode, device, train.loss_scaling_factor))
+    policy = comm.from_first(choose(train.precision_mode, device, train.loss_scaling_factor, training=True))
     note("device", device, "the accelerator, if there is one" if train.device == "auto" else "as configured")
     note("precision", policy.name, policy.reason)
 

@@ -31,6 +31,7 @@ from deepseek.files import InUse, claimed, write_atomic
 from deepseek.models import ModelConfig, count
 from deepseek.ops.jit import compile_blocks
 from deepseek.parallel.memory import activation_checkpoint
+from deepseek.precision import lower
 from deepseek.recipes.plan import (
     EvaluateConfig,
     Plan,
@@ -182,7 +183,8 @@ class _Pretraining:
         # What was measured once is kept: a resumed run must not measure, and compute, something else.
         kept = replace(self.config.train, precision_mode=self.plan.policy.name)
         self.config = replace(self.config, train=kept)
-        self.optimizer = build_optimizer(self.model, self.config.optim)
+        masters = lower(self.model, self.plan.policy)
+        self.optimizer = build_optimizer(self.model, self.config.optim, masters)
         with self._loader() as self.loader:
             start = self._restore(found) if found is not None else 0
             if self.rank == 0:
@@ -213,6 +215,7 @@ class _Pretraining:
     def _restore(self, found: checkpoint.Checkpoint) -> int:
         load_weights(self.model, found)
         _check_same_model(found, self.config.model)
+        self.optimizer.load_master_state(found.model)
         self.optimizer.load_state_dict(found.optimizer)
         self.loader.load_state_dict(found.state["loader"])
         checkpoint.set_rng_state(found.state["rng"])
@@ -302,7 +305,9 @@ class _Pretraining:
             "loader": self.loader.state_dict(), "rng": checkpoint.rng_state(), "config": to_dict(self.config),
             "loss": float(result.loss), "world": self.world, "probe": self._probe() if wait else None,
         }  # fmt: skip
-        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        tensors = {
+            "model": self.optimizer.master_state(self.model.state_dict()), "optimizer": self.optimizer.state_dict()
+        }  # fmt: skip
         metric = self.evaluation.bits_per_byte if self.evaluation and self.evaluated_at == step else None
         self.checkpointer.save(step, tensors=tensors, state=state, metric=metric, wait=wait)
         comm.barrier()

@@ -30,6 +30,7 @@ from deepseek.errors import RunError
 from deepseek.events import JsonlSink, attached, emit, read_jsonl
 from deepseek.models import count
 from deepseek.monitor import Narrator, comparison, write_report
+from deepseek.precision import lower
 from deepseek.recipes.evaluate import Compression, compress_held_out
 from deepseek.recipes.export import export
 from deepseek.recipes.plan import PretrainConfig, confirm_precision, derive, preset
@@ -86,13 +87,13 @@ def plan_steps(config: PretrainConfig, corpus: Corpus, seconds: float) -> tuple[
     torch.manual_seed(0)
     model = build(plan.config.model, plan.device, 0)
     plan = confirm_precision(plan, model)
-    optimizer = build_optimizer(model, plan.config.optim)
+    optimizer = build_optimizer(model, plan.config.optim, lower(model, plan.policy))
     step = TrainStep(model, next_token_loss, optimizer, plan.policy, micro_rows=plan.config.train.micro_rows)
     took = []
     with corpus.loader(rows=plan.rows, length=config.train.length) as loader:
         for batch in itertools.islice(loader, PROBE_STEPS):
             start = time.perf_counter()
-            step(batch)
+            float(step(batch).loss)  # waits for the device
             took.append(time.perf_counter() - start)
     fastest = sorted(took)[: PROBE_STEPS // 2]
     steps = max(FEWEST_STEPS, int(seconds / fmean(fastest)))

@@ -25,6 +25,7 @@ from deepseek.dist import comm
 from deepseek.errors import ConfigError, TrainingError
 from deepseek.events import emit
 from deepseek.parallel.memory import parse_mode
+from deepseek.train.pace import Pace, Readback
 from deepseek.train.schedule import Schedule
 from deepseek.train.step import StepResult, TrainStep
 
@@ -46,7 +47,9 @@ class TrainingConfig:
     grad_clip_threshold: float = 1.0  # 0: none
     max_nonfinite: int = 5  # consecutive non-finite steps that are forgiven; one more ends the run
     compile: bool = False
-    activation_checkpoint: str = "none"  # sqrt, blocks, selective, budget=0.4, optimal: recompute, to keep less
+    activation_checkpoint: str = (
+        "none"  # sqrt, blocks, selective, budget=0.4, optimal: recompute, to keep less
+    )
     deterministic: bool = False
     seed: int = 0
     device: str = "auto"
@@ -101,19 +104,39 @@ class Stop:
 
 
 class NonFiniteGuard:
-    """A hook that ends training after ``limit`` consecutive steps without a finite loss and gradient."""
+    """A hook that ends training after ``limit`` consecutive steps without a finite loss and gradient.
+
+    On an accelerator it looks at a step when the next one has been started, and names the right one; ``flush`` looks at
+    the last.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.run = limit, 0
+        self._pending: tuple[int, Readback] | None = None
 
     def __call__(self, step: int, result: StepResult) -> None:
-        self.run = self.run + 1 if result.skipped else 0
-        if result.skipped:
-            emit("warning", step, text=f"step {step} skipped: loss {float(result.loss)}, gradient norm "
-                 f"{float(result.grad_norm)}; weights unchanged")  # fmt: skip
+        found = Readback([result.skipped, result.loss, result.grad_norm])
+        self.flush()
+        self._pending = (step, found)
+        if not found.waiting:
+            self.flush()
+
+    def flush(self) -> None:
+        """Look at the step that was kept waiting."""
+        if self._pending is None:
+            return
+        (step, found), self._pending = self._pending, None
+        skipped, loss, norm = found.read()
+        self.run = self.run + 1 if skipped else 0
+        if skipped:
+            emit(
+                "warning",
+                step,
+                text=f"step {step} skipped: loss {loss}, gradient norm {norm}; weights unchanged",
+            )
         if self.run > self.limit:
             raise TrainingError(
-                f"{self.run} consecutive non-finite steps up to step {step} (loss {float(result.loss)}); weights are "
+                f"{self.run} consecutive non-finite steps up to step {step} (loss {loss}); weights are "
                 "those before the first of them. Lower optim.lr, use precision_mode='fp32', or resume from an "
                 "earlier checkpoint with --from"
             )
@@ -137,11 +160,15 @@ def fit(
         stop: checked after every step, agreed on by all ranks before the hooks are called.
         peak_tokens_per_second: what the device could do at its peak; MFU is relative to it. 0: unknown.
 
+    On an accelerator the host runs one step ahead, and the speed in a step's event is that of the step before
+    (``Pace``).
+
     Raises:
         TrainingError: from a guard, or when the batches run out.
     """
-    stream = iter(batches)
+    stream, pace = iter(batches), Pace(train_step.device)
     for step in range(start + 1, steps + 1):
+        pace.start()
         began = time.perf_counter()
         lr = schedule.apply(train_step.optimizer, step - 1)
         batch = next(stream, None)
@@ -149,8 +176,7 @@ def fit(
             raise TrainingError(f"the data ended before step {step} of {steps}")
         waited = time.perf_counter() - began
         result = train_step(batch)
-        took = time.perf_counter() - began
-        values = _values(result, waited, took)
+        values = _values(result, waited, pace.stop())
         if peak_tokens_per_second:
             values["mfu"] = values["tokens_per_second"] / peak_tokens_per_second
         emit("train", step, lr=lr, **values)
@@ -158,14 +184,23 @@ def fit(
             stop.agreed = comm.agree(bool(stop.reason))
         for hook in hooks:
             hook(step, result)
-        if stop is not None and stop.agreed:
+        if step == steps or (stop is not None and stop.agreed):
+            _flush(hooks)
             return step
     return max(start, steps)
 
 
+def _flush(hooks: Sequence[Hook]) -> None:
+    """Let hooks that are a step behind catch up."""
+    for hook in hooks:
+        if isinstance(hook, NonFiniteGuard):
+            hook.flush()
+
+
 def _values(result: StepResult, waited: float, took: float) -> dict[str, Any]:
     """The fields of the 'train' event; tensors stay where they are."""
-    seconds = {"data": waited, **result.seconds}
+    queued = result.loss.device.type != "cpu"  # the host's laps then measure only how fast it fills the queue
+    seconds = {"data": waited, **({"step": max(0.0, took - waited)} if queued else result.seconds)}
     seconds["other"] = max(0.0, took - sum(seconds.values()))
     return {
         "loss": result.loss,

@@ -1,14 +1,13 @@
-"""Optimizers: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest (F29).
+"""Which parameter goes to which optimizer, and all of them as one (F29).
 
-Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a few Newton–Schulz
-iterations. Here it is batched: all matrices of one shape, the experts' included, go through one chain of batched
-matmuls. Its update is scaled to the size of AdamW's (arXiv 2502.16982), so one learning rate serves both.
+Muon for the hidden matrices and AdamW for the rest, or AdamW for everything. With fp32 masters of a model that is
+stored in a lower precision, a checkpoint is the same as without.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,12 +15,9 @@ from torch import Tensor, nn
 
 from deepseek.config import configclass
 from deepseek.errors import CheckpointError, ConfigError
-
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  #: quintic coefficients: steep at 0, roughly 1 ± 0.3 after five steps
+from deepseek.train.adamw import AdamW
+from deepseek.train.muon import Muon
+from deepseek.train.part import Part
 
 
 @configclass
@@ -52,93 +48,77 @@ class OptimConfig:
             )
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix of each ``[..., m, n]``, roughly (singular values within about 0.7…1.2).
+class Optimizers:
+    """Several optimizers as one: step, zero, groups, and a state dictionary by parameter *name*.
 
-    Runs in bf16 on CUDA, where it is fast and precise enough, and in fp32 (fp64 for fp64) elsewhere.
-    """
-    a, b, c = NEWTON_SCHULZ
-    wide_type = torch.promote_types(matrices.dtype, torch.float32)
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else wide_type)
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for parameters whose last two dimensions are a matrix.
-
-    Update: ``p ← p·(1 − lr·wd) − lr·0.2·√max(m, n)·orthogonalise(nesterov momentum)``.
+    Attributes:
+        masters: fp32 weights of the parameters that are stored in a lower precision.
+        gradients: where a gradient is accumulated that is not in ``p.grad``; all parts read it.
+        extras: other state that belongs to training, by name and key, kept and restored in place: a clipper's.
     """
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        steps: int = 5,
+        parts: Sequence[Part],
+        names: Mapping[nn.Parameter, str],
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": steps}
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[p.shape[-2:]].append(p)
-            for same in by_shape.values():
-                self._step_shape(same, group)
-
-    def _step_shape(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        beta, shape = group["momentum"], params[0].shape[-2:]
-        directions = []
-        for p in params:
-            assert p.grad is not None
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - beta)
-            directions.append(p.grad.lerp(state["momentum"], beta).reshape(-1, *shape))
-        update = orthogonalise(torch.cat(directions), group["ns_steps"])
-        scale = group["lr"] * 0.2 * max(shape) ** 0.5
-        for p, u in zip(params, update.split([d.shape[0] for d in directions])):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u.reshape(p.shape), alpha=-scale)
-
-
-class Optimizers:
-    """Several optimizers as one: step, zero, groups, and a state dictionary by parameter *name*."""
-
-    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[nn.Parameter, str]) -> None:
-        self.parts, self.names = parts, names
+        self.parts, self.names, self.masters = list(parts), dict(names), dict(masters or {})
         self.param_groups: list[dict[str, Any]] = [g for part in parts for g in part.param_groups]
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.extras: dict[str, dict[str, Tensor]] = {}
+        for part in parts:
+            part.gradients = self.gradients
 
-    def step(self) -> None:
+    def fill(self) -> None:
+        """Copy learning rates and betas to the device."""
         for part in self.parts:
-            part.step()
+            part.fill()
+
+    def update(self, scale: Tensor | None = None, apply: Tensor | None = None) -> None:
+        """``step`` with the hyperparameters last filled in: what a CUDA graph captures."""
+        for part in self.parts:
+            part.update(scale, apply)
+
+    def step(self, scale: Tensor | None = None, apply: Tensor | None = None) -> None:
+        """Update every parameter, on gradients times ``scale``, unless ``apply`` is false; see ``Part.step``."""
+        self.fill()
+        self.update(scale, apply)
 
     def zero_grad(self) -> None:
+        self.gradients.clear()
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
+    def master_state(self, model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A model's state dictionary with fp32 masters in the place of what is stored lower."""
+        masters = {self.names[p]: master for p, master in self.masters.items()}
+        return {name: masters.get(name, tensor) for name, tensor in model_state.items()}
+
+    @torch.no_grad()
+    def load_master_state(self, model_state: Mapping[str, Tensor]) -> None:
+        """Inverse of ``master_state``: masters, and the weights rounded from them."""
+        for p, master in self.masters.items():
+            master.copy_(model_state[self.names[p]])
+            p.copy_(master)
+
     def state_dict(self) -> dict[str, Tensor]:
         """``{"blocks.0.ffn.down|momentum": tensor, …}``: flat, by name, independent of group order."""
-        return {
-            f"{name}|{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        state = {
+            f"{name}|{key}": value
             for part in self.parts
             for p, name in self.names.items()
             for key, value in part.state.get(p, {}).items()
         }
+        return state | {
+            f"{EXTRA}{name}|{key}": value for name, own in self.extras.items() for key, value in own.items()
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of ``state_dict``; raises ``CheckpointError`` when names or shapes do not fit this optimizer."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of ``state_dict``; raises ``CheckpointError`` when names or shapes do not fit this optimizer.
+
+        Extras that either side lacks are left as they are: a run may change its clipping.
+        """
         owner = {
             self.names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]
         }
@@ -146,37 +126,39 @@ class Optimizers:
         for entry, value in state.items():
             name, _, key = entry.rpartition("|")
             found[name][key] = value
+        extras = {name: found.pop(name) for name in list(found) if name.startswith(EXTRA)}
         for name, values in found.items():
             if name not in owner:
                 raise CheckpointError(
                     f"the checkpoint's optimizer state is for a parameter '{name}' this model lacks"
                 )
             part, p = owner[name]
-            _check_state(name, values, STATE_KEYS[type(part)], p)
+            _check_state(name, values, part, p)
         for part in self.parts:
             part.state.clear()
         for name, values in found.items():
             part, p = owner[name]
             part.state[p] = {key: value.to(p.device).clone() for key, value in values.items()}
+        for name, own in self.extras.items():
+            for key, value in extras.get(EXTRA + name, {}).items():
+                if key in own and own[key].shape == value.shape:
+                    own[key].copy_(value)
 
 
-#: What each optimizer remembers about a parameter.
-STATE_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
-    Muon: {"momentum"},
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-}
+EXTRA = "*"  #: what the names of ``extras`` start with in a state dictionary: no parameter's does
 
 
-def _check_state(name: str, values: dict[str, Tensor], keys: set[str], p: nn.Parameter) -> None:
-    if values.keys() != keys:
+def _check_state(name: str, values: dict[str, Tensor], part: Part, p: nn.Parameter) -> None:
+    shapes = part.state_shapes(p)
+    if values.keys() != shapes.keys():
         raise CheckpointError(
             f"the checkpoint's optimizer keeps {', '.join(sorted(values))} for '{name}', this one "
-            f"{', '.join(sorted(keys))}: was optim.name changed?"
+            f"{', '.join(sorted(shapes))}: was optim.name changed?"
         )
     for key, value in values.items():
-        if value.shape != (torch.Size() if key == "step" else p.shape):
+        if value.shape != torch.Size(shapes[key]):
             raise CheckpointError(
-                f"optimizer state {name}|{key} is {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                f"optimizer state {name}|{key} is {tuple(value.shape)}, this parameter's {tuple(shapes[key])}"
             )
 
 
@@ -188,8 +170,13 @@ def is_matrix(name: str, p: nn.Parameter) -> bool:
     return p.dim() >= 2 and hidden
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
-    """Parameter groups by rule: matrices decay, vectors do not; embedding and head have their own learning rate."""
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, masters: Mapping[nn.Parameter, Tensor] | None = None
+) -> Optimizers:
+    """Parameter groups by rule: matrices decay, vectors do not; embedding and head have their own learning rate.
+
+    ``masters``: what ``precision.lower`` returned of this model.
+    """
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "matrix": [], "embedding": [], "vector": []}
     names = {}
     for name, p in model.named_parameters():
@@ -211,17 +198,22 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
         + group("embedding", 0.0, config.lr * config.embedding_lr)
         + group("vector", 0.0)
     )
-    parts: list[torch.optim.Optimizer] = []
+    parts: list[Part] = []
     if groups["muon"]:
+        muon = group("muon", config.weight_decay)
         parts.append(
             Muon(
-                group("muon", config.weight_decay), config.lr, config.momentum, config.weight_decay,
-                config.newton_schulz_steps,
+                muon, config.lr, config.momentum, config.weight_decay, config.newton_schulz_steps,
+                _of(groups["muon"], masters),
             )
         )  # fmt: skip
     if adam_groups:
-        beta1, beta2 = config.betas
-        parts.append(
-            torch.optim.AdamW(adam_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
-        )
-    return Optimizers(parts, names)
+        own = [p for g in adam_groups for p in g["params"]]
+        parts.append(AdamW(adam_groups, config.lr, config.betas, config.eps, masters=_of(own, masters)))
+    return Optimizers(parts, names, masters)
+
+
+def _of(
+    params: Sequence[nn.Parameter], masters: Mapping[nn.Parameter, Tensor] | None
+) -> dict[nn.Parameter, Tensor]:
+    return {p: masters[p] for p in params if p in masters} if masters else {}

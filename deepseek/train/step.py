@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches forward and backward, ranks added up, clip, guard, update.
 
 The order of additions is fixed, so a step is a pure function of weights, optimizer state and batch: two runs that see
-the same batches are bit-identical on a CPU, interrupted or not.
+the same batches are bit-identical on a CPU, interrupted or not. Nothing is read back from the device: whether a step
+counts is decided there, so that the host can prepare the next step while this one runs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from deepseek.batch import Batch
 from deepseek.dist import comm
+from deepseek.errors import ConfigError
 from deepseek.models.transformer import LayerStats, Transformer
 from deepseek.nn.moe import RoutingStats, coverage, max_violation
 from deepseek.precision import Policy
-from deepseek.train.clip import clip_gradients
+from deepseek.train.accumulate import Accumulator
+from deepseek.train.clip import clip_factor, total_norm
 from deepseek.train.losses import Loss
 from deepseek.train.optim import Optimizers
 
@@ -30,7 +33,8 @@ class StepResult:
     """What a step did. Tensors stay on the device until somebody reads them.
 
     Attributes:
-        loss: mean cross-entropy, nats per target. grad_norm: before clipping. skipped: the update was not applied.
+        loss: mean cross-entropy, nats per target. grad_norm: before clipping. skipped: bool scalar, the update was not
+            applied. clipped: bool scalar, gradients were scaled down.
         tokens: targets counted. n_bytes: their bytes. load: per expert layer the share of tokens per expert ``[E]``.
         gates: per hybrid layer the mean gate per head ``[H]``. seconds: where the time went.
     """
@@ -38,8 +42,8 @@ class StepResult:
     loss: Tensor
     grad_norm: Tensor
     balance_loss: Tensor
-    skipped: bool
-    clipped: bool
+    skipped: Tensor
+    clipped: Tensor
     tokens: int
     n_bytes: int
     load: list[Tensor]
@@ -78,6 +82,9 @@ class TrainStep:
     Args:
         micro_rows: rows per forward pass; a batch with more is accumulated. 0: all at once.
         grad_clip: largest gradient norm, 0 for none.
+
+    Raises:
+        ConfigError: the policy is one with masters and the optimizer was built without them.
     """
 
     def __init__(
@@ -94,20 +101,22 @@ class TrainStep:
         self.micro_rows, self.grad_clip = micro_rows, grad_clip
         self.device = next(model.parameters()).device
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+        if policy.masters and not optimizer.masters:
+            raise ConfigError(
+                f"precision {policy.name} with masters needs a lowered model: masters = lower(model, policy), then "
+                "build_optimizer(model, config, masters)"
+            )
+        lowered = [p for p in self.parameters if p in optimizer.masters]
+        self.accumulator = Accumulator(lowered, optimizer.gradients)
 
     def __call__(self, batch: Batch) -> StepResult:
         watch = Stopwatch(self.device)
         loss, total, layers = self._accumulate(batch, watch)
         self._reduce(loss, total, layers)
-        for p in self.parameters:
-            if p.grad is not None and self.policy.loss_scale != 1.0:
-                p.grad.div_(self.policy.loss_scale)
-        norm = clip_gradients(self.parameters, self.grad_clip)
-        skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))  # the step's one synchronisation
-        clipped = bool(norm > self.grad_clip > 0)
-        if not skipped:
-            self.optimizer.step()
-            self._update_routing(layers)
+        norm = total_norm(self.gradients()) / self.policy.loss_scale
+        apply = torch.isfinite(norm) & torch.isfinite(loss)
+        self.optimizer.step(clip_factor(norm, self.grad_clip) / self.policy.loss_scale, apply)
+        self._update_routing(layers, apply)
         self.optimizer.zero_grad()
         watch.lap("optimizer")
         routings = [layer.routing for layer in layers if layer.routing is not None]
@@ -115,8 +124,8 @@ class TrainStep:
             loss=loss,
             grad_norm=norm,
             balance_loss=total - loss,
-            skipped=skipped,
-            clipped=clipped,
+            skipped=~apply,
+            clipped=(norm > self.grad_clip) if self.grad_clip > 0 else torch.zeros_like(apply),
             tokens=batch.n_targets,
             n_bytes=batch.n_bytes,
             load=[r.chosen_E / r.chosen_E.sum().clamp(min=1) for r in routings],
@@ -125,11 +134,18 @@ class TrainStep:
             seconds=watch.seconds,
         )
 
+    def gradients(self) -> list[Tensor]:
+        """What was accumulated, one tensor per parameter that has a gradient."""
+        sums = self.optimizer.gradients
+        found = (sums.get(p, p.grad) for p in self.parameters)
+        return [gradient for gradient in found if gradient is not None]
+
     def _accumulate(self, batch: Batch, watch: Stopwatch) -> tuple[Tensor, Tensor, list[LayerStats]]:
         """Forward and backward of every micro-batch; sums of the losses and of the layers' statistics."""
         parts = list(batch.split(self.micro_rows or batch.rows))
         loss = torch.zeros((), device=self.device)
         total, layers = loss.clone(), list[LayerStats]()
+        self.accumulator.active = len(parts) > 1
         for part in parts:
             part = part.to(self.device)
             with self.policy.compute(self.device):
@@ -146,21 +162,20 @@ class TrainStep:
         ranks = comm.world()
         if ranks == 1:
             return
-        tensors = [p.grad for p in self.parameters if p.grad is not None] + [loss, total]
+        tensors = [*self.gradients(), loss, total]
         for layer in layers:
             if layer.routing is not None:
                 layer.routing.entropy.div_(ranks)
-                tensors += [layer.routing.chosen_E, layer.routing.served_E, layer.routing.output_sum_EC]
-                tensors += [layer.routing.entropy]
+                tensors += layer.routing[1:]  # everything but the balance loss, which ``total`` holds
             if layer.gate_H is not None:
                 tensors.append(layer.gate_H.div_(ranks))
         comm.sum_in_place(tensors)
 
-    def _update_routing(self, layers: list[LayerStats]) -> None:
+    def _update_routing(self, layers: list[LayerStats], apply: Tensor) -> None:
         for index, moe in self.model.moe_layers().items():
             stats = layers[index].routing
             assert stats is not None
-            moe.update(stats)
+            moe.update(stats, apply)
 
 
 def _add_layers(sums: list[LayerStats], new: list[LayerStats], share: float) -> list[LayerStats]:

@@ -16,7 +16,8 @@ from deepseek.models.config import tiny
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.train import OptimConfig, build_optimizer
-from deepseek.train.optim import Muon, Optimizers, is_matrix, orthogonalise
+from deepseek.train.muon import Muon, orthogonalise
+from deepseek.train.optim import Optimizers, is_matrix
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (1, 12)]
 

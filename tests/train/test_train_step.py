@@ -171,7 +171,8 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(poison: Any) -> N
 
 def fake(skipped: bool) -> StepResult:
     loss = torch.tensor(float("nan") if skipped else 1.0)
-    return StepResult(loss, loss, loss, skipped, False, 1, 1, [], {}, loss)
+    flag = torch.tensor(skipped)
+    return StepResult(loss, loss, loss, flag, ~flag, 1, 1, [], {}, loss)
 
 
 def test_the_guard_forgives_as_many_steps_as_it_was_told() -> None:

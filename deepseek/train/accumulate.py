@@ -1,0 +1,42 @@
+"""Gradients of several micro-batches, added up in fp32 although each is bf16.
+
+A bf16 sum of many gradients loses the small ones. So, as soon as autograd has a lowered parameter's gradient, a hook
+adds it to an fp32 buffer and frees it: at no time are there two gradients of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Accumulator:
+    """fp32 sums of the gradients of ``parameters``, for as long as it is ``active``.
+
+    With one micro-batch it stays inactive, and ``p.grad`` is used as it comes. ``sums`` is emptied by the optimizer's
+    ``zero_grad``; buffers are kept from step to step.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], sums: dict[nn.Parameter, Tensor]) -> None:
+        self.active, self.sums = False, sums
+        self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._handles = [p.register_post_accumulate_grad_hook(self._add) for p in parameters]
+
+    def _add(self, p: Tensor) -> None:
+        assert isinstance(p, nn.Parameter)
+        if not self.active or p.grad is None:
+            return
+        if p not in self._buffers:
+            self._buffers[p] = torch.empty_like(p, dtype=torch.float32)
+        if p in self.sums:
+            self.sums[p].add_(p.grad)
+        else:
+            self.sums[p] = self._buffers[p].copy_(p.grad)
+        p.grad = None
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
