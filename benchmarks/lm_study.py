@@ -33,7 +33,7 @@ from deepseek.models import ModelConfig, Transformer, count
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.ops.jit import compile_blocks
-from deepseek.precision import choose
+from deepseek.precision import Policy, choose, lower
 from deepseek.train import OptimConfig, Schedule, ScheduleConfig, TrainStep, build_optimizer, next_token_loss
 from deepseek.train.losses import cross_entropy_sum
 
@@ -161,8 +161,8 @@ def run(
     if setting.compiled:
         torch.compiler.reset()
         compile_blocks(model.blocks)
-    policy = choose(setting.precision, torch.device(device))
-    optimizer = build_optimizer(model, setting.optim)
+    policy = choose(setting.precision, torch.device(device), training=True)
+    optimizer = build_optimizer(model, setting.optim, lower(model, policy))
     step = TrainStep(model, next_token_loss, optimizer, policy, grad_clip=setting.clip)
     flops = count.flops(setting.model, setting.length).per_token
     steps = setting.number_of_steps(flops)
@@ -189,12 +189,12 @@ def run(
             _synchronize(device)
             seconds += time.perf_counter() - began
             if at_mark and number < steps - 1:
-                curve.append(((number + 1) * rows * T, round(evaluate(model, held_out, setting, device), 4)))
+                curve.append(((number + 1) * rows * T, round(evaluate(model, held_out, setting, policy), 4)))
             began = time.perf_counter()
         if number == 0:
             first = time.perf_counter() - started
     parameters = count.parameters(setting.model)
-    nats = evaluate(model, held_out, setting, device)
+    nats = evaluate(model, held_out, setting, policy)
     gates = {str(i): round(float(gate.mean()), 3) for i, gate in result.gates.items()}
     tail = torch.stack(losses[-max(1, steps // 20) :])
     return {
@@ -213,15 +213,15 @@ def _synchronize(device: str) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, ids: Tensor, setting: Setting, device: str) -> float:
+def evaluate(model: Transformer, ids: Tensor, setting: Setting, policy: Policy) -> float:
     """Mean cross-entropy in nats over contiguous rows."""
     model.eval()
-    policy, T = choose(setting.precision, torch.device(device)), setting.length
+    T, device = setting.length, ids.device
     total, counted = torch.zeros((), dtype=torch.float64, device=device), 0
     rows = ids[: (len(ids) - 1) // T * T + 1].unfold(0, T + 1, T)
     for part in torch.split(rows, max(1, 65_536 // T)):
         batch = Batch.from_rows(part)
-        with policy.compute(torch.device(device)), torch.compiler.set_stance("force_eager"):
+        with policy.compute(device), torch.compiler.set_stance("force_eager"):
             hidden = model(batch.tokens).hidden
             nats = cross_entropy_sum(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
         total += nats.to(torch.float64)

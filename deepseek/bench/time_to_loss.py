@@ -54,7 +54,7 @@ from deepseek.monitor.markup import Html, tag
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.ops.jit import compile_blocks
-from deepseek.precision import choose
+from deepseek.precision import choose, lower
 from deepseek.train import OptimConfig, Schedule, ScheduleConfig, TrainStep, build_optimizer, next_token_loss
 from deepseek.train.losses import cross_entropy_sum
 
@@ -176,10 +176,9 @@ class Ours:
             self.model = Transformer(config)
         if compiled(s, device):
             compile_blocks(self.model.blocks)
-        self.optimizer = build_optimizer(
-            self.model, OptimConfig(name=s.optimizer, lr=job.lr, weight_decay=s.weight_decay)
-        )
-        self.policy, self.device = choose(s.precision, device), device
+        self.policy, self.device = choose(s.precision, device, training=True), device
+        optim = OptimConfig(name=s.optimizer, lr=job.lr, weight_decay=s.weight_decay)
+        self.optimizer = build_optimizer(self.model, optim, lower(self.model, self.policy))
         self._step = TrainStep(
             self.model, next_token_loss, self.optimizer, self.policy, micro_rows=micro_rows, grad_clip=s.clip
         )
