@@ -19,7 +19,7 @@ from deepseek.batch import Batch
 from deepseek.bench.ceilings import matmul_tflops
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import attempt, free, measure, peak_gib
-from deepseek.bench.train import named_config
+from deepseek.bench.train import made, named_config
 from deepseek.config import replace as changed
 from deepseek.models import ModelConfig, Transformer
 from deepseek.ops.jit import compile_blocks
@@ -115,9 +115,8 @@ def make_step(mode: str, length: int, options: Options) -> tuple[Callable[[], Te
     """A forward pass that returns the loss, with the model checkpointed as ``mode`` says."""
     device, config = options.torch_device, options.config
     torch.manual_seed(options.seed)
-    with torch.device(device):
-        model = Transformer(config)
-    policy = choose("fp32" if device.type == "cpu" else "bf16", device)
+    policy = choose("fp32" if device.type == "cpu" else "bf16", device, training=True)
+    model, _ = made(config, device, policy)
     batch = Batch.from_rows(torch.randint(0, config.vocab_size, (options.rows, length + 1))).to(device)
     memory.activation_checkpoint(model, mode.removesuffix(OFFLOAD), offload=mode.endswith(OFFLOAD))
     if options.compiled:

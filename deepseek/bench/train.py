@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek.batch import Batch
 from deepseek.bench import kernels
@@ -36,7 +36,7 @@ from deepseek.config import replace as changed
 from deepseek.errors import ConfigError, did_you_mean
 from deepseek.models import PRESETS, ModelConfig, Transformer, count
 from deepseek.ops.jit import compile_blocks
-from deepseek.precision import choose
+from deepseek.precision import Policy, choose, lower
 from deepseek.train import OptimConfig, TrainStep, build_optimizer, next_token_loss
 from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
 
@@ -170,14 +170,13 @@ class Ours:
     ) -> None:
         device = options.torch_device
         torch.manual_seed(options.seed)
-        with torch.device(device):
-            self.model = Transformer(config)
+        policy = choose(options.precision, device, training=True)
+        self.model, masters = made(config, device, policy)
         if forced_balance:
             force_balance(self.model)
         if not options.eager and device.type != "cpu":
             compile_blocks(self.model.blocks)
-        optimizer = build_optimizer(self.model, OptimConfig(name=options.optimizer, lr=1e-4))
-        policy = choose(options.precision, device)
+        optimizer = build_optimizer(self.model, OptimConfig(name=options.optimizer, lr=1e-4), masters)
         self.step = TrainStep(self.model, next_token_loss, optimizer, policy, micro_rows=micro_rows)
         self.violation: Tensor | None = None
 
@@ -193,7 +192,19 @@ class Ours:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds."""
-        return {"model": self.model.state_dict(), "optimizer": self.step.optimizer.state_dict()}
+        optimizer = self.step.optimizer
+        return {
+            "model": optimizer.master_state(self.model.state_dict()), "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+
+
+def made(
+    config: ModelConfig, device: torch.device, policy: Policy
+) -> tuple[Transformer, dict[nn.Parameter, Tensor]]:
+    """A fresh model made on the device, stored as ``policy`` says, and its fp32 masters."""
+    with torch.device(device):
+        model = Transformer(config)
+    return model, lower(model, policy)
 
 
 def force_balance(model: Transformer) -> None:
@@ -244,7 +255,7 @@ def _one(name: str, make: Maker, micro: int, options: Options, report: Report, c
     achieved, sheet = speed * flops / 1e12, datasheet_tflops(report.environment["device"])
     row = {
         "stack": name, "weights": "fp32 masters" if ours else peer_format,
-        "tok/s": speed, "MFU %": 100 * achieved / sheet if sheet else None,
+        "tok/s": speed, "MFU %": 100 * achieved / sheet if sheet else None, "peak TFLOP/s": sheet,
         "of matmul %": 100 * achieved / ceiling, "TFLOP/s": achieved, "step ms": median * 1e3,
         "worst step ms": seconds[-1] * 1e3, "first step s": first_seconds, "peak GiB": peak_gib(device),
         "rows": micro, "loss first": first, "loss last": float(losses[-1]), "idle %": None,

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -100,8 +101,10 @@ def test_steering_decides_the_choice() -> None:
 def test_optim() -> None:
     report = optim.run(optim.Options(models=("moe_64x2",), steps_to_target=True, **CPU))
     rows = {row["optimizer"]: row for row in report.tables["optimizer step, moe_64x2"]}
-    assert rows["torch AdamW, fused, fp32"]["state of weights"] == pytest.approx(2, abs=0.01)
-    assert rows["muon"]["state of weights"] < 1.6
+    assert rows["torch AdamW, fused, fp32"]["bytes a weight"] == pytest.approx(8, abs=0.01)
+    assert rows["muon"]["bytes a weight"] < 6
+    traffic = {name: row["least traffic GB"] for name, row in rows.items()}
+    assert traffic["torch AdamW, fused, fp32"] == pytest.approx(traffic["adamw"], rel=0.01)
     ends = {
         row["optimizer"]: row for row in next(t for n, t in report.tables.items() if n.startswith("steps to"))
     }
@@ -144,6 +147,18 @@ def test_steps_to_a_target_are_interpolated() -> None:
 def test_mistakes_are_named(make: object, told: str) -> None:
     with pytest.raises(ConfigError, match=told.replace("?", r"\?")):
         make()  # type: ignore[operator]
+
+
+def test_a_benchmark_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("toy_bench")
+
+    def run(layers: int = 2, *, quick: bool = False) -> tuple[int, bool]:
+        return layers, quick
+
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_bench", module)
+    monkeypatch.setitem(bench.BENCHES, "toy", "toy_bench")
+    assert bench.run("toy", ["--layers", "3", "--quick"]) == (3, True)
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
