@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any
 from xml.etree import ElementTree
 
@@ -205,3 +206,20 @@ def test_minutes_to_a_loss() -> None:
 def test_unknown_stacks_are_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'dense'"):
         Options(stacks="dence").chosen
+
+
+def test_a_run_in_another_process(tmp_path: Path) -> None:
+    options = replace(small(), out=str(tmp_path), minutes=0.002)
+    gpus: Queue[int] = Queue()
+    gpus.put(0)
+    job = Job("dense", options.dense, 2e-3, options.minutes)
+    found = bench._elsewhere(job, options, gpus)
+    assert not found["problem"]
+    assert (found["name"], found["lr"], len(found["marks"])) == ("dense", 2e-3, 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["run-dense-0.002.json"]
+    broken = bench._elsewhere(job, replace(options, device="nowhere"), gpus)
+    assert "nowhere" in broken["problem"]
+    assert gpus.get() == 0  # given back
+    report = bench.Report("time-to-loss", CPU, quiet=True)
+    assert bench.summary(broken)["bits/byte"] is None
+    assert len(bench.publish(tmp_path, report)[0]) == 1
