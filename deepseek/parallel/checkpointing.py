@@ -55,7 +55,7 @@ class Checkpointed:
         self.blocks, self.selective, self.budget, self.offloader = blocks, selective, budget, offloader
         self.planner = plan if callable(plan) else None
         self.chain: Chain | None = None
-        self._measured: list[tuple[float, int, int]] = []
+        self._measured: list[tuple[float, float, int, int]] = []
         self._region: _Region | None = None
         self._follow(every_block(len(blocks)) if callable(plan) else plan)
 
@@ -109,20 +109,18 @@ class Checkpointed:
         with torch.random.fork_rng(_devices(device), device_type=_fork_type(device)):
             with SavedBytes(held) as saved:
                 run(*args, **kwargs)
-            _wait(device)
-            began = time.perf_counter()
-            with saved_tensors_hooks(lambda tensor: None, _never):
+            clock = _Clock(device)
+            with saved_tensors_hooks(clock.lap, _never):
                 run(*args, **kwargs)
-            _wait(device)
-        seconds = time.perf_counter() - began
+            seconds, rerun = clock.stop()
         size = sum(tensor.numel() * tensor.element_size() for tensor in given)
-        self._measured.append((seconds, size, saved.total))
+        self._measured.append((seconds, rerun, size, saved.total))
 
     def _plan_now(self) -> None:
         if self.planner is None or self.chain is not None or len(self._measured) != len(self.blocks):
             return
-        seconds, inputs, saved = zip(*_agreed(self._measured))
-        self.chain = Chain(seconds, tuple(map(int, inputs)), tuple(map(int, saved)))
+        seconds, rerun, inputs, saved = zip(*_agreed(self._measured))
+        self.chain = Chain(seconds, rerun, tuple(map(int, inputs)), tuple(map(int, saved)))
         self._follow(self.planner(self.chain))
 
 
@@ -366,12 +364,35 @@ def _fork_type(device: torch.device) -> str:
     return device.type if device.type != "cpu" else "cuda"
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class _Clock:
+    """Seconds from its making to the last ``lap``, and to ``stop``, on the device's own time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+            torch.cuda.synchronize(device)
+            self.events[0].record()
+            self.events[1].record()
+        self.began = self.last = time.perf_counter()
+
+    def lap(self, tensor: Tensor) -> None:
+        self.last = time.perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def stop(self) -> tuple[float, float]:
+        """Seconds of everything, and to the last lap."""
+        ended = time.perf_counter()
+        if not self.events:
+            return ended - self.began, self.last - self.began
+        began, last, end = self.events
+        end.record()
+        end.synchronize()
+        return began.elapsed_time(end) / 1000, began.elapsed_time(last) / 1000
 
 
-def _agreed(measured: list[tuple[float, int, int]]) -> list[list[float]]:
+def _agreed(measured: list[tuple[float, float, int, int]]) -> list[list[float]]:
     """The mean over the ranks, so that all make the same plan."""
     table = torch.tensor(measured, dtype=torch.float64)
     if comm.world() > 1:

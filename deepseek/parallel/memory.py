@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek.errors import ConfigError, did_you_mean
 from deepseek.parallel.checkpointing import Checkpointed, Planner, attach, detach
+from deepseek.parallel.flops import flop_counter
 from deepseek.parallel.offload import Offloader
 from deepseek.parallel.saved import SavedBytes
 from deepseek.parallel.segments import (
@@ -176,7 +176,7 @@ def measure(step: Callable[[], Tensor], *, weights: Iterable[Tensor] = ()) -> Me
     loss.backward()
     device = loss.device
     del loss
-    with FlopCounterMode(display=False) as flops:
+    with flop_counter() as flops:
         step().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

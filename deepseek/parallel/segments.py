@@ -52,9 +52,16 @@ Plan: TypeAlias = "tuple[Item, ...]"
 
 
 class Chain(NamedTuple):
-    """Blocks in a row: forward ``seconds`` (or any cost), bytes of the ``inputs`` and bytes ``saved`` beside them."""
+    """Blocks in a row: what each takes and keeps.
+
+    Attributes:
+        seconds: of the forward pass (or any other cost).
+        rerun: of the part of it after which everything is saved: the last block of a segment stops there.
+        inputs: bytes of the input. saved: bytes kept for backward beside the input.
+    """
 
     seconds: tuple[float, ...]
+    rerun: tuple[float, ...]
     inputs: tuple[int, ...]
     saved: tuple[int, ...]
 
@@ -102,7 +109,9 @@ def cost(plan: Plan, chain: Chain) -> Cost:
             peak = max(peak, kept)
         for item, held in zip(reversed(items), reversed(entered[:-1])):
             if isinstance(item, Recompute):
-                recomputed += sum(chain.seconds[i] for i in item.blocks)
+                *through, last = item.blocks
+                recomputed += sum(chain.seconds[i] for i in through)
+                recomputed += (chain.rerun if isinstance(item.items[-1], Save) else chain.seconds)[last]
                 carry_out(item.items, held)
 
     carry_out(plan, chain.inputs[0])
@@ -146,6 +155,8 @@ class _Table:
         slot = max(memory, 1) / SLOTS
         self.inputs = [math.ceil(b / slot) for b in chain.inputs]
         self.saved = [math.ceil(b / slot) for b in chain.saved]
+        # Blocks up to the last are run for the first time; a part that ends before it is run again, to its last save.
+        self.final = [*chain.rerun[:-1], chain.seconds[-1]]
         self.elapsed = [0.0, *np.cumsum(chain.seconds).tolist()]
         self.room = SLOTS - self.inputs[0]
         self.time: dict[tuple[int, int], NDArray[np.float64]] = {}
@@ -155,10 +166,10 @@ class _Table:
                 self._fill(s, s + length)
 
     def _fill(self, s: int, t: int) -> None:
-        seconds = self.elapsed[s + 1] - self.elapsed[s]
         if s == t:
-            best = _shifted(np.full(SLOTS + 1, seconds), self.saved[s])
+            best = _shifted(np.full(SLOTS + 1, self.final[s]), self.saved[s])
         else:
+            seconds = self.elapsed[s + 1] - self.elapsed[s]
             best = seconds + _shifted(self.time[s + 1, t], self.saved[s] + self.inputs[s + 1])
         choice = np.full(SLOTS + 1, -1, np.int16)
         for k in range(s + 1, t + 1):

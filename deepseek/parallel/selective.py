@@ -65,16 +65,16 @@ class Results:
 
 
 class _Held:
-    """A tensor and the version it had: a later change in place would make it useless."""
+    """A result and the version it had: a later change in place would make it useless."""
 
     def __init__(self, tensor: Tensor, results: Results) -> None:
-        self.tensor, self.version = tensor.detach(), tensor._version
-        self.kept = results.keep(self.tensor)
-        if self.kept is not self.tensor:
-            del self.tensor
+        # Below autograd a detached tensor has a version of its own; the guard lets it share the result's.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            shared = tensor.detach()
+        self.version, self.kept = shared._version, results.keep(shared)
 
     def fetch(self, results: Results, op: Any) -> Tensor:
-        if self.kept is getattr(self, "tensor", None) and self.tensor._version != self.version:
+        if isinstance(self.kept, Tensor) and self.kept._version != self.version:
             raise TrainingError(
                 f"the result of {op} was changed in place after it was kept for backward; use another mode of "
                 "activation_checkpoint, or an operation that is not in place"

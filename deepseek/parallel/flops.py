@@ -1,0 +1,81 @@
+"""FLOPs as they happen, by ``torch.utils.flop_counter``, with the operations that it does not know.
+
+Like torch's own formulas these count a causal mask as full, and matrix products only. Experts are counted with the rows
+that are set aside for the token floor, used or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+Shape = tuple[int, ...]
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context manager; ``get_total_flops()`` afterwards is what ran inside, recomputation and backward included."""
+    aten = torch.ops.aten
+    known: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    for name, formula in _OURS.items():
+        if hasattr(torch.ops.deepseek, name):  # known once its module is imported
+            known[getattr(torch.ops.deepseek, name)] = formula
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *rest: Any, **more: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **more: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, q, k, v))
+
+
+def _router(x: Shape, weight: Shape, *rest: Any, **more: Any) -> int:
+    return 2 * x[0] * prod(weight)
+
+
+def _experts(x: Shape, gate: Shape, row: Shape, token: Shape, *rest: Any, **more: Any) -> int:
+    w_in, w_out = (s for s in rest if isinstance(s, (tuple, torch.Size)) and len(s) == 3)
+    return 2 * token[0] * (prod(w_in[1:]) + prod(w_out[1:]))
+
+
+def _experts_backward(grad: Shape, *given: Any, **more: Any) -> int:
+    return 2 * _experts(*given)
+
+
+def _cross_entropy(
+    hidden: Shape, weight: Shape, targets: Shape, z: float, gradient: bool, **more: Any
+) -> int:
+    return 2 * hidden[0] * prod(weight) * (3 if gradient else 1)
+
+
+def _window(q: Shape, k: Shape, v: Shape, start: Any, end: Any, window: int, **more: Any) -> int:
+    return 4 * prod(q) * min(window, q[2])
+
+
+def _hybrid(q: Shape, *given: Any, **more: Any) -> int:
+    pool, window = given[3], given[-3]
+    return 4 * prod(q) * (min(window, q[2]) + pool[2])
+
+
+_OURS: dict[str, Callable[..., int]] = {
+    "router": _router,
+    "experts": _experts,
+    "experts_backward": _experts_backward,
+    "linear_cross_entropy": _cross_entropy,
+    "window_attention": _window,
+    "hybrid_attention": _hybrid,
+    "window_attention_backward": lambda grad, q, k, v, out, lse, start, end, window, **more: (
+        5 * _window(q, k, v, start, end, window) // 2
+    ),
+    "hybrid_attention_backward": lambda grad, q, qr, k, v, kp, *rest, **more: (
+        5 * _hybrid(q, qr, k, v, kp, *rest[-3:]) // 2
+    ),
+}
