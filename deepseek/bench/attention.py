@@ -130,7 +130,7 @@ def flex_window(config: AttentionConfig, x: Inputs) -> tuple[Callable[[], Tensor
 
     T = x.q.shape[2]
     blocks = create_block_mask(visible, None, None, T, T, device=x.q.device)
-    compiled: Any = torch.compile(flex_attention)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
     leaves = (x.q_rope, x.k_rope, x.v)
     return lambda: compiled(*leaves, block_mask=blocks, enable_gqa=True), leaves
 
@@ -155,7 +155,7 @@ def hybrid(
     if backend == "chunked":
         sizes["window_mask"] = window_mask(T, config.window, None, device)
         sizes["global_mask"] = pooled_mask(torch.arange(T, device=device), T, config.block, config.stride)
-    call: Any = torch.compile(op) if compiled else op
+    call: Any = torch.compile(op, dynamic=False) if compiled else op
     return lambda: call(*x.tensors, **sizes), x.tensors
 
 

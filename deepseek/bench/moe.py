@@ -7,7 +7,6 @@ FLOPs are those of the chosen experts; the ceiling is the same grouped matmuls a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,17 @@ from deepseek.bench import kernels
 from deepseek.bench.ceilings import compute_dtype, grouped_tflops, matmul_tflops
 from deepseek.bench.peers import LoopMoE, PlainMoE
 from deepseek.bench.report import BenchOptions, Report
-from deepseek.bench.timing import Call, attempt, free, measure, peak_gib, race, random_like
+from deepseek.bench.timing import (
+    Call,
+    attempt,
+    free,
+    measure,
+    peak_gib,
+    race,
+    random_like,
+    reset_peak,
+    synchronize,
+)
 from deepseek.bench.train import named_config
 from deepseek.errors import ConfigError
 from deepseek.models import ModelConfig
@@ -103,18 +112,19 @@ def peer_layer(kind: type[PlainMoE], config: ModelConfig, device: torch.device) 
     return layer.to(compute_dtype(device))
 
 
-def layers(options: Options, first: bool) -> dict[str, Callable[[], Any]]:
-    """What to measure, by name: functions that make a layer."""
+LOOP = "loop over experts, eager"
+
+
+def layers(options: Options) -> dict[str, Any]:
+    """What is measured, by name."""
     config, device = options.config, options.torch_device
-    compiled = not options.eager and device.type == "cuda"
-    ours, plain = partial(OurLayer, config, device), partial(peer_layer, PlainMoE, config, device)
-    found: dict[str, Callable[[], Any]] = {"deepseek, eager": ours, "plain-torch, eager": plain}
-    if compiled:
-        found["deepseek, compiled"] = lambda: torch.compile(ours())
-        found["plain-torch, compiled"] = lambda: torch.compile(plain())
-    if first or options.loop:
-        found["loop over experts, eager"] = partial(peer_layer, LoopMoE, config, device)
-    return found
+    found: dict[str, Any] = {
+        "deepseek, eager": OurLayer(config, device), "plain-torch, eager": peer_layer(PlainMoE, config, device),
+    }  # fmt: skip
+    if not options.eager and device.type == "cuda":
+        found["deepseek, compiled"] = torch.compile(OurLayer(config, device), dynamic=False)
+        found["plain-torch, compiled"] = torch.compile(peer_layer(PlainMoE, config, device), dynamic=False)
+    return found | {LOOP: peer_layer(LoopMoE, config, device)}
 
 
 def run(options: Options) -> Report:
@@ -124,57 +134,60 @@ def run(options: Options) -> Report:
     tokens = 512 if options.quick else options.tokens
     report = Report("moe", device, options, options.json)
     report.ceiling("matmul, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
-    ceilings = _ceilings(report, config, tokens, device)
+    ceiling = _ceilings(report, config, tokens, device)
+    free(device)
+    measured = layers(options)
     for number, kind in enumerate(options.routing):
-        _routing(report, kind, tokens, options, ceilings, first=number == 0)
-    _breakdown(report, options, tokens)
+        here = {n: layer for n, layer in measured.items() if n != LOOP or number == 0 or options.loop}
+        _routing(report, kind, inputs(kind, tokens, config, device), here, options, ceiling)
+    _breakdown(report, measured, inputs(options.routing[0], tokens, config, device), device)
     return report.close()
 
 
 def _ceilings(report: Report, config: ModelConfig, tokens: int, device: torch.device) -> float:
     """TFLOP/s of the layer's grouped matmuls alone, forward and backward, evenly loaded."""
-    m, rows = config.moe, tokens * config.moe.top_k
+    m, dtype = config.moe, compute_dtype(device)
+    rows = tokens * m.top_k // m.experts * m.experts
+    ends = torch.arange(1, m.experts + 1, device=device, dtype=torch.int32) * (rows // m.experts)
+    calls: list[Call] = []
     for inner, outer in ((config.hidden, 2 * m.expert_ffn), (m.expert_ffn, config.hidden)):
         report.ceiling(
             f"grouped_mm {m.experts} x {inner}x{outer}, {rows:,} rows, TFLOP/s",
             grouped_tflops(device, rows, m.experts, inner, outer),
         )
-    dtype, used = compute_dtype(device), rows // m.experts * m.experts
-    x = random_like((used, config.hidden), device, dtype, grad=True)
-    first = random_like((m.experts, config.hidden, m.expert_ffn), device, dtype, grad=True)
-    second = random_like((m.experts, m.expert_ffn, config.hidden), device, dtype, grad=True)
-    ends = torch.arange(1, m.experts + 1, device=device, dtype=torch.int32) * (used // m.experts)
-    gradient = random_like((used, config.hidden), device, dtype)
-
-    def both() -> None:
-        inner = F.grouped_mm(x, first, offs=ends)
-        torch.autograd.grad(F.grouped_mm(inner, second, offs=ends), (x, first, second), gradient)
-
-    work = 3 * 2 * used * 2 * config.hidden * m.expert_ffn
-    value = work / measure(both, device).median / 1e12
-    return report.ceiling("grouped_mm in and out, forward+backward, TFLOP/s", value)
+        leaves = (
+            random_like((rows, inner), device, dtype, grad=True),
+            random_like((m.experts, inner, outer), device, dtype, grad=True),
+        )
+        calls.append(partial(_grouped_both, leaves, ends, random_like((rows, outer), device, dtype)))
+    seconds = measure(lambda: [call() for call in calls], device).median
+    work = 3 * 2 * rows * 3 * config.hidden * m.expert_ffn
+    return report.ceiling("these two, forward+backward, TFLOP/s", work / seconds / 1e12)
 
 
-def _routing(report: Report, kind: str, tokens: int, options: Options, ceiling: float, first: bool) -> None:
+def _grouped_both(leaves: tuple[Tensor, Tensor], ends: Tensor, gradient: Tensor) -> None:
+    torch.autograd.grad(F.grouped_mm(*leaves, offs=ends), leaves, gradient)
+
+
+def _routing(
+    report: Report, kind: str, x: Tensor, measured: dict[str, Any], options: Options, ceiling: float
+) -> None:
+    """The table of one routing."""
     device, config = options.torch_device, options.config
-    x, calls, memory = inputs(kind, tokens, config, device), dict[str, Call](), dict[str, float | None]()
-    gradient = torch.randn_like(x)
-    for name, make in layers(options, first).items():
-        free(device)
+    calls, memory, gradient = dict[str, Call](), dict[str, float | None](), torch.randn_like(x)
+    for name, layer in measured.items():
+        reset_peak(device)
         before = peak_gib(device)
-        outcome = attempt(partial(_call, make, x, gradient), device)
+        outcome = attempt(partial(_ready, layer, x, gradient, device), device)
         if outcome.value is None:
             report.note(f"{name}, {kind}: {outcome.problem}")
             continue
         calls[name], peak = outcome.value, peak_gib(device)
         memory[name] = peak - before if peak is not None and before is not None else None
-    taken = race(
-        calls, device, rounds=2 if options.quick else options.rounds, warmup=1 if options.quick else 3
-    )
-    m = config.moe
-    work = 3 * 6 * tokens * m.top_k * config.hidden * m.expert_ffn
-    load = _load(x, config)
-    rows = []
+    rounds, warmup = (2, 1) if options.quick else (options.rounds, 3)
+    taken = race(calls, device, rounds=rounds, warmup=warmup)
+    work = 3 * 6 * x.shape[1] * config.moe.top_k * config.hidden * config.moe.expert_ffn
+    load, rows = _load(x, config), []
     for name, time in taken.items():
         achieved = work / time.median / 1e12
         rows.append({
@@ -182,9 +195,7 @@ def _routing(report: Report, kind: str, tokens: int, options: Options, ceiling: 
             "of grouped_mm %": 100 * achieved / ceiling, "peak GiB": memory[name],
             "MaxVio": float(max_violation(load)), "coverage": float(coverage(load)),
         })  # fmt: skip
-    report.add(f"{kind} routing, {tokens:,} tokens", rows)
-    calls.clear()
-    free(device)
+    report.add(f"{kind} routing, {x.shape[1]:,} tokens", rows)
 
 
 def _load(x: Tensor, config: ModelConfig) -> Tensor:
@@ -193,35 +204,29 @@ def _load(x: Tensor, config: ModelConfig) -> Tensor:
     return torch.bincount(chosen, minlength=config.moe.experts) / chosen.numel()
 
 
-def _call(make: Callable[[], Any], x: Tensor, gradient: Tensor) -> Call:
-    """Forward and backward to the input and every weight; has run once."""
-    layer = make()
-    leaves = [x, *(p for p in layer.parameters())]
-
-    def both() -> None:
-        out = layer(x)
-        outs = out if isinstance(out, tuple) else (out,)
-        torch.autograd.grad(outs, leaves, (gradient, *(torch.ones_like(o) for o in outs[1:])))
-
-    both()
-    return both
+def both(layer: Any, x: Tensor, gradient: Tensor) -> None:
+    """Forward, and backward to the input and every weight; other outputs than the first are losses."""
+    out = layer(x)
+    outs = out if isinstance(out, tuple) else (out,)
+    gradients = (gradient, *(torch.ones_like(o) for o in outs[1:]))
+    torch.autograd.grad(outs, [x, *layer.parameters()], gradients)
 
 
-def _breakdown(report: Report, options: Options, tokens: int) -> None:
-    """Kernels of the fastest form of ours and of plain torch."""
-    device, config = options.torch_device, options.config
-    how = "compiled" if "deepseek, compiled" in layers(options, False) else "eager"
-    x = inputs("uniform", tokens, config, device)
-    for stack in ("deepseek", "plain-torch"):
-        name = f"{stack}, {how}"
-        outcome = attempt(partial(_profile, layers(options, False)[name], x, device), device)
+def _ready(layer: Any, x: Tensor, gradient: Tensor, device: torch.device) -> Call:
+    call = partial(both, layer, x, gradient)
+    call()
+    synchronize(device)
+    return call
+
+
+def _breakdown(report: Report, measured: dict[str, Any], x: Tensor, device: torch.device) -> None:
+    """Kernels of ours and of plain torch, compiled where there is a compiled form."""
+    how = "compiled" if "deepseek, compiled" in measured else "eager"
+    for name in (f"deepseek, {how}", f"plain-torch, {how}"):
+        call = partial(both, measured[name], x, torch.randn_like(x))
+        outcome = attempt(partial(kernels.profile, call, device), device)
         if outcome.value is None:
             report.note(f"{name}, kernels: {outcome.problem}")
             continue
         report.add(f"{name}: time by kind of kernel", outcome.value.by_kind())
         report.add(f"{name}: kernels", outcome.value.top(20))
-        free(device)
-
-
-def _profile(make: Callable[[], Any], x: Tensor, device: torch.device) -> kernels.KernelProfile:
-    return kernels.profile(_call(make, x, torch.randn_like(x)), device)
