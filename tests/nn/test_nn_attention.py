@@ -98,7 +98,7 @@ def test_the_model_with_kernels_is_the_model_without(
         for block in made.blocks:
             block.compile(fullgraph=True, backend="aot_eager")
     triton = kernels("hybrid_attention")
-    tiles = triton.Tiles(32, 16, 4, 1)
+    tiles = triton.Tiles(32, 32, 4, 1)
     with triton.forced_tuning(triton.Tuning(tiles, tiles, tiles, programs=4)):
         got = results(made, packed)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from deepseek.ops.triton.hybrid_attention import Tiles, Tuning, forced_tuning
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tuning(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), programs=8)
 UNEVEN = Tuning(Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), programs=1)
+ENGINE = Tuning(Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), programs=5, tma=True)
 
 
 def random_documents(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -81,12 +83,12 @@ def compare(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("tuning", [SMALL, UNEVEN])
+@pytest.mark.parametrize("tuning", [SMALL, UNEVEN, ENGINE])
 @pytest.mark.parametrize(
     ("length", "heads", "kv", "size", "window", "block", "stride"),
     [
         (32, 2, 1, 64, 8, 4, 2),  # whole tiles
-        (67, 4, 2, 64, 20, 6, 3),  # a ragged end
+        (51, 4, 2, 64, 20, 6, 3),  # a ragged end
         (80, 2, 2, 96, 80, 4, 4),  # a padded head size; a window as long as the row
         (48, 2, 1, 128, 1, 2, 1),  # a window of one; more slots than query tiles
         (5, 2, 1, 64, 9, 8, 4),  # shorter than window and block: the sink alone
@@ -103,14 +105,27 @@ def test_hybrid_equals_the_reference(
     tuning: Tuning,
     packed: bool,
 ) -> None:
-    documents = random_documents(2, length) if packed else None
+    rows = 2 if packed else 1
+    documents = random_documents(rows, length) if packed else None
     with forced_tuning(tuning):
-        compare(inputs(2, heads, kv, length, size, torch.float32), window, block, stride, documents, 2e-5)
+        compare(inputs(rows, heads, kv, length, size, torch.float32), window, block, stride, documents, 2e-5)
 
 
 def test_half_precision_stays_near_the_reference() -> None:
     with forced_tuning(SMALL):
         compare(inputs(1, 2, 1, 40, 64, torch.float16), 12, 4, 2, random_documents(1, 40), 5e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: the interpreter multiplies bf16 wrongly")
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_default_tiles_in_bf16(size: int, packed: bool, tma: bool) -> None:
+    if tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper")
+    values = inputs(2, 8, 2, 700, size, torch.bfloat16)
+    with forced_tuning(replace(kernels.tuning_for(values[0]), tma=tma)):
+        compare(values, 128, 32, 16, random_documents(2, 700) if packed else None, 2e-2)
 
 
 def test_default_tiles_and_contiguous_heads() -> None:

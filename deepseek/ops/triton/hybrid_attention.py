@@ -18,17 +18,20 @@ Shape letters: B rows, H query heads, K key/value heads, T positions, D head siz
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: RET505 - an `else` is what makes Triton compile only one of two returns
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -45,18 +48,24 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tiles of the three kernels; ``programs``: how many slot programs to aim for when splitting their queries."""
+    """Tiles of the three kernels.
+
+    Attributes:
+        programs: how many slot programs to aim for when splitting their queries.
+        tma: whether loops read through Hopper's copy engine, which spares registers; else through pointers.
+    """
 
     forward: Tiles
     queries: Tiles
     keys: Tiles
     programs: int = 528
+    tma: bool = False
 
 
 #: By padded head size, for 16-bit inputs on SM90 (more shared memory than SM80, which takes one stage less).
 TUNING = {
     64: Tuning(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
-    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
+    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
 }
 #: fp32 takes twice the shared memory and four times the tensor-core time.
 WIDE_TUNING = Tuning(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
@@ -82,35 +91,50 @@ def tuning_for(q: Tensor) -> Tuning:
     if q.dtype == torch.float32:
         return WIDE_TUNING
     made = TUNING[64 if q.shape[-1] <= 64 else 128]
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
-        less = {
-            name: replace(tiles, stages=max(1, tiles.stages - 1))
-            for name in ("forward", "queries", "keys")
-            if isinstance(tiles := getattr(made, name), Tiles)
-        }
-        made = replace(made, **less)  # type: ignore[arg-type]
-    return made
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0):
+        return made
+    less = [replace(x, stages=max(1, x.stages - 1)) for x in (made.forward, made.queries, made.keys)]
+    return Tuning(less[0], less[1], less[2], made.programs)
 
 
 # --- loops over tiles -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _at(x, b, h, x_b, x_h, x_t, TMA: tl.constexpr):
+    """Row b and head h of ``x``: a descriptor and where to look, or a pointer; and the stride of positions."""
+    if TMA:
+        return x, b.to(tl.int32), h, x_t
+    else:
+        return x + b * x_b + h * x_h, 0, 0, x_t
+
+
+@triton.jit
 def _load(
-    pointer, start, stride, limit, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHECK: tl.constexpr
+    at,
+    start,
+    limit,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    CHECK: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Rows ``start … start + N − 1`` as ``[N, DP]``; zeros beyond ``limit`` (if CHECK) and beyond D."""
-    n, d = tl.arange(0, N), tl.arange(0, DP)
-    at = pointer + start.to(tl.int64) * stride + n[:, None] * stride + d[None, :]
-    if CHECK and D < DP:
-        x = tl.load(at, mask=(start + n < limit)[:, None] & (d < D)[None, :], other=0.0)
-    elif CHECK:
-        x = tl.load(at, mask=(start + n < limit)[:, None], other=0.0)
-    elif D < DP:
-        x = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    x, b, h, stride = at
+    if TMA:
+        return x.load([b, h, start, 0]).reshape(N, DP)
     else:
-        x = tl.load(at)
-    return x
+        n, d = tl.arange(0, N), tl.arange(0, DP)
+        x = x + start.to(tl.int64) * stride + n[:, None] * stride + d[None, :]
+        if CHECK and D < DP:
+            return tl.load(x, mask=(start + n < limit)[:, None] & (d < D)[None, :], other=0.0)
+        elif CHECK:
+            return tl.load(x, mask=(start + n < limit)[:, None], other=0.0)
+        elif D < DP:
+            return tl.load(x, mask=(d < D)[None, :], other=0.0)
+        else:
+            return tl.load(x)
 
 
 @triton.jit
@@ -128,23 +152,23 @@ def _row(pointer, start, limit, other, N: tl.constexpr):
 
 @triton.jit
 def _softmax(
-    acc, top, total, q, k_at, v_at, k_stride, v_stride, lo, hi, limit, first, end, scale,
+    acc, top, total, q, k_at, v_at, lo, hi, limit, first, end, scale,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys ``lo … hi − 1``; row i sees ``first[i] <= n < end[i]``."""
     for start in range(lo, hi, BN):
         start = tl.multiple_of(start, BN)
-        k = _load(k_at, start, k_stride, limit, BN, D, DP, CHECK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        k = _load(k_at, start, limit, BN, D, DP, CHECK, TMA)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASK:
             n = start + tl.arange(0, BN)
             s = tl.where((n[None, :] >= first[:, None]) & (n[None, :] < end[:, None]), s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
+        higher = tl.maximum(top, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
-        v = _load(v_at, start, v_stride, limit, BN, D, DP, CHECK)
+        v = _load(v_at, start, limit, BN, D, DP, CHECK, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
     return acc, top, total
@@ -152,15 +176,15 @@ def _softmax(
 
 @triton.jit
 def _to_queries(
-    dq, q, do, lse, delta, k_at, v_at, k_stride, v_stride, lo, hi, limit, first, end, scale,
+    dq, q, do, lse, delta, k_at, v_at, lo, hi, limit, first, end, scale,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what keys ``lo … hi − 1`` give to the gradient of ``q``."""
     for start in range(lo, hi, BN):
         start = tl.multiple_of(start, BN)
-        k = _load(k_at, start, k_stride, limit, BN, D, DP, CHECK)
-        v = _load(v_at, start, v_stride, limit, BN, D, DP, CHECK)
+        k = _load(k_at, start, limit, BN, D, DP, CHECK, TMA)
+        v = _load(v_at, start, limit, BN, D, DP, CHECK, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None]
         if MASK:
             n = start + tl.arange(0, BN)
@@ -173,9 +197,9 @@ def _to_queries(
 
 @triton.jit
 def _to_keys(
-    dk, dv, k, v, q_at, do_at, q_stride, do_stride, lse_at, delta_at, lo, hi, limit, first, end, scale,
+    dk, dv, k, v, q_at, do_at, lse_at, delta_at, lo, hi, limit, first, end, scale,
     BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what queries ``lo … hi − 1`` give to the gradients of ``k`` and ``v``.
 
@@ -183,8 +207,8 @@ def _to_keys(
     """
     for start in range(lo, hi, BM):
         start = tl.multiple_of(start, BM)
-        q = _load(q_at, start, q_stride, limit, BM, D, DP, CHECK)
-        do = _load(do_at, start, do_stride, limit, BM, D, DP, CHECK)
+        q = _load(q_at, start, limit, BM, D, DP, CHECK, TMA)
+        do = _load(do_at, start, limit, BM, D, DP, CHECK, TMA)
         i = start + tl.arange(0, BM)
         if CHECK:
             lse, delta = (
@@ -267,7 +291,7 @@ def _forward_kernel(
     B, H, T, J, window, sm_scale,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     POOLED: tl.constexpr, WIDE: tl.constexpr, DOCS: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Late tiles see the most slots: they go first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -283,7 +307,7 @@ def _forward_kernel(
     head = (b * H + h) * T
 
     if POOLED:
-        x = _load(q + b * q_b + h * q_h, m0, q_t, T, BM, D, DP, not EVEN)
+        x = _load(_at(q, b, h, q_b, q_h, q_t, False), m0, T, BM, D, DP, not EVEN, False)
         d = tl.arange(0, DP)
         sink_k = tl.load(kv_sink + d, mask=d < D, other=0.0).to(tl.float32)
         sink_v = tl.load(kv_sink + (H // GROUP) * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -294,17 +318,18 @@ def _forward_kernel(
         lo, full_hi = _pooled_slots(m0, slots, T, B, BLOCK, STRIDE, DOCS)
         full_lo, hi = _pooled_slots(last, slots, T, B, BLOCK, STRIDE, DOCS)
         a, z = _inner(full_lo, full_hi, BN)
-        k_at, v_at = k_pool + b * kp_b + kv * kp_h, v_pool + b * vp_b + kv * vp_h
+        k_at = _at(k_pool, b, kv, kp_b, kp_h, kp_j, TMA)
+        v_at = _at(v_pool, b, kv, vp_b, vp_h, vp_j, TMA)
         if DOCS:
             acc, top, total = _softmax(
-                acc, top, total, x, k_at, v_at, kp_j, vp_j, lo // BN * BN, tl.minimum(a, hi), J, first, end, scale,
-                BN, D, DP, True, True, PRECISION,
+                acc, top, total, x, k_at, v_at, lo // BN * BN, tl.minimum(a, hi), J, first, end, scale,
+                BN, D, DP, True, True, TMA, PRECISION,
             )  # fmt: skip
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kp_j, vp_j, a, z, J, first, end, scale, BN, D, DP, False, False, PRECISION,
+            acc, top, total, x, k_at, v_at, a, z, J, first, end, scale, BN, D, DP, False, False, TMA, PRECISION,
         )  # fmt: skip
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kp_j, vp_j, z, hi, J, first, end, scale, BN, D, DP, True, True, PRECISION,
+            acc, top, total, x, k_at, v_at, z, hi, J, first, end, scale, BN, D, DP, True, True, TMA, PRECISION,
         )  # fmt: skip
         weight = tl.load(gate + b * g_b + h * g_h + i * g_t, mask=i < T, other=0.5).to(tl.float32)
         # Rounded as it is kept, so that backward finds exactly this share in the blend.
@@ -313,31 +338,31 @@ def _forward_kernel(
         tl.store(lse + head + i, top + tl.log2(total) - tl.log2(tl.maximum(weight, 1e-30)), mask=i < T)
         lse += B * H * T
 
-    x = _load(q_rope + b * qr_b + h * qr_h, m0, qr_t, T, BM, D, DP, not EVEN)
+    x = _load(_at(q_rope, b, h, qr_b, qr_h, qr_t, False), m0, T, BM, D, DP, not EVEN, False)
     top = tl.full((BM,), -1e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
     first, end = _window_keys(i, doc_start, T, window, DOCS)
     lo, full_hi = _window_keys(m0, doc_start, T, window, DOCS)
     full_lo, hi = _window_keys(last, doc_start, T, window, DOCS)
-    k_at, v_at = k_rope + b * kr_b + kv * kr_h, v + b * v_b + kv * v_h
+    k_at, v_at = _at(k_rope, b, kv, kr_b, kr_h, kr_t, TMA), _at(v, b, kv, v_b, v_h, v_t, TMA)
     a, z = _inner(full_lo, full_hi, BN)
     if WIDE:
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kr_t, v_t, lo // BN * BN, tl.minimum(a, hi), T, first, end,
-            scale, BN, D, DP, True, not EVEN, PRECISION,
+            acc, top, total, x, k_at, v_at, lo // BN * BN, tl.minimum(a, hi), T, first, end,
+            scale, BN, D, DP, True, not EVEN, TMA, PRECISION,
         )  # fmt: skip
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kr_t, v_t, a, z, T, first, end, scale, BN, D, DP, False, False, PRECISION,
+            acc, top, total, x, k_at, v_at, a, z, T, first, end, scale, BN, D, DP, False, False, TMA, PRECISION,
         )  # fmt: skip
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kr_t, v_t, z, hi, T, first, end, scale,
-            BN, D, DP, True, not EVEN, PRECISION,
+            acc, top, total, x, k_at, v_at, z, hi, T, first, end, scale,
+            BN, D, DP, True, not EVEN, TMA, PRECISION,
         )  # fmt: skip
     else:
         acc, top, total = _softmax(
-            acc, top, total, x, k_at, v_at, kr_t, v_t, lo // BN * BN, hi, T, first, end, scale,
-            BN, D, DP, True, not EVEN, PRECISION,
+            acc, top, total, x, k_at, v_at, lo // BN * BN, hi, T, first, end, scale,
+            BN, D, DP, True, not EVEN, TMA, PRECISION,
         )  # fmt: skip
     y = acc / total[:, None]
     kept = top + tl.log2(total)
@@ -360,7 +385,7 @@ def _queries_kernel(
     B, H, T, J, window, sm_scale,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     POOLED: tl.constexpr, WIDE: tl.constexpr, DOCS: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
@@ -375,19 +400,19 @@ def _queries_kernel(
     head = (b * H + h) * T
     at = b * o_b + h * o_h
 
-    dy = _load(do + b * do_b + h * do_h, m0, do_t, T, BM, D, DP, not EVEN)
-    y = _load(out + at, m0, o_t, T, BM, D, DP, not EVEN)
+    dy = _load(_at(do, b, h, do_b, do_h, do_t, False), m0, T, BM, D, DP, not EVEN, False)
+    y = _load(_at(out, b, h, o_b, o_h, o_t, False), m0, T, BM, D, DP, not EVEN, False)
     local_delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
     if POOLED:
         weight = tl.load(gate + b * g_b + h * g_h + i * g_t, mask=i < T, other=0.5).to(tl.float32)
-        y = _load(whole + at, m0, o_t, T, BM, D, DP, not EVEN)
+        y = _load(_at(whole, b, h, o_b, o_h, o_t, False), m0, T, BM, D, DP, not EVEN, False)
         pooled_delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
         local_delta = (local_delta - weight * pooled_delta) / tl.maximum(1.0 - weight, 1e-6)
         tl.store(dgate + head + i, pooled_delta - local_delta, mask=i < T)
         tl.store(delta + head + i, pooled_delta, mask=i < T)
         delta += B * H * T
 
-        x = _load(q + b * q_b + h * q_h, m0, q_t, T, BM, D, DP, not EVEN)
+        x = _load(_at(q, b, h, q_b, q_h, q_t, False), m0, T, BM, D, DP, not EVEN, False)
         kept = _row(lse + head, m0, T, float("inf"), BM)
         lse += B * H * T
         d = tl.arange(0, DP)
@@ -405,48 +430,49 @@ def _queries_kernel(
         lo, full_hi = _pooled_slots(m0, slots, T, B, BLOCK, STRIDE, DOCS)
         full_lo, hi = _pooled_slots(last, slots, T, B, BLOCK, STRIDE, DOCS)
         a, z = _inner(full_lo, full_hi, BN)
-        k_at, v_at = k_pool + b * kp_b + kv * kp_h, v_pool + b * vp_b + kv * vp_h
+        k_at = _at(k_pool, b, kv, kp_b, kp_h, kp_j, TMA)
+        v_at = _at(v_pool, b, kv, vp_b, vp_h, vp_j, TMA)
         if DOCS:
             acc = _to_queries(
-                acc, x, dy, kept, pooled_delta, k_at, v_at, kp_j, vp_j, lo // BN * BN, tl.minimum(a, hi), J, first, end,
-                scale, BN, D, DP, True, True, PRECISION,
+                acc, x, dy, kept, pooled_delta, k_at, v_at, lo // BN * BN, tl.minimum(a, hi), J, first, end,
+                scale, BN, D, DP, True, True, TMA, PRECISION,
             )  # fmt: skip
         acc = _to_queries(
-            acc, x, dy, kept, pooled_delta, k_at, v_at, kp_j, vp_j, a, z, J, first, end, scale,
-            BN, D, DP, False, False, PRECISION,
+            acc, x, dy, kept, pooled_delta, k_at, v_at, a, z, J, first, end, scale,
+            BN, D, DP, False, False, TMA, PRECISION,
         )  # fmt: skip
         acc = _to_queries(
-            acc, x, dy, kept, pooled_delta, k_at, v_at, kp_j, vp_j, z, hi, J, first, end, scale,
-            BN, D, DP, True, True, PRECISION,
+            acc, x, dy, kept, pooled_delta, k_at, v_at, z, hi, J, first, end, scale,
+            BN, D, DP, True, True, TMA, PRECISION,
         )  # fmt: skip
         _store(dq + at, m0, o_t, T, acc * sm_scale, BM, D, DP)
 
     tl.store(delta + head + i, local_delta, mask=i < T)
-    x = _load(q_rope + b * qr_b + h * qr_h, m0, qr_t, T, BM, D, DP, not EVEN)
+    x = _load(_at(q_rope, b, h, qr_b, qr_h, qr_t, False), m0, T, BM, D, DP, not EVEN, False)
     kept = _row(lse + head, m0, T, float("inf"), BM)
     acc = tl.zeros((BM, DP), tl.float32)
     first, end = _window_keys(i, doc_start, T, window, DOCS)
     lo, full_hi = _window_keys(m0, doc_start, T, window, DOCS)
     full_lo, hi = _window_keys(last, doc_start, T, window, DOCS)
-    k_at, v_at = k_rope + b * kr_b + kv * kr_h, v + b * v_b + kv * v_h
+    k_at, v_at = _at(k_rope, b, kv, kr_b, kr_h, kr_t, TMA), _at(v, b, kv, v_b, v_h, v_t, TMA)
     a, z = _inner(full_lo, full_hi, BN)
     if WIDE:
         acc = _to_queries(
-            acc, x, dy, kept, local_delta, k_at, v_at, kr_t, v_t, lo // BN * BN, tl.minimum(a, hi), T, first, end,
-            scale, BN, D, DP, True, not EVEN, PRECISION,
+            acc, x, dy, kept, local_delta, k_at, v_at, lo // BN * BN, tl.minimum(a, hi), T, first, end,
+            scale, BN, D, DP, True, not EVEN, TMA, PRECISION,
         )  # fmt: skip
         acc = _to_queries(
-            acc, x, dy, kept, local_delta, k_at, v_at, kr_t, v_t, a, z, T, first, end, scale,
-            BN, D, DP, False, False, PRECISION,
+            acc, x, dy, kept, local_delta, k_at, v_at, a, z, T, first, end, scale,
+            BN, D, DP, False, False, TMA, PRECISION,
         )  # fmt: skip
         acc = _to_queries(
-            acc, x, dy, kept, local_delta, k_at, v_at, kr_t, v_t, z, hi, T, first, end, scale,
-            BN, D, DP, True, not EVEN, PRECISION,
+            acc, x, dy, kept, local_delta, k_at, v_at, z, hi, T, first, end, scale,
+            BN, D, DP, True, not EVEN, TMA, PRECISION,
         )  # fmt: skip
     else:
         acc = _to_queries(
-            acc, x, dy, kept, local_delta, k_at, v_at, kr_t, v_t, lo // BN * BN, hi, T, first, end, scale,
-            BN, D, DP, True, not EVEN, PRECISION,
+            acc, x, dy, kept, local_delta, k_at, v_at, lo // BN * BN, hi, T, first, end, scale,
+            BN, D, DP, True, not EVEN, TMA, PRECISION,
         )  # fmt: skip
     _store(dq_rope + at, m0, o_t, T, acc * sm_scale, BM, D, DP)
 
@@ -459,7 +485,7 @@ def _keys_kernel(
     B, H, T, J, S, slot_programs, window, sm_scale,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     POOLED: tl.constexpr, WIDE: tl.constexpr, DOCS: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     scale = sm_scale * LOG2E
@@ -484,22 +510,23 @@ def _keys_kernel(
         a, z = _inner(full_lo, full_hi, BM)
         a, z = tl.maximum(a, lo), tl.minimum(z, hi // BM * BM)
         z = tl.maximum(a, z)
-        k = _load(k_pool + b * kp_b + kv * kp_h, j0, kp_j, J, BN, D, DP, True)
-        v_ = _load(v_pool + b * vp_b + kv * vp_h, j0, vp_j, J, BN, D, DP, True)
+        k = _load(_at(k_pool, b, kv, kp_b, kp_h, kp_j, False), j0, J, BN, D, DP, True, False)
+        v_ = _load(_at(v_pool, b, kv, vp_b, vp_h, vp_j, False), j0, J, BN, D, DP, True, False)
         for h in range(kv * GROUP, kv * GROUP + GROUP):
-            q_at, do_at, head = q + b * q_b + h * q_h, do + b * do_b + h * do_h, (b * H + h) * T
+            q_at, do_at = _at(q, b, h, q_b, q_h, q_t, TMA), _at(do, b, h, do_b, do_h, do_t, TMA)
+            head = (b * H + h) * T
             dk, dv_ = _to_keys(
-                dk, dv_, k, v_, q_at, do_at, q_t, do_t, lse + head, delta + head, lo, tl.minimum(a, hi), T, first, end,
-                scale, BM, D, DP, True, not EVEN, PRECISION,
+                dk, dv_, k, v_, q_at, do_at, lse + head, delta + head, lo, tl.minimum(a, hi), T, first, end,
+                scale, BM, D, DP, True, not EVEN, TMA, PRECISION,
             )  # fmt: skip
             dk, dv_ = _to_keys(
-                dk, dv_, k, v_, q_at, do_at, q_t, do_t, lse + head, delta + head, a, z, T, first, end, scale,
-                BM, D, DP, False, False, PRECISION,
+                dk, dv_, k, v_, q_at, do_at, lse + head, delta + head, a, z, T, first, end, scale,
+                BM, D, DP, False, False, TMA, PRECISION,
             )  # fmt: skip
             if DOCS or not EVEN:
                 dk, dv_ = _to_keys(
-                    dk, dv_, k, v_, q_at, do_at, q_t, do_t, lse + head, delta + head, z, hi, T, first, end, scale,
-                    BM, D, DP, True, not EVEN, PRECISION,
+                    dk, dv_, k, v_, q_at, do_at, lse + head, delta + head, z, hi, T, first, end, scale,
+                    BM, D, DP, True, not EVEN, TMA, PRECISION,
                 )  # fmt: skip
         part = ((b * heads + kv) * S + split) * J * D
         _store(dk_pool + part, j0, D, J, dk * sm_scale, BN, D, DP)
@@ -519,27 +546,28 @@ def _keys_kernel(
         full_lo, hi = _window_queries(last, doc_end, T, window, DOCS)
         lo = lo // BM * BM
         a, z = _inner(full_lo, full_hi, BM)
-        k = _load(k_rope + b * kr_b + kv * kr_h, n0, kr_t, T, BN, D, DP, not EVEN)
-        v_ = _load(v + b * v_b + kv * v_h, n0, v_t, T, BN, D, DP, not EVEN)
+        k = _load(_at(k_rope, b, kv, kr_b, kr_h, kr_t, False), n0, T, BN, D, DP, not EVEN, False)
+        v_ = _load(_at(v, b, kv, v_b, v_h, v_t, False), n0, T, BN, D, DP, not EVEN, False)
         for h in range(kv * GROUP, kv * GROUP + GROUP):
-            q_at, do_at, head = q_rope + b * qr_b + h * qr_h, do + b * do_b + h * do_h, (b * H + h) * T
+            q_at, do_at = _at(q_rope, b, h, qr_b, qr_h, qr_t, TMA), _at(do, b, h, do_b, do_h, do_t, TMA)
+            head = (b * H + h) * T
             if WIDE:
                 dk, dv_ = _to_keys(
-                    dk, dv_, k, v_, q_at, do_at, qr_t, do_t, lse + head, delta + head, lo, tl.minimum(a, hi), T, first,
-                    end, scale, BM, D, DP, True, not EVEN, PRECISION,
+                    dk, dv_, k, v_, q_at, do_at, lse + head, delta + head, lo, tl.minimum(a, hi), T, first,
+                    end, scale, BM, D, DP, True, not EVEN, TMA, PRECISION,
                 )  # fmt: skip
                 dk, dv_ = _to_keys(
-                    dk, dv_, k, v_, q_at, do_at, qr_t, do_t, lse + head, delta + head, a, z, T, first, end, scale,
-                    BM, D, DP, False, False, PRECISION,
+                    dk, dv_, k, v_, q_at, do_at, lse + head, delta + head, a, z, T, first, end, scale,
+                    BM, D, DP, False, False, TMA, PRECISION,
                 )  # fmt: skip
                 dk, dv_ = _to_keys(
-                    dk, dv_, k, v_, q_at, do_at, qr_t, do_t, lse + head, delta + head, z, hi, T, first, end, scale,
-                    BM, D, DP, True, not EVEN, PRECISION,
+                    dk, dv_, k, v_, q_at, do_at, lse + head, delta + head, z, hi, T, first, end, scale,
+                    BM, D, DP, True, not EVEN, TMA, PRECISION,
                 )  # fmt: skip
             else:
                 dk, dv_ = _to_keys(
-                    dk, dv_, k, v_, q_at, do_at, qr_t, do_t, lse + head, delta + head, lo, hi, T, first, end, scale,
-                    BM, D, DP, True, not EVEN, PRECISION,
+                    dk, dv_, k, v_, q_at, do_at, lse + head, delta + head, lo, hi, T, first, end, scale,
+                    BM, D, DP, True, not EVEN, TMA, PRECISION,
                 )  # fmt: skip
         at = b * dk_b + kv * dk_h
         _store(dk_rope + at, n0, dk_t, T, dk * sm_scale, BN, D, DP)
@@ -566,6 +594,19 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in x.stride()[:3]]
 
 
+def _descriptors(rows: int, DP: int, *tensors: Tensor) -> list[TensorDescriptor] | None:
+    """Descriptors of ``[B, H, T, D]`` tensors read ``rows`` positions at a time; ``None`` if memory is misaligned."""
+    made = []
+    for x in tensors:
+        if not x.numel():
+            x = tensors[0]  # no pooled slot: never read
+        strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride())]
+        if x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in strides[:-1]):
+            return None
+        made.append(TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, rows, DP]))
+    return made
+
+
 def _rows_of(x: Tensor) -> Tensor:
     """``x`` with neighbouring features neighbouring in memory, as the kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -577,17 +618,27 @@ def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(B, T, H, D, dtype=dtype or like.dtype).transpose(1, 2)
 
 
+def _padded(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 128
+
+
 def _common(
     q: Tensor, k: Tensor, window: int, block: int, stride: int, tiles: Tiles, docs: bool
 ) -> dict[str, object]:
     T, D = q.shape[2:]
     biggest = max(tiles.own, tiles.step)
     return {
-        "GROUP": q.shape[1] // k.shape[1], "BLOCK": block, "STRIDE": stride, "D": D, "DP": 64 if D <= 64 else 128,
+        "GROUP": q.shape[1] // k.shape[1], "BLOCK": block, "STRIDE": stride, "D": D, "DP": _padded(D),
         "WIDE": window >= 4 * biggest, "DOCS": docs, "EVEN": T % biggest == 0,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
+
+
+def _read(tuning: Tuning, tiles: Tiles, *tensors: Tensor) -> tuple[bool, list[Any]]:
+    """Whether loops read through descriptors, and what they read: descriptors or the tensors themselves."""
+    made = _descriptors(tiles.step, _padded(tensors[0].shape[-1]), *tensors) if tuning.tma else None
+    return made is not None, made or list(tensors)
 
 
 def _window_or_row(window: int, q: Tensor) -> int:
@@ -623,16 +674,17 @@ def hybrid_forward(
     """
     q, q_rope, k_rope, v, k_pool, v_pool = (_rows_of(x) for x in (q, q_rope, k_rope, v, k_pool, v_pool))
     B, H, T, D = q.shape
-    tiles, sink = tuning_for(q).forward, sink.contiguous()
+    tuning, sink = tuning_for(q), sink.contiguous()
+    tiles, (tma, loops) = tuning.forward, _read(tuning, tuning.forward, k_rope, v, k_pool, v_pool)
     out, whole = _new(q), _new(q)
     lse = q.new_empty(2, B, H, T, dtype=torch.float32)
     docs = doc_start is not None
     _forward_kernel[(B * H, triton.cdiv(T, tiles.own))](
-        q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, out, whole, lse,
+        q, q_rope, *loops, sink, gate, out, whole, lse,
         doc_start if docs else lse, slots if docs else lse,
         *_strides(q, q_rope, k_rope, v, k_pool, v_pool, gate, out),
         B, H, T, k_pool.shape[2], _window_or_row(window, q), D**-0.5,
-        POOLED=True, BM=tiles.own, BN=tiles.step, **_common(q, k_rope, window, block, stride, tiles, docs),
+        POOLED=True, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k_rope, window, block, stride, tiles, docs),
     )  # fmt: skip
     return out, whole, lse
 
@@ -678,17 +730,17 @@ def hybrid_backward(
     dq, dq_rope, dk_rope, dv = _new(q), _new(q), _new(v), _new(v)
     delta = torch.empty_like(lse)
     dgate = q.new_empty(B, H, T, dtype=torch.float32)
-    tiles = tuning.queries
+    tiles, (tma, loops) = tuning.queries, _read(tuning, tuning.queries, k_rope, v, k_pool, v_pool)
     query_tiles = triton.cdiv(T, tiles.own)
     dsink = q.new_empty(2, B, K, (H // K) * query_tiles, D, dtype=torch.float32)
     strides = _strides(q, q_rope, k_rope, v, k_pool, v_pool)
     _queries_kernel[(B * H, query_tiles)](
-        q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, out, whole, lse,
+        q, q_rope, *loops, sink, gate, out, whole, lse,
         doc_start if docs else lse, slots if docs else lse, do, delta, dq, dq_rope, dgate, dsink,
         *strides, *_strides(gate, out, do), B, H, T, J, limit, D**-0.5,
-        POOLED=True, BM=tiles.own, BN=tiles.step, **_common(q, k_rope, window, block, stride, tiles, docs),
+        POOLED=True, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k_rope, window, block, stride, tiles, docs),
     )  # fmt: skip
-    tiles = tuning.keys
+    tiles, (tma, (q_loop, qr_loop, do_loop)) = tuning.keys, _read(tuning, tuning.keys, q, q_rope, do)
     whole_programs = triton.cdiv(J, tiles.own) * B * K
     most = max(
         1, triton.cdiv(T, 2 * tiles.step)
@@ -699,10 +751,10 @@ def hybrid_backward(
     if splits > 1:
         parts_k, parts_v = (q.new_empty(B, K, splits, J, D, dtype=torch.float32) for _ in range(2))
     _keys_kernel[(whole_programs * splits + triton.cdiv(T, tiles.own) * B * K,)](
-        q, q_rope, k_rope, v, k_pool, v_pool, lse,
-        doc_end if docs else lse, seen if docs else lse, do, delta, dk_rope, dv, parts_k, parts_v,
+        q_loop, qr_loop, k_rope, v, k_pool, v_pool, lse,
+        doc_end if docs else lse, seen if docs else lse, do_loop, delta, dk_rope, dv, parts_k, parts_v,
         *strides, *_strides(do, dk_rope), B, H, T, J, splits, whole_programs * splits, limit, D**-0.5,
-        POOLED=True, BN=tiles.own, BM=tiles.step, **_common(q, k_rope, window, block, stride, tiles, docs),
+        POOLED=True, BN=tiles.own, BM=tiles.step, TMA=tma, **_common(q, k_rope, window, block, stride, tiles, docs),
     )  # fmt: skip
     if splits > 1 and J:
         _add_kernel[(B * K, triton.cdiv(J * D, 1024))](
@@ -745,13 +797,14 @@ def window_forward(
     """Attention ``[B, H, T, D]`` over the last ``window`` positions, and log-sums ``[1, B, H, T]`` for backward."""
     q, k, v = (_rows_of(x) for x in (q, k, v))
     B, H, T, D = q.shape
-    tiles, docs = tuning_for(q).forward, doc_start is not None
+    tuning, docs = tuning_for(q), doc_start is not None
+    tiles, (tma, (k_loop, v_loop)) = tuning.forward, _read(tuning, tuning.forward, k, v)
     out, lse = _new(q), q.new_empty(1, B, H, T, dtype=torch.float32)
     start = doc_start if docs else lse
     _forward_kernel[(B * H, triton.cdiv(T, tiles.own))](
-        q, q, k, v, k, v, lse, lse, out, out, lse, start, start,
+        q, q, k_loop, v_loop, k_loop, v_loop, lse, lse, out, out, lse, start, start,
         *_strides(q, q, k, v, k, v, lse[0], out), B, H, T, 0, _window_or_row(window, q), D**-0.5,
-        POOLED=False, BM=tiles.own, BN=tiles.step, **_common(q, k, window, 1, 1, tiles, docs),
+        POOLED=False, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k, window, 1, 1, tiles, docs),
     )  # fmt: skip
     return out, lse
 
@@ -779,19 +832,20 @@ def window_backward(
     B, H, T, D = q.shape
     tuning, docs, limit = tuning_for(q), doc_start is not None, _window_or_row(window, q)
     dq, dk, dv, delta = _new(q), _new(k), _new(v), torch.empty_like(lse)
-    tiles, strides = tuning.queries, _strides(q, q, k, v, k, v)
+    strides = _strides(q, q, k, v, k, v)
+    tiles, (tma, (k_loop, v_loop)) = tuning.queries, _read(tuning, tuning.queries, k, v)
     start = doc_start if docs else lse
     _queries_kernel[(B * H, triton.cdiv(T, tiles.own))](
-        q, q, k, v, k, v, lse, lse, out, out, lse, start, start, do, delta, dq, dq, lse, lse,
+        q, q, k_loop, v_loop, k_loop, v_loop, lse, lse, out, out, lse, start, start, do, delta, dq, dq, lse, lse,
         *strides, *_strides(lse[0], out, do), B, H, T, 0, limit, D**-0.5,
-        POOLED=False, BM=tiles.own, BN=tiles.step, **_common(q, k, window, 1, 1, tiles, docs),
+        POOLED=False, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k, window, 1, 1, tiles, docs),
     )  # fmt: skip
-    tiles = tuning.keys
+    tiles, (tma, (q_loop, do_loop)) = tuning.keys, _read(tuning, tuning.keys, q, do)
     end = doc_end if docs else lse
     _keys_kernel[(triton.cdiv(T, tiles.own) * B * k.shape[1],)](
-        q, q, k, v, k, v, lse, end, end, do, delta, dk, dv, lse, lse,
+        q_loop, q_loop, k, v, k, v, lse, end, end, do_loop, delta, dk, dv, lse, lse,
         *strides, *_strides(do, dk), B, H, T, 0, 1, 0, limit, D**-0.5,
-        POOLED=False, BN=tiles.own, BM=tiles.step, **_common(q, k, window, 1, 1, tiles, docs),
+        POOLED=False, BN=tiles.own, BM=tiles.step, TMA=tma, **_common(q, k, window, 1, 1, tiles, docs),
     )  # fmt: skip
     return dq, dk, dv
 
