@@ -601,8 +601,8 @@ STYLE = (
 
 
 def plot(curves: Sequence[Curve]) -> Html:
-    """A drawing that stands alone: held-out bits per byte (logarithmic) against minutes."""
-    scale = Scale.around([Line(c.label, c.points) for c in curves], log=True)
+    """A drawing that stands alone: held-out bits per byte against minutes."""
+    scale = Scale.around([Line(c.label, c.points) for c in curves], log=False)
     names = list(dict.fromkeys(c.label for c in curves if not c.faint))
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     height = scale.height + 24 + 18 * len(names)
