@@ -200,11 +200,14 @@ def hybrid_attention_kernel(
     Args:
         spans, pooled: ``document_spans`` and ``pooled_spans``, both when rows hold several documents.
     """
-    from deepseek.ops.triton.hybrid_attention import hybrid_forward
+    from deepseek.ops.triton.hybrid_attention import hybrid_forward, pool_forward
 
     start, end = spans or (None, None)
     starts, slots, seen = pooled or (None, None, None)
-    k_pool, v_pool = _pool(k, v, block, stride, starts, pooling)
+    if pooling is None:
+        k_pool, v_pool = pool_forward(k, v, starts, slots, block, stride)
+    else:
+        k_pool, v_pool = _pool(k, v, block, stride, starts, pooling)
     gate = gate.expand(q.shape[0], q.shape[1], q.shape[2])
     return hybrid_forward(
         q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, start, end, slots, seen, window, block, stride

@@ -22,6 +22,7 @@ from deepseek.ops.attention import (
 from deepseek.ops.hybrid_attention import (
     hybrid_attention_kernel,
     hybrid_attention_reference,
+    pool_blocks,
     pooled_mask,
     pooled_spans,
 )
@@ -197,6 +198,31 @@ def test_registrations_are_sound() -> None:
             kernels.hybrid_forward,
             (q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, None, None, None, None, 8, 8, 4),
         )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "block", "stride"), [(40, 8, 4), (37, 6, 4), (29, 5, 5), (16, 1, 1), (3, 4, 2)]
+)
+def test_pooling_equals_plain_torch(length: int, block: int, stride: int, packed: bool) -> None:
+    """Gradients too, also from slots that nobody sees in practice: those get none."""
+    k, v = inputs(2, 2, 2, length, 12, torch.float32)[1:3]
+    starts = slots = None
+    used = torch.ones(2, 1, max(0, (length - block) // stride + 1), 1, device=DEVICE)
+    if packed:
+        documents = random_documents(2, length, 3)
+        starts, slots, _ = pooled_spans(documents, document_spans(documents), block, stride)
+        used = (starts < length)[:, None, :, None].float()
+    ours = kernels.pool_forward(k, v, starts, slots, block, stride)
+    want = [pool_blocks(x, block, stride, starts) for x in (k, v)]
+    assert ours[0].shape == want[0].shape
+    torch.testing.assert_close([y * used for y in ours], [y * used for y in want], rtol=0, atol=1e-6)
+    weight = torch.randn_like(want[0]) * used
+    grads = [
+        torch.autograd.grad((a * weight).sum() + (2 * b * weight).sum(), (k, v), materialize_grads=True)
+        for a, b in (ours, want)
+    ]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-6)
 
 
 def test_spans_say_what_the_masks_say() -> None:
