@@ -291,7 +291,7 @@ def memory(
     config: ModelConfig,
     rows: int,
     length: int,
-    optimizer: Literal["adamw", "muon"] = "adamw",
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw",
     master_bytes: int = 4,
     compute_bytes: int = 2,
     *,
@@ -301,7 +301,7 @@ def memory(
 
     Args:
         optimizer: 'adamw' keeps two fp32 numbers a parameter; 'muon' keeps one for the matrices inside blocks
-            and two for everything else (embedding, head, norms, router, gates).
+            and two for everything else (embedding, head, norms, router, gates); 'adafactor' one in bf16.
         master_bytes: bytes of a weight and of its gradient.
         compute_bytes: bytes of the copy that matmuls read, if smaller.
         loss_positions: how many positions' logits exist at once; all of them when ``None``.
@@ -309,7 +309,7 @@ def memory(
     count = parameters(config)
     by, total = count.by_part, count.total
     matrices = by["attention"] + by["experts"] + by["shared_experts"] + by["dense_ffn"]
-    states = 8 * total if optimizer == "adamw" else 8 * total - 4 * matrices
+    states = {"adamw": 8 * total, "muon": 8 * total - 4 * matrices, "adafactor": 2 * total}[optimizer]
     positions = min(loss_positions or rows * length, rows * length)
     held = {
         "weights": master_bytes * total,

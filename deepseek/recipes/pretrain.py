@@ -55,6 +55,7 @@ from deepseek.train import (
     next_token_loss,
     seed_everything,
 )
+from deepseek.train.clip import build_clip
 from deepseek.train.loop import Hook, NonFiniteGuard
 from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import Checkpointer
@@ -185,6 +186,8 @@ class _Pretraining:
         self.config = replace(self.config, train=kept)
         masters = lower(self.model, self.plan.policy)
         self.optimizer = build_optimizer(self.model, self.config.optim, masters)
+        self.clip = build_clip(self.config.train.clip, self.config.train.grad_clip_threshold, self.model)
+        self.optimizer.extras["clip"] = self.clip.state
         with self._loader() as self.loader:
             start = self._restore(found) if found is not None else 0
             if self.rank == 0:
@@ -248,7 +251,7 @@ class _Pretraining:
             compile_blocks(self.model.blocks)
         step = TrainStep(
             self.model, next_token_loss, self.optimizer, self.plan.policy,
-            micro_rows=c.train.micro_rows, grad_clip=c.train.grad_clip_threshold,
+            micro_rows=c.train.micro_rows, grad_clip=self.clip,
         )  # fmt: skip
         schedule = Schedule(c.schedule, c.train.steps)
         hooks: list[Hook] = [NonFiniteGuard(c.train.max_nonfinite), self._after_step]

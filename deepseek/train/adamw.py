@@ -36,7 +36,8 @@ class AdamW(Part):
         moving: bool = False,
     ) -> None:
         defaults = {
-            "lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay
+            "lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay,
+            "moving_betas": moving,
         }  # fmt: skip
         super().__init__(groups, defaults, masters)
         self.moving = moving

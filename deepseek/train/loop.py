@@ -25,6 +25,7 @@ from deepseek.dist import comm
 from deepseek.errors import ConfigError, TrainingError
 from deepseek.events import emit
 from deepseek.parallel.memory import parse_mode
+from deepseek.train.clip import Kind
 from deepseek.train.pace import Pace, Readback
 from deepseek.train.schedule import Schedule
 from deepseek.train.step import StepResult, TrainStep
@@ -44,7 +45,8 @@ class TrainingConfig:
     memory_budget: float = 4.0  # GiB for activations on a CPU; on an accelerator 60% of its free memory
     precision_mode: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     loss_scaling_factor: float = 128.0  # fp16 only
-    grad_clip_threshold: float = 1.0  # 0: none
+    clip: Kind = "norm"  # zclip: what is unusual for the run; agc: by the size of each unit's weights
+    grad_clip_threshold: float = 1.0  # norm: the largest, 0 for none; zclip: while it warms up
     max_nonfinite: int = 5  # consecutive non-finite steps that are forgiven; one more ends the run
     compile: bool = False
     activation_checkpoint: str = (

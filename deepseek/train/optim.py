@@ -1,7 +1,7 @@
 """Which parameter goes to which optimizer, and all of them as one (F29).
 
-Muon for the hidden matrices and AdamW for the rest, or AdamW for everything. With fp32 masters of a model that is
-stored in a lower precision, a checkpoint is the same as without.
+Muon for the hidden matrices and AdamW for the rest, or AdamW or Adafactor for everything. With fp32 masters of a model
+that is stored in a lower precision, a checkpoint is the same as without.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deepseek.config import configclass
 from deepseek.errors import CheckpointError, ConfigError
+from deepseek.train.adafactor import DSAdafactor, Moment
 from deepseek.train.adamw import AdamW
 from deepseek.train.muon import Muon
 from deepseek.train.part import Part
@@ -24,14 +25,17 @@ from deepseek.train.part import Part
 class OptimConfig:
     """Which optimizer, and its constants (the source's β: 0.9 and 0.95)."""
 
-    name: Literal["adamw", "muon"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW
+    name: Literal["adamw", "muon", "adafactor"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW
     lr: float = 3e-3
     embedding_lr: float = 1.0  # multiplies lr for the embedding and the head
     betas: tuple[float, ...] = (0.9, 0.95)
+    betas_schedule: Literal["constant", "dynamic"] = "constant"  # dynamic: of AdamW, by step (train.betas)
     eps: float = 1e-8
     weight_decay: float = 0.1
     momentum: float = 0.95  # muon only
     newton_schulz_steps: int = 5  # muon only
+    first_moment: Moment = "bf16"  # adafactor only: how it is kept, if at all
+    relative_lr: bool = False  # adafactor only: lr relative to the size of the weights, as published
 
     def check(self) -> None:
         if not self.lr > 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -193,27 +197,21 @@ def build_optimizer(
             [{"params": groups[kind], "lr": lr, "base_lr": lr, "weight_decay": decay}] if groups[kind] else []
         )
 
-    adam_groups = (
+    rest = (
         group("matrix", config.weight_decay)
         + group("embedding", 0.0, config.lr * config.embedding_lr)
         + group("vector", 0.0)
     )
+    own = masters or {}
     parts: list[Part] = []
     if groups["muon"]:
-        muon = group("muon", config.weight_decay)
-        parts.append(
-            Muon(
-                muon, config.lr, config.momentum, config.weight_decay, config.newton_schulz_steps,
-                _of(groups["muon"], masters),
-            )
-        )  # fmt: skip
-    if adam_groups:
-        own = [p for g in adam_groups for p in g["params"]]
-        parts.append(AdamW(adam_groups, config.lr, config.betas, config.eps, masters=_of(own, masters)))
-    return Optimizers(parts, names, masters)
-
-
-def _of(
-    params: Sequence[nn.Parameter], masters: Mapping[nn.Parameter, Tensor] | None
-) -> dict[nn.Parameter, Tensor]:
-    return {p: masters[p] for p in params if p in masters} if masters else {}
+        matrices = group("muon", config.weight_decay)
+        steps = config.newton_schulz_steps
+        parts.append(Muon(matrices, config.lr, config.momentum, steps=steps, masters=own))
+    if rest and config.name == "adafactor":
+        moment, relative = config.first_moment, config.relative_lr
+        parts.append(DSAdafactor(rest, config.lr, config.betas[0], 0.0, moment, relative, own))
+    elif rest:
+        moving = config.betas_schedule == "dynamic"
+        parts.append(AdamW(rest, config.lr, config.betas, config.eps, masters=own, moving=moving))
+    return Optimizers(parts, names, own)

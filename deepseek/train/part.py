@@ -34,7 +34,8 @@ class Part(torch.optim.Optimizer):
         masters: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         super().__init__(groups, defaults)
-        self.masters = dict(masters or {})
+        params = {p for group in self.param_groups for p in group["params"]}
+        self.masters = {p: master for p, master in (masters or {}).items() if p in params}
         self.gradients: Mapping[nn.Parameter, Tensor] = {}
         self.scalars: list[dict[str, Tensor]] = []
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
-
-
-class HasGroups(Protocol):
-    """Anything with torch-style parameter groups, each with its ``base_lr``."""
-
-    param_groups: list[dict[str, Any]]
+from deepseek.train.betas import DynamicBetas, HasGroups
 
 
 @configclass
@@ -54,7 +49,8 @@ class Schedule:
         return c.floor + (1 - c.floor) * shape
 
     def apply(self, optimizer: HasGroups, step: int) -> float:
-        """Set every group's ``lr`` for ``step``; returns the first group's."""
+        """Set every group's ``lr`` for ``step``, and the betas of those that move; returns the first group's ``lr``."""
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor(step)
+        DynamicBetas(self.warmup_steps).apply(optimizer, step)
         return float(optimizer.param_groups[0]["lr"])

@@ -21,7 +21,7 @@ from deepseek.models.transformer import LayerStats, Transformer
 from deepseek.nn.moe import RoutingStats, coverage, max_violation
 from deepseek.precision import Policy
 from deepseek.train.accumulate import Accumulator
-from deepseek.train.clip import clip_factor, total_norm
+from deepseek.train.clip import Clip, NormClip, total_norm
 from deepseek.train.losses import Loss
 from deepseek.train.optim import Optimizers
 
@@ -81,7 +81,8 @@ class TrainStep:
 
     Args:
         micro_rows: rows per forward pass; a batch with more is accumulated. 0: all at once.
-        grad_clip: largest gradient norm, 0 for none.
+        grad_clip: largest gradient norm, 0 for none; or any other clipping. Its state goes into the optimizer's
+            ``extras``, and so into checkpoints.
 
     Raises:
         ConfigError: the policy is one with masters and the optimizer was built without them.
@@ -95,10 +96,12 @@ class TrainStep:
         policy: Policy,
         *,
         micro_rows: int = 0,
-        grad_clip: float = 1.0,
+        grad_clip: float | Clip = 1.0,
     ) -> None:
         self.model, self.loss_fn, self.optimizer, self.policy = model, loss_fn, optimizer, policy
-        self.micro_rows, self.grad_clip = micro_rows, grad_clip
+        self.micro_rows = micro_rows
+        self.clip = grad_clip if isinstance(grad_clip, Clip) else NormClip(grad_clip)
+        optimizer.extras["clip"] = self.clip.state
         self.device = next(model.parameters()).device
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         if policy.masters and not optimizer.masters:
@@ -113,9 +116,7 @@ class TrainStep:
         watch = Stopwatch(self.device)
         loss, total, layers = self._accumulate(batch, watch)
         self._reduce(loss, total, layers)
-        norm = total_norm(self.gradients()) / self.policy.loss_scale
-        apply = torch.isfinite(norm) & torch.isfinite(loss)
-        self.optimizer.step(clip_factor(norm, self.grad_clip) / self.policy.loss_scale, apply)
+        norm, apply, clipped = self._update(loss)
         self._update_routing(layers, apply)
         self.optimizer.zero_grad()
         watch.lap("optimizer")
@@ -125,7 +126,7 @@ class TrainStep:
             grad_norm=norm,
             balance_loss=total - loss,
             skipped=~apply,
-            clipped=(norm > self.grad_clip) if self.grad_clip > 0 else torch.zeros_like(apply),
+            clipped=clipped,
             tokens=batch.n_targets,
             n_bytes=batch.n_bytes,
             load=[r.chosen_E / r.chosen_E.sum().clamp(min=1) for r in routings],
@@ -134,11 +135,20 @@ class TrainStep:
             seconds=watch.seconds,
         )
 
-    def gradients(self) -> list[Tensor]:
-        """What was accumulated, one tensor per parameter that has a gradient."""
+    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """What was accumulated, for every parameter that has a gradient."""
         sums = self.optimizer.gradients
-        found = (sums.get(p, p.grad) for p in self.parameters)
-        return [gradient for gradient in found if gradient is not None]
+        found = ((p, sums.get(p, p.grad)) for p in self.parameters)
+        return [(p, gradient) for p, gradient in found if gradient is not None]
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip and step: the gradients' norm, whether it and the loss are finite, and whether they were clipped."""
+        pairs, scale = self.gradients(), self.policy.loss_scale
+        norm = total_norm([gradient for _, gradient in pairs]) / scale
+        apply = torch.isfinite(norm) & torch.isfinite(loss)
+        factor, clipped = self.clip(pairs, norm, apply, scale)
+        self.optimizer.step(factor / scale, apply)
+        return norm, apply, clipped
 
     def _accumulate(self, batch: Batch, watch: Stopwatch) -> tuple[Tensor, Tensor, list[LayerStats]]:
         """Forward and backward of every micro-batch; sums of the losses and of the layers' statistics."""
@@ -162,7 +172,7 @@ class TrainStep:
         ranks = comm.world()
         if ranks == 1:
             return
-        tensors = [*self.gradients(), loss, total]
+        tensors = [*(gradient for _, gradient in self.gradients()), loss, total]
         for layer in layers:
             if layer.routing is not None:
                 layer.routing.entropy.div_(ranks)

@@ -20,7 +20,7 @@ from deepseek.train.losses import Loss
 
 BF16 = Policy("bf16", torch.bfloat16, 1.0, "", masters=True)
 FP32 = Policy("fp32", torch.float32, 1.0, "")
-NAMES = ("muon", "adamw")
+NAMES = ("muon", "adamw", "adafactor")
 
 
 def model(seed: int = 0, tied: bool = False) -> Transformer:
@@ -81,7 +81,8 @@ def test_training_follows_fp32(name: str, micro_rows: int) -> None:
         assert a.loss.dtype == torch.float32
         torch.testing.assert_close(a.loss, b.loss, rtol=0.02, atol=0)
     assert b.loss < 3.3  # it learns: at first the loss is log 30 = 3.4
-    assert {t.dtype for k, t in whole(low).items() if t.is_floating_point()} == {torch.float32}
+    kept = {k: t.dtype for k, t in whole(low).items() if t.is_floating_point() and not k.endswith("|moment")}
+    assert set(kept.values()) == {torch.float32}
     assert whole(low).keys() == whole(high).keys()
     for p, master in low.optimizer.masters.items():
         assert torch.equal(p, master.bfloat16())

@@ -200,7 +200,7 @@ def advance(model: Transformer, optimizer: Optimizers, steps: range) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
 def test_state_by_name_through_a_file_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     config = OptimConfig(name=name)  # type: ignore[arg-type]
     straight = small_model()
