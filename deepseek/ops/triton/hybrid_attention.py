@@ -802,9 +802,7 @@ def hybrid_backward(
     )  # fmt: skip
     tiles, (tma, (q_loop, qr_loop, do_loop)) = tuning.keys, _read(tuning, tuning.keys, q, q_rope, do)
     whole_programs = triton.cdiv(J, tiles.own) * B * K
-    most = max(
-        1, triton.cdiv(T, 2 * tiles.step)
-    )  # a split of fewer than two query tiles is not worth its partial sum
+    most = max(1, triton.cdiv(T, 4 * tiles.step))  # less than four query tiles are not worth a partial sum
     splits = min(most, max(1, triton.cdiv(tuning.programs, max(whole_programs, 1))))
     dk_pool, dv_pool = (x.new_empty(B, K, J, D) for x in (k_pool, v_pool))
     parts_k, parts_v = dk_pool, dv_pool
