@@ -115,38 +115,82 @@ def _place_kernel(
 
 
 @triton.jit
-def _rescue_kernel(
-    probs, expert, valid, chosen, start, row, assignment, token, rescued, n_tokens, floor,
-    E: tl.constexpr, K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
+def _liking_kernel(
+    probs, expert, valid, missing, keys, n_tokens,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program an expert: the tokens that like it best, by bisection on the bits of their probabilities."""
+    """Keys ``[E, N]`` in the order of preference: real tokens by the bits of their probability, padding below them, -1
+    for those that chose the expert already. Nothing is written when no expert misses a token."""
+    e = tl.arange(0, EP)
+    if tl.max(tl.load(missing + e, mask=e < E, other=0), 0) > 0:
+        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        there = n < n_tokens
+        mask = there[:, None] & (e < E)[None, :]
+        p = tl.load(probs + n[:, None].to(tl.int64) * E + e[None, :], mask=mask, other=0.0)
+        key = p.to(tl.int32, bitcast=True)
+        if HAS_VALID:
+            key += tl.where(tl.load(valid + n, mask=there, other=0) != 0, 0x40000000, 0)[:, None]
+        else:
+            key += 0x40000000
+        for k in tl.static_range(K):
+            chosen = tl.load(expert + n * K + k, mask=there, other=-1)
+            key = tl.where(chosen[:, None] == e[None, :], -1, key)
+        tl.store(keys + e[None, :].to(tl.int64) * n_tokens + n[:, None], key, mask=mask)
+
+
+@triton.jit
+def _rescue_kernel(
+    keys,
+    chosen,
+    start,
+    row,
+    assignment,
+    token,
+    rescued,
+    n_tokens,
+    floor,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program an expert: the tokens that like it best, by an eight-fold search for the least key that counts."""
     e = tl.program_id(0)
     count = tl.load(chosen + e)
     missing = floor - count
     if missing > 0:
-        low = 0
-        high = 0x7F800001
-        while high - low > 1:  # the largest key that at least `missing` tokens reach
-            middle = low + (high - low) // 2
-            reached = 0
+        mine = keys + e.to(tl.int64) * n_tokens
+        low = 0  # the largest key that at least ``missing`` tokens reach lies in [low, low + 8 · step)
+        for digit in range(11):
+            step = 1 << tl.maximum(28 - 3 * digit, 0)
+            r1 = tl.zeros((BLOCK,), tl.int32)
+            r2, r3, r4, r5, r6, r7 = r1, r1, r1, r1, r1, r1
             for at in range(0, n_tokens, BLOCK):
-                key = _liking(probs, expert, valid, at, n_tokens, e, E, K, HAS_VALID, BLOCK)
-                reached += tl.sum((key >= middle).to(tl.int32), 0)
-            low = tl.where(reached >= missing, middle, low)
-            high = tl.where(reached >= missing, high, middle)
-        above = 0
+                n = at + tl.arange(0, BLOCK)
+                above = tl.load(mine + n, mask=n < n_tokens, other=-1) - low
+                r1 += (above >= step).to(tl.int32)
+                r2 += (above >= 2 * step).to(tl.int32)
+                r3 += (above >= 3 * step).to(tl.int32)
+                r4 += (above >= 4 * step).to(tl.int32)
+                r5 += (above >= 5 * step).to(tl.int32)
+                r6 += (above >= 6 * step).to(tl.int32)
+                r7 += (above >= 7 * step).to(tl.int32)
+            reached = (tl.sum(r1, 0) >= missing).to(tl.int32) + (tl.sum(r2, 0) >= missing).to(tl.int32)
+            reached += (tl.sum(r3, 0) >= missing).to(tl.int32) + (tl.sum(r4, 0) >= missing).to(tl.int32)
+            reached += (tl.sum(r5, 0) >= missing).to(tl.int32) + (tl.sum(r6, 0) >= missing).to(tl.int32)
+            reached += (tl.sum(r7, 0) >= missing).to(tl.int32)
+            low += reached * step
+        counted = tl.zeros((BLOCK,), tl.int32)
         for at in range(0, n_tokens, BLOCK):
-            key = _liking(probs, expert, valid, at, n_tokens, e, E, K, HAS_VALID, BLOCK)
-            above += tl.sum((key > low).to(tl.int32), 0)
-        ties = missing - above
+            n = at + tl.arange(0, BLOCK)
+            counted += (tl.load(mine + n, mask=n < n_tokens, other=-1) > low).to(tl.int32)
+        ties = missing - tl.sum(counted, 0)
         done = 0
         tied = 0
         for at in range(0, n_tokens, BLOCK):
-            key = _liking(probs, expert, valid, at, n_tokens, e, E, K, HAS_VALID, BLOCK)
+            n = at + tl.arange(0, BLOCK)
+            key = tl.load(mine + n, mask=n < n_tokens, other=-1)
             tie = (key == low).to(tl.int32)
             take = ((key > low) | ((tie > 0) & (tied + tl.cumsum(tie, 0) <= ties))).to(tl.int32)
             i = done + tl.cumsum(take, 0) - 1
-            n = at + tl.arange(0, BLOCK)
             slot = e * floor + i
             place = tl.load(start + e) + count + i
             tl.store(rescued + slot, n, mask=take > 0)
@@ -155,33 +199,6 @@ def _rescue_kernel(
             tl.store(token + place, n, mask=take > 0)
             done += tl.sum(take, 0)
             tied += tl.sum(tie, 0)
-
-
-@triton.jit
-def _liking(
-    probs,
-    expert,
-    valid,
-    at,
-    n_tokens,
-    e,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Keys in the order of preference: real tokens by probability, padding below them, -1 for those already there."""
-    n = at + tl.arange(0, BLOCK)
-    there = n < n_tokens
-    p = tl.load(probs + n.to(tl.int64) * E + e, mask=there, other=0.0)
-    key = p.to(tl.int32, bitcast=True)
-    if HAS_VALID:
-        key += tl.where(tl.load(valid + n, mask=there, other=0) != 0, 0x40000000, 0)
-    else:
-        key += 0x40000000
-    for k in tl.static_range(K):
-        key = tl.where(tl.load(expert + n * K + k, mask=there, other=-1) == e, -1, key)
-    return tl.where(there, key, -1)
 
 
 def dispatch(
@@ -209,10 +226,14 @@ def dispatch(
         expert_NK, first, row, assignment, token, n, blocks, K=top_k, EP=padded, BLOCK=block
     )  # fmt: skip
     if floor:
+        keys = torch.empty(experts, tokens, device=device, dtype=torch.int32)
+        _liking_kernel[(triton.cdiv(tokens, 64),)](
+            probs_NE, expert_NK, valid_N if valid_N is not None else chosen, missing, keys, tokens,
+            E=experts, EP=padded, K=top_k, HAS_VALID=valid_N is not None, BLOCK=64,
+        )  # fmt: skip
         _rescue_kernel[(experts,)](
-            probs_NE, expert_NK, valid_N if valid_N is not None else chosen, chosen, start, row, assignment, token,
-            rescued, tokens, floor, E=experts, K=top_k, HAS_VALID=valid_N is not None,
-            BLOCK=min(4096, triton.next_power_of_2(tokens)), num_warps=8,
+            keys, chosen, start, row, assignment, token, rescued, tokens, floor, K=top_k,
+            BLOCK=min(2048, triton.next_power_of_2(tokens)), num_warps=8,
         )  # fmt: skip
     return row, token, assignment, ends, chosen, rescued
 
