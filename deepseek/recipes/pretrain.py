@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ class _Pretraining:
         if c.train.compile:
             compile_blocks(self.model.blocks)
         step = TrainStep(
-            self.model, next_token_loss, self.optimizer, self.plan.policy,
+            self.model, partial(next_token_loss, z_weight=c.train.z_loss), self.optimizer, self.plan.policy,
             micro_rows=c.train.micro_rows, grad_clip=self.clip,
         )  # fmt: skip
         schedule = Schedule(c.schedule, c.train.steps)

@@ -47,6 +47,7 @@ class TrainingConfig:
     loss_scaling_factor: float = 128.0  # fp16 only
     clip: Kind = "norm"  # zclip: what is unusual for the run; agc: by the size of each unit's weights
     grad_clip_threshold: float = 1.0  # norm: the largest, 0 for none; zclip: while it warms up
+    z_loss: float = 0.0  # weight of log²Σexp(logits): keeps logits from drifting; 1e-4 is usual
     max_nonfinite: int = 5  # consecutive non-finite steps that are forgiven; one more ends the run
     compile: bool = False
     activation_checkpoint: str = (
@@ -59,7 +60,7 @@ class TrainingConfig:
     def check(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"train.seed={self.seed} must lie between 0 and 2^63 - 1")
-        for name in ("steps", "tokens", "micro_rows", "grad_clip_threshold", "max_nonfinite"):
+        for name in ("steps", "tokens", "micro_rows", "grad_clip_threshold", "max_nonfinite", "z_loss"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")
         if self.length < 2 or self.batch_tokens < self.length:
