@@ -26,7 +26,11 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-LAST_STACK = 60  #: seconds before the end in which training starts no other stack
+LAST = {
+    "train": 60,
+    "fusion": 30,
+    "optim": 30,
+}  #: seconds before the end in which a benchmark begins nothing new
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,9 @@ def run(name: str, extra: str, out: Path, limit: float, quick: bool) -> dict[str
         *shlex.split(extra),
     ]
     command += ["--json", str(result), *(["--quick"] if quick else [])]
-    if PARTS[name].arguments.startswith("train") and "--seconds" not in command:
-        command += ["--seconds", f"{max(1.0, limit - LAST_STACK):.0f}"]
+    last = LAST.get(PARTS[name].arguments.split()[0])
+    if last is not None and "--seconds" not in command:
+        command += ["--seconds", f"{max(1.0, limit - last):.0f}"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()
