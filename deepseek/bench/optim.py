@@ -57,13 +57,10 @@ class Options(BenchOptions):
 
 
 def contestants() -> dict[str, dict[str, Any]]:
-    """Changes to ``OptimConfig`` by name: every optimizer it knows, and dynamic betas where it has them."""
-    hints = get_type_hints(OptimConfig)
-    found: dict[str, dict[str, Any]] = {name: {"name": name} for name in get_args(hints["name"])}
-    if "dynamic_betas" in hints:
-        found = {name: {**change, "dynamic_betas": False} for name, change in found.items()}
-        found["adamw, dynamic betas"] = {"name": BASELINE, "dynamic_betas": True}
-    return found
+    """Changes to ``OptimConfig`` by name: every optimizer it knows, and AdamW with moving betas."""
+    names = get_args(get_type_hints(OptimConfig)["name"])
+    found: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
+    return found | {f"{BASELINE}, dynamic betas": {"name": BASELINE, "betas_schedule": "dynamic"}}
 
 
 def chosen(only: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -109,7 +109,8 @@ def test_optim() -> None:
         row["optimizer"]: row for row in next(t for n, t in report.tables.items() if n.startswith("steps to"))
     }
     assert ends["adamw"]["speed-up"] == pytest.approx(1)
-    assert set(ends) >= {"adamw", "muon"}
+    assert set(ends) >= {"adamw", "muon", "adafactor", "adamw, dynamic betas"}
+    assert rows["adafactor"]["bytes a weight"] < rows["muon"]["bytes a weight"]
 
 
 def test_memory() -> None:
