@@ -132,7 +132,10 @@ def fetch(package: Package, work: Path) -> list[Path]:
             if not found:
                 print(f"warning: no package {package.name} here; left out", file=sys.stderr)
                 return []
-            subprocess.run(["dpkg-deb", "-x", str(found[0]), str(root)], check=True)
+            partial_root = root.with_name(f".{root.name}.partial")
+            partial_root.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["dpkg-deb", "-x", str(found[0]), str(partial_root)], check=True)
+            partial_root.rename(root)
         files = list(root.rglob("*"))
     wanted = []
     for path in files:
@@ -262,7 +265,8 @@ def extract(package: Package, work: Path) -> tuple[str, int, int]:
             if len(piece) >= 400 and size < package.cap * MB:
                 (folder / f"{count:05d}.txt").write_text(piece, encoding="utf-8")
                 count, size = count + 1, size + len(piece.encode())
-    (folder / "done").write_text(json.dumps([count, size]))
+    if count:  # a package that could not be had is tried again next time
+        (folder / "done").write_text(json.dumps([count, size]))
     return package.name, count, size
 
 
