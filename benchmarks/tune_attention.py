@@ -26,6 +26,7 @@ from deepseek.ops.attention import CAUSAL_KERNELS, document_spans
 from deepseek.ops.hybrid_attention import hybrid_attention_kernel, hybrid_attention_reference, pooled_spans
 from deepseek.ops.triton import hybrid_attention as kernels
 from deepseek.ops.triton.hybrid_attention import Tiles, Tuning, forced_tuning
+from deepseek.ops.triton.pooling import pool_forward
 
 WINDOW, BLOCK, STRIDE = 128, 32, 16
 
@@ -131,9 +132,9 @@ class Calls:
 
     def __init__(self, rows: int, length: int, heads: int, kv: int, size: int) -> None:
         q, k, v, q_rope, k_rope, sink, gate = (x.detach() for x in inputs(rows, length, heads, kv, size))
-        k_pool, v_pool = kernels.pool_forward(k, v, None, None, BLOCK, STRIDE)
+        k_pool, v_pool = pool_forward(k, v, None, None, BLOCK, STRIDE)
         self.tensors = (q, q_rope, k_rope, v, k_pool, v_pool, sink, gate)
-        self.pool = lambda: kernels.pool_forward(k, v, None, None, BLOCK, STRIDE)
+        self.pool = lambda: pool_forward(k, v, None, None, BLOCK, STRIDE)
         self.out, self.whole, self.lse = self.forward()
         self.do = torch.randn_like(self.out)
 

@@ -200,7 +200,8 @@ def hybrid_attention_kernel(
     Args:
         spans, pooled: ``document_spans`` and ``pooled_spans``, both when rows hold several documents.
     """
-    from deepseek.ops.triton.hybrid_attention import hybrid_forward, pool_forward
+    from deepseek.ops.triton.hybrid_attention import hybrid_forward
+    from deepseek.ops.triton.pooling import pool_forward
 
     start, end = spans or (None, None)
     starts, slots, seen = pooled or (None, None, None)
