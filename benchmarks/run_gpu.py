@@ -6,17 +6,19 @@
 
 A part is one ``deepseek bench …`` in a process of its own, so that one that fails or runs out of memory leaves the
 others alone. A part that would not fit what is left of ``--seconds`` is skipped and says so; one that runs past the
-end is stopped and keeps what it had found. Files: PART.json and PART.log each, and results.json with everything.
+end is stopped and keeps what it had found. Two files: results.json, written again every few seconds, and run.log.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -60,6 +62,7 @@ PARTS = {
 
 
 Row = dict[str, Any]
+TICK = 5.0  #: seconds between two looks at what a part has found
 SPEED = {"train-dense": 107_000, "train-moe": 340_000}  #: tok/s: 60% and 45% of an H100's 989 TFLOP/s
 HYBRID = {"1x4096": 0.5, "1x32768": 0.1}  #: forward and backward, at most this share of full SDPA
 FIRST_STEP = 60  #: seconds, compilation included
@@ -119,70 +122,97 @@ def chosen(only: str) -> list[str]:
     return found
 
 
-def run(name: str, extra: str, out: Path, limit: float, quick: bool) -> dict[str, Any]:
-    """One part; what it did and what it found, complete or not."""
-    result, log = out / f"{name}.json", out / f"{name}.log"
-    result.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "deepseek",
-        "bench",
-        *shlex.split(PARTS[name].arguments),
-        *shlex.split(extra),
-    ]
-    command += ["--json", str(result), *(["--quick"] if quick else [])]
-    last = LAST.get(PARTS[name].arguments.split()[0])
-    if last is not None and "--seconds" not in command:
-        command += ["--seconds", f"{max(1.0, limit - last):.0f}"]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    began = time.perf_counter()
-    with (
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            errors="replace",
-        ) as process,
-        log.open("w", encoding="utf-8") as file,
-    ):
-        assert process.stdout is not None
-        reader = threading.Thread(target=copy, args=(process.stdout, file))
-        reader.start()
-        stopped = wait(process, limit)
-        reader.join()
-    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
-    return {
-        "command": shlex.join(command[1:]), "seconds": round(time.perf_counter() - began, 1),
-        "status": process.returncode, "stopped": stopped, "result": found,
-    }  # fmt: skip
+class Runner:
+    """Runs parts and keeps ``results.json`` and ``run.log`` up to date, so that nothing is lost when it is stopped."""
 
+    def __init__(self, out: Path, quick: bool = False) -> None:
+        self.out, self.quick, self.results = out, quick, dict[str, Any]()
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = out / "run.log"
+        self.log.write_text("", encoding="utf-8")
 
-def copy(source: IO[str], file: IO[str]) -> None:
-    """Every line to the log at once, and to our own output."""
-    for line in source:
-        file.write(line)
-        file.flush()
+    def say(self, text: str) -> None:
+        """A line for the log and for our own output."""
+        line = text.rstrip("\n") + "\n"
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(line)
         sys.stdout.write(line)
         sys.stdout.flush()
 
+    def save(self) -> None:
+        """Write what there is."""
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1), encoding="utf-8")
 
-def wait(process: subprocess.Popen[str], limit: float) -> bool:
-    """Whether it had to be stopped."""
-    try:
-        process.wait(limit)
-    except subprocess.TimeoutExpired:
+    def run(self, name: str, extra: str, limit: float) -> dict[str, Any]:
+        """One part, for at most ``limit`` seconds; what it did and what it found, complete or not."""
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "report.json"
+            command, began = self.command(name, extra, limit, found), time.perf_counter()
+            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+            done = self.results[name] = {"command": shlex.join(command[1:])}
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            with subprocess.Popen(command, env=environment, errors="replace", **pipes) as process:
+                reader = threading.Thread(target=self.copy, args=(process.stdout,))
+                reader.start()
+                while process.poll() is None and time.perf_counter() - began < limit:
+                    self.note(done, found)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(min(TICK, max(0.1, limit - (time.perf_counter() - began))))
+                done["stopped"] = process.poll() is None
+                stop(process)
+                reader.join()
+            self.note(done, found)
+        done["seconds"], done["status"] = round(time.perf_counter() - began, 1), process.returncode
+        self.save()
+        return done
+
+    def command(self, name: str, extra: str, limit: float, found: Path) -> list[str]:
+        part = shlex.split(PARTS[name].arguments)
+        command = [sys.executable, "-m", "deepseek", "bench", *part, *shlex.split(extra)]
+        command += ["--json", str(found), *(["--quick"] if self.quick else [])]
+        if part[0] in LAST and "--seconds" not in command:
+            command += ["--seconds", f"{max(1.0, limit - LAST[part[0]]):.0f}"]
+        return command
+
+    def note(self, done: dict[str, Any], found: Path) -> None:
+        """What a part has found so far."""
+        if found.exists():
+            done["result"] = json.loads(found.read_text(encoding="utf-8"))
+            self.save()
+
+    def copy(self, source: IO[str]) -> None:
+        for line in source:
+            self.say(line)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process that has not ended."""
+    if process.poll() is None:
         process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        return True
-    return False
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """A line for every trained stack and every goal."""
+    lines = []
+    for part in SPEED:
+        for row in table(results, part, "training"):
+            mfu = (
+                ""
+                if row["MFU %"] is None
+                else f", MFU {row['MFU %']:.1f}% of {row['peak TFLOP/s']:.0f} TFLOP/s"
+            )
+            lines.append(
+                f"{part}: {row['stack']}: {row['tok/s']:,.0f} tok/s{mfu}, {row['of matmul %']:.1f}% of matmul"
+            )
+    for what, value, relation, wanted, met in goals(results):
+        lines.append(f"{'met   ' if met else 'missed'} {what}: {value:,.4g} {relation} {wanted:,.4g}")
+    return lines
 
 
 def main() -> int:
@@ -199,24 +229,23 @@ def main() -> int:
     names, extra = chosen(options.only), dict(options.set)
     if unknown := set(extra) - set(PARTS):
         sys.exit(f"no part {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    began, results = time.perf_counter(), dict[str, Any]()
+    began, runner = time.perf_counter(), Runner(options.out, options.quick)
     for name in names:
         left = options.seconds - (time.perf_counter() - began)
         needed = 5.0 if options.quick else PARTS[name].seconds
         if needed > left:
-            results[name] = {"skipped": f"needs about {needed:.0f} s, {left:.0f} s are left"}
-            print(f"\n=== {name}: skipped, {results[name]['skipped']}", flush=True)
-        else:
-            print(f"\n=== {name}: about {needed:.0f} s, {left:.0f} s are left", flush=True)
-            results[name] = run(name, extra.get(name, ""), options.out, left - 5, options.quick)
-            print(f"=== {name}: {results[name]['seconds']} s, status {results[name]['status']}", flush=True)
-        (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    for what, value, relation, wanted, met in goals(results):
-        print(f"{'met   ' if met else 'missed'} {what}: {value:,.4g} {relation} {wanted:,.4g}")
-    failed = [n for n, r in results.items() if r.get("status") or r.get("stopped")]
+            runner.results[name] = {"skipped": f"needs about {needed:.0f} s, {left:.0f} s are left"}
+            runner.say(f"\n=== {name}: skipped, {runner.results[name]['skipped']}")
+            runner.save()
+            continue
+        runner.say(f"\n=== {name}: about {needed:.0f} s, {left:.0f} s are left")
+        done = runner.run(name, extra.get(name, ""), left - 5)
+        runner.say(f"=== {name}: {done['seconds']} s, status {done['status']}")
+    for line in summary(runner.results):
+        runner.say(line)
+    failed = [n for n, r in runner.results.items() if r.get("status") or r.get("stopped")]
     if failed:
-        print(f"not complete: {', '.join(failed)}")
+        runner.say(f"not complete: {', '.join(failed)}")
     return 1 if failed else 0
 
 

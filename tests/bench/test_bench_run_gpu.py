@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import run_gpu
-from run_gpu import PARTS, Part, chosen
+from run_gpu import PARTS, Part, Runner, chosen
 
 
 def test_parts_are_chosen_by_name_or_kind() -> None:
@@ -37,19 +37,43 @@ def test_failures_and_lack_of_time_are_written_down(
     assert told["bad"]["status"] == 2
     assert told["long"]["skipped"].startswith("needs about 1000000 s")
     assert "not complete: bad" in capsys.readouterr().out
-    assert "ROWSxLENGTH" in (tmp_path / "bad.log").read_text()
+    assert "ROWSxLENGTH" in (tmp_path / "run.log").read_text()
 
 
-def test_a_part_that_is_late_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_gpu, "PARTS", {"slow": Part("attention --quick", 1)})
-    found = run_gpu.run("slow", "", tmp_path, limit=0.2, quick=False)
+def test_a_part_that_is_late_is_stopped_and_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_gpu, "PARTS", {"slow": Part("attention", 1)})
+    monkeypatch.setattr(run_gpu, "TICK", 0.1)
+    script = """import sys, time
+path = sys.argv[sys.argv.index("--json") + 1]
+open(path, "w").write('{"tables": {"t": [1]}}')
+print("half way", flush=True)
+time.sleep(60)
+"""
+    runner = Runner(tmp_path)
+    monkeypatch.setattr(
+        runner,
+        "command",
+        lambda name, extra, limit, found: [sys.executable, "-c", script, "--json", str(found)],
+    )
+    found = runner.run("slow", "", limit=3.0)
     assert found["stopped"]
-    assert found["seconds"] < 15
+    assert found["seconds"] < 30
+    assert json.loads((tmp_path / "results.json").read_text())["slow"]["result"] == {"tables": {"t": [1]}}
+    assert "half way" in (tmp_path / "run.log").read_text()
 
 
 def test_goals_are_judged() -> None:
     rows = [
-        {"stack": "deepseek", "tok/s": 350_000, "first step s": 80.0},
+        {
+            "stack": "deepseek",
+            "tok/s": 350_000,
+            "first step s": 80.0,
+            "MFU %": 46.3,
+            "peak TFLOP/s": 989,
+            "of matmul %": 57.0,
+        },
         {"stack": "deepseek, forced balance", "tok/s": 380_000, "first step s": 50.0},
         {"stack": "plain-torch, compiled", "tok/s": 243_000, "first step s": 50.0},
     ]
@@ -57,10 +81,16 @@ def test_goals_are_judged() -> None:
         {"attention": "Full, SDPA", "of SDPA, forward+backward": 1.0},
         {"attention": "Hybrid, ours, triton", "of SDPA, forward+backward": 0.6},
     ]
-    told = run_gpu.goals({
+    results = {
         "train-moe": {"result": {"tables": {"training": rows}}},
         "attention": {"result": {"tables": {"time at 1 x 4,096": times}}}, "moe": {"skipped": "no time"},
-    })  # fmt: skip
+    }  # fmt: skip
+    told = run_gpu.goals(results)
+    rows[1:] = []
+    assert run_gpu.summary(results)[:2] == [
+        "train-moe: deepseek: 350,000 tok/s, MFU 46.3% of 989 TFLOP/s, 57.0% of matmul",
+        "met    train-moe, tok/s: 3.5e+05 >= 3.4e+05",
+    ]
     assert {what: met for what, *_, met in told} == {
         "train-moe, tok/s": True, "train-moe, first step s": False, "train-moe, tok/s of the best peer": True,
         "hybrid attention 1x4096, of SDPA": False,
