@@ -211,7 +211,7 @@ def summary(results: dict[str, Any]) -> list[str]:
                 f"{part}: {row['stack']}: {row['tok/s']:,.0f} tok/s{mfu}, {row['of matmul %']:.1f}% of matmul"
             )
     for what, value, relation, wanted, met in goals(results):
-        lines.append(f"{'met   ' if met else 'missed'} {what}: {value:,.4g} {relation} {wanted:,.4g}")
+        lines.append(f"{'met   ' if met else 'missed'} {what}: {value:,.6g} {relation} {wanted:,.6g}")
     return lines
 
 
