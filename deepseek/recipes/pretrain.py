@@ -57,6 +57,7 @@ from deepseek.train import (
     seed_everything,
 )
 from deepseek.train.clip import build_clip
+from deepseek.train.graphs import GraphedStep
 from deepseek.train.loop import Hook, NonFiniteGuard
 from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import Checkpointer
@@ -254,6 +255,8 @@ class _Pretraining:
             self.model, partial(next_token_loss, z_weight=c.train.z_loss), self.optimizer, self.plan.policy,
             micro_rows=c.train.micro_rows, grad_clip=self.clip,
         )  # fmt: skip
+        if c.train.cuda_graph:
+            step = GraphedStep(step)
         schedule = Schedule(c.schedule, c.train.steps)
         hooks: list[Hook] = [NonFiniteGuard(c.train.max_nonfinite), self._after_step]
         ceiling = self.plan.peak_flops * self.world / self.plan.flops_per_token

@@ -6,27 +6,38 @@ adds it to an fp32 buffer and frees it: at no time are there two gradients of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
 class Accumulator:
-    """fp32 sums of the gradients of ``parameters``, for as long as it is ``active``.
+    """fp32 sums of the gradients of ``parameters``.
 
-    With one micro-batch it stays inactive, and ``p.grad`` is used as it comes. ``sums`` is emptied by the optimizer's
+    With one micro-batch it does nothing, and ``p.grad`` is used as it comes. ``sums`` is emptied by the optimizer's
     ``zero_grad``; buffers are kept from step to step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], sums: dict[nn.Parameter, Tensor]) -> None:
-        self.active, self.sums = False, sums
+        self.sums, self._active = sums, False
         self._buffers: dict[nn.Parameter, Tensor] = {}
-        self._handles = [p.register_post_accumulate_grad_hook(self._add) for p in parameters]
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(self._add)
+
+    @contextmanager
+    def over(self, micro_batches: int) -> Iterator[None]:
+        """Sum the gradients of so many backward passes."""
+        self._active = micro_batches > 1
+        try:
+            yield
+        finally:
+            self._active = False
 
     def _add(self, p: Tensor) -> None:
         assert isinstance(p, nn.Parameter)
-        if not self.active or p.grad is None:
+        if not self._active or p.grad is None:
             return
         if p not in self._buffers:
             self._buffers[p] = torch.empty_like(p, dtype=torch.float32)
@@ -35,8 +46,3 @@ class Accumulator:
         else:
             self.sums[p] = self._buffers[p].copy_(p.grad)
         p.grad = None
-
-    def close(self) -> None:
-        """Take the hooks off the parameters."""
-        for handle in self._handles:
-            handle.remove()

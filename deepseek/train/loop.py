@@ -50,6 +50,7 @@ class TrainingConfig:
     z_loss: float = 0.0  # weight of log²Σexp(logits): keeps logits from drifting; 1e-4 is usual
     max_nonfinite: int = 5  # consecutive non-finite steps that are forgiven; one more ends the run
     compile: bool = False
+    cuda_graph: bool = False  # replay the step as CUDA graphs: for models whose kernels are short
     activation_checkpoint: str = (
         "none"  # sqrt, blocks, selective, budget=0.4, optimal: recompute, to keep less
     )

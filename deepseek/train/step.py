@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,14 @@ class StepResult:
     def max_violation(self) -> Tensor:
         """Mean over expert layers of (largest load − mean) / mean; 0 without any."""
         return _mean([max_violation(load) for load in self.load], self.loss)
+
+
+class Sums(NamedTuple):
+    """What the micro-batches of a step add up to: both losses, scalars, and each layer's statistics."""
+
+    loss: Tensor
+    total: Tensor
+    layers: list[LayerStats]
 
 
 class Stopwatch:
@@ -113,26 +122,63 @@ class TrainStep:
         self.accumulator = Accumulator(lowered, optimizer.gradients)
 
     def __call__(self, batch: Batch) -> StepResult:
-        watch = Stopwatch(self.device)
-        loss, total, layers = self._accumulate(batch, watch)
-        self._reduce(loss, total, layers)
-        norm, apply, clipped = self._update(loss)
-        self._update_routing(layers, apply)
-        self.optimizer.zero_grad()
+        watch, sums = Stopwatch(self.device), None
+        parts = list(batch.split(self.micro_rows or batch.rows))
+        self.optimizer.fill()
+        with self.accumulator.over(len(parts)):
+            for part in parts:
+                sums = self.micro(part.to(self.device), part.rows / batch.rows, sums, watch)
+        assert sums is not None
+        self._reduce(sums)
+        result = self.finish(sums)
         watch.lap("optimizer")
-        routings = [layer.routing for layer in layers if layer.routing is not None]
+        return replace(result, tokens=batch.n_targets, n_bytes=batch.n_bytes, seconds=watch.seconds)
+
+    def micro(
+        self,
+        part: Batch,
+        share: float,
+        sums: Sums | None = None,
+        watch: Stopwatch | None = None,
+        factor: Tensor | None = None,
+    ) -> Sums:
+        """Forward and backward of a micro-batch on the device; what it found is added to ``sums``.
+
+        Args:
+            share: of the batch's rows. factor: a scalar that multiplies the losses.
+        """
+        with self.policy.compute(self.device):
+            result = self.loss_fn(self.model, part)
+        if watch is not None:
+            watch.lap("forward")
+        scaled, loss = result.total * self.policy.loss_scale, result.cross_entropy
+        if factor is not None:
+            scaled, loss = scaled * factor, loss * factor
+        scaled.backward()
+        if watch is not None:
+            watch.lap("backward")
+        total = scaled.detach() / self.policy.loss_scale
+        if sums is None:
+            return Sums(loss, total, _add_layers([], result.layers, share))
+        return Sums(sums.loss + loss, sums.total + total, _add_layers(sums.layers, result.layers, share))
+
+    def finish(self, sums: Sums) -> StepResult:
+        """Clip, update and forget the gradients. All on the device: a CUDA graph can hold it."""
+        norm, apply, clipped = self._update(sums.loss)
+        self._update_routing(sums.layers, apply)
+        self.optimizer.zero_grad()
+        routings = [layer.routing for layer in sums.layers if layer.routing is not None]
         return StepResult(
-            loss=loss,
+            loss=sums.loss,
             grad_norm=norm,
-            balance_loss=total - loss,
+            balance_loss=sums.total - sums.loss,
             skipped=~apply,
             clipped=clipped,
-            tokens=batch.n_targets,
-            n_bytes=batch.n_bytes,
+            tokens=0,
+            n_bytes=0,
             load=[r.chosen_E / r.chosen_E.sum().clamp(min=1) for r in routings],
-            gates={i: layer.gate_H for i, layer in enumerate(layers) if layer.gate_H is not None},
-            router_entropy=_mean([r.entropy for r in routings], loss),
-            seconds=watch.seconds,
+            gates={i: layer.gate_H for i, layer in enumerate(sums.layers) if layer.gate_H is not None},
+            router_entropy=_mean([r.entropy for r in routings], sums.loss),
         )
 
     def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -147,33 +193,16 @@ class TrainStep:
         norm = total_norm([gradient for _, gradient in pairs]) / scale
         apply = torch.isfinite(norm) & torch.isfinite(loss)
         factor, clipped = self.clip(pairs, norm, apply, scale)
-        self.optimizer.step(factor / scale, apply)
+        self.optimizer.update(factor / scale, apply)
         return norm, apply, clipped
 
-    def _accumulate(self, batch: Batch, watch: Stopwatch) -> tuple[Tensor, Tensor, list[LayerStats]]:
-        """Forward and backward of every micro-batch; sums of the losses and of the layers' statistics."""
-        parts = list(batch.split(self.micro_rows or batch.rows))
-        loss = torch.zeros((), device=self.device)
-        total, layers = loss.clone(), list[LayerStats]()
-        self.accumulator.active = len(parts) > 1
-        for part in parts:
-            part = part.to(self.device)
-            with self.policy.compute(self.device):
-                result = self.loss_fn(self.model, part)
-            watch.lap("forward")
-            (result.total * self.policy.loss_scale).backward()
-            watch.lap("backward")
-            loss, total = loss + result.cross_entropy, total + result.total.detach()
-            layers = _add_layers(layers, result.layers, part.rows / batch.rows)
-        return loss, total, layers
-
-    def _reduce(self, loss: Tensor, total: Tensor, layers: list[LayerStats]) -> None:
+    def _reduce(self, sums: Sums) -> None:
         """Add gradients, losses and counts over the data-parallel ranks."""
         ranks = comm.world()
         if ranks == 1:
             return
-        tensors = [*(gradient for _, gradient in self.gradients()), loss, total]
-        for layer in layers:
+        tensors = [*(gradient for _, gradient in self.gradients()), sums.loss, sums.total]
+        for layer in sums.layers:
             if layer.routing is not None:
                 layer.routing.entropy.div_(ranks)
                 tensors += layer.routing[1:]  # everything but the balance loss, which ``total`` holds

@@ -134,7 +134,7 @@ def gradients_of(net: Transformer, micro_rows: int) -> tuple[TrainStep, dict[str
             assert grad is not None
             seen[name] = grad.clone()
 
-    step.optimizer.step = keep  # type: ignore[method-assign, assignment]
+    step.optimizer.update = keep  # type: ignore[method-assign, assignment]
     return step, seen, step(batch())
 
 
