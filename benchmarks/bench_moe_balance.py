@@ -8,7 +8,11 @@ How load is measured: parameters frozen, 65,536 fresh tokens, top-k choices only
 steps apart at the end of training; the table shows the means. ``dead`` experts have less than a tenth of
 their share.
 
-    python benchmarks/bench_moe_balance.py [--steps 1500] [--seeds 1]
+``--rules`` compares the three steps of the selection bias, everything else at its default, and counts the steps until
+MaxVio stays below 0.5 from the skewed start. ``--drift`` trains, then takes 30% of the tokens from new clusters, and
+counts the steps until MaxVio is below 0.5 again, with the drift response and without; learning rate constant.
+
+    python benchmarks/bench_moe_balance.py [--steps 1500] [--seeds 1] [--rules | --drift] [--threads 1]
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.nn.balance import DRIFT_STEPS
 from deepseek.nn.moe import MoE, MoEConfig, coverage, max_violation
 
 HIDDEN, EXPERTS, CLUSTERS, TOKENS = 32, 64, 256, 2048
@@ -40,6 +46,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "entropy + bias + default": {"token_floor": 0.0},
     "entropy + bias + default + floor (defaults)": {},
 }
+RULES: dict[str, dict[str, Any]] = {
+    "sign": SIGN,
+    "proportional": {"bias_step": "proportional"},
+    "dual": {"bias_step": "dual"},
+}
+GOAL = 0.5  #: of MaxVio, for ``--rules`` and ``--drift``
+EVERY = 5  #: steps between two measurements of it
 
 
 class Toy:
@@ -50,6 +63,13 @@ class Toy:
         self.centres = torch.randn(CLUSTERS, HIDDEN, generator=self.random)
         self.maps = torch.randn(CLUSTERS, HIDDEN, HIDDEN, generator=self.random) / HIDDEN**0.5
         self.weights = 1 / torch.arange(1, CLUSTERS + 1)
+
+    def shift(self, share: float) -> None:
+        """From now on this share of the tokens comes from as many new clusters, distributed alike."""
+        self.centres = torch.cat((self.centres, torch.randn(CLUSTERS, HIDDEN, generator=self.random)))
+        maps = torch.randn(CLUSTERS, HIDDEN, HIDDEN, generator=self.random) / HIDDEN**0.5
+        self.maps = torch.cat((self.maps, maps))
+        self.weights = torch.cat((self.weights * (1 - share), self.weights * share))
 
     def batch(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets ``[tokens, HIDDEN]``."""
@@ -71,6 +91,9 @@ class Result:
     dead: int
     mse: float
     least_gradient: float  #: the smallest gradient norm any expert had in any step
+    balanced: (
+        float  #: the step from which MaxVio stayed below ``GOAL`` for three measurements; NaN if not followed
+    )
     seconds: float
 
 
@@ -95,49 +118,132 @@ def measure(moe: MoE, x: Tensor, y: Tensor) -> tuple[float, float, int, float]:
     return float(coverage(load)), float(max_violation(load)), dead, float(F.mse_loss(out[0], y))
 
 
-def run(steps: int, seed: int = 0, **changes: Any) -> Result:
-    """Train one variant and measure it."""
+def train_step(moe: MoE, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    """One step; the smallest gradient norm of an expert."""
+    out, stats = moe(x[None])
+    (F.mse_loss(out[0], y) + stats.balance_loss).backward()
+    assert moe.gate_up.grad is not None
+    assert moe.down.grad is not None
+    norms = moe.gate_up.grad.flatten(1).norm(dim=1) + moe.down.grad.flatten(1).norm(dim=1)
+    optimizer.step()
+    optimizer.zero_grad()
+    moe.update(stats)
+    return float(norms.min())
+
+
+def first_below(followed: list[float]) -> float:
+    """The step of the first of three measurements in a row below ``GOAL``; infinite if there are none."""
+    for i in range(len(followed) - 2):
+        if max(followed[i : i + 3]) < GOAL:
+            return (i + 1) * EVERY
+    return float("inf")
+
+
+def run(steps: int, seed: int = 0, follow: int = 0, **changes: Any) -> Result:
+    """Train one variant and measure it; ``follow``: for how many steps MaxVio is measured from the start."""
     toy, moe = Toy(seed), make_layer(seed, **changes)
     fresh = toy.batch(65_536)
     optimizer = torch.optim.AdamW(moe.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=3e-4)
     least, started, measured = float("inf"), time.perf_counter(), list[tuple[float, float, int, float]]()
+    followed = list[float]()
     for step in range(steps):
-        x, y = toy.batch(TOKENS)
-        out, stats = moe(x[None])
-        (F.mse_loss(out[0], y) + stats.balance_loss).backward()
-        assert moe.gate_up.grad is not None
-        assert moe.down.grad is not None
-        norms = moe.gate_up.grad.flatten(1).norm(dim=1) + moe.down.grad.flatten(1).norm(dim=1)
-        least = min(least, float(norms.min()))
-        optimizer.step()
-        optimizer.zero_grad()
+        least = min(least, train_step(moe, optimizer, *toy.batch(TOKENS)))
         schedule.step()
-        moe.update(stats)
+        if step < follow and step % EVERY == EVERY - 1:
+            followed.append(measure(moe, *fresh)[1])
         if steps - step <= 100 and (steps - step) % 20 == 1:
             measured.append(measure(moe, *fresh))
     mean = [sum(column) / len(measured) for column in zip(*measured)]
-    return Result(mean[0], mean[1], round(mean[2]), mean[3], least, time.perf_counter() - started)
+    balanced = first_below(followed) if followed else float("nan")
+    return Result(mean[0], mean[1], round(mean[2]), mean[3], least, balanced, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Drift:
+    worst: float  #: largest MaxVio after the shift
+    steps: float  #: until MaxVio was below ``GOAL`` for three measurements
+    delay: float  #: steps from the shift to the alarm; infinite without one
+    false_alarms: int  #: before the shift
+    mse: float  #: at the end, on the new distribution
+
+
+def run_drift(steps: int, seed: int = 0, after: int = 300, share: float = 0.3, **changes: Any) -> Drift:
+    """Train on one distribution, then for ``after`` steps on a partly new one, following MaxVio."""
+    toy, moe = Toy(seed), make_layer(seed, **changes)
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-3, weight_decay=0.0)
+    alarms, followed, fresh = list[int](), list[float](), toy.batch(1)
+    for step in range(steps + after):
+        if step == steps:
+            toy.shift(share)
+            fresh = toy.batch(65_536)
+        train_step(moe, optimizer, *toy.batch(TOKENS))
+        left = 0.0 if moe.drift is None else float(moe.drift.watch[-1])
+        alarms += [step] if left == DRIFT_STEPS else []
+        if step >= steps and (step - steps) % EVERY == EVERY - 1:
+            followed.append(measure(moe, *fresh)[1])
+    delay = min((step - steps for step in alarms if step >= steps), default=float("inf"))
+    false = sum(step < steps for step in alarms)
+    return Drift(max(followed), first_below(followed), delay, false, measure(moe, *fresh)[3])
+
+
+#: Columns of a table: title → field and format. '/': every seed's value, otherwise their mean.
+COLUMNS = {
+    "coverage": ("coverage", ".3f"),
+    "MaxVio": ("max_violation", ".2f"),
+    "dead": ("dead", ".1f"),
+    "MSE": ("mse", ".4f"),
+    "least expert gradient": ("least_gradient", "/.1e"),
+    "s": ("seconds", ".0f"),
+}
+FOLLOWED = {f"steps to MaxVio < {GOAL}": ("balanced", "/.0f"), **COLUMNS}
+AFTER_DRIFT = {
+    "worst MaxVio": ("worst", ".2f"),
+    f"steps to MaxVio < {GOAL}": ("steps", "/.0f"),
+    "steps to the alarm": ("delay", "/.0f"),
+    "false alarms": ("false_alarms", "/.0f"),
+    "MSE": ("mse", ".4f"),
+}
+
+
+def print_table(
+    variants: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str]], run_one: Any, seeds: int
+) -> None:
+    """One line a variant: ``run_one(seed, **changes)`` for every seed."""
+    print("| variant | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, changes in variants.items():
+        results = [run_one(seed=seed, **changes) for seed in range(seeds)]
+        cells = []
+        for field, form in columns.values():
+            values = [float(getattr(r, field)) for r in results]
+            mean = sum(values) / len(values)
+            every = " / ".join(f"{v:{form[1:]}}" for v in values)
+            cells.append(every if form[0] == "/" else f"{mean:{form}}")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Balance of a sparse layer, by mechanism.")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its own choice")
+    parser.add_argument("--rules", action="store_true", help="compare the steps of the selection bias")
+    parser.add_argument("--drift", action="store_true", help="recovery from a shift of 30%% of the tokens")
     arguments = parser.parse_args()
-    print("| variant | coverage | MaxVio | dead | MSE | least expert gradient | s |")
-    print("|---|---|---|---|---|---|---|")
-    for name, changes in VARIANTS.items():
-        results = [run(arguments.steps, seed, **changes) for seed in range(arguments.seeds)]
-
-        def mean(field: str, results: list[Result] = results) -> float:
-            return sum(getattr(r, field) for r in results) / len(results)
-
-        print(
-            f"| {name} | {mean('coverage'):.3f} | {mean('max_violation'):.2f} | {mean('dead'):.1f} "
-            f"| {mean('mse'):.4f} | {min(r.least_gradient for r in results):.1e} | {mean('seconds'):.0f} |",
-            flush=True,
-        )
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.drift:
+        variants = {
+            f"{rule}{name}": {**changes, "drift_response": response}
+            for rule, changes in RULES.items()
+            for name, response in (("", False), (" + drift response", True))
+        }
+        print_table(variants, AFTER_DRIFT, partial(run_drift, arguments.steps), arguments.seeds)
+    elif arguments.rules:
+        print_table(RULES, FOLLOWED, partial(run, arguments.steps, follow=500), arguments.seeds)
+    else:
+        print_table(VARIANTS, COLUMNS, partial(run, arguments.steps), arguments.seeds)
 
 
 if __name__ == "__main__":

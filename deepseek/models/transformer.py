@@ -34,6 +34,7 @@ ZERO = (
     "sink",
     "attention.pool",
     "default_EC",
+    "drift.moments_ED",
 )
 
 

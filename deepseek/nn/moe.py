@@ -4,7 +4,8 @@
   differentiable;
 * **bias** added to the probabilities for the selection only, moved after every step, outside autograd,
   against each expert's load error (auxiliary-loss-free balancing, arXiv 2408.15664). Its step there is the
-  sign of the error; ours is proportional up to a limit, so that a balanced router comes to rest (LOG.md);
+  sign of the error; ours is proportional up to a limit, so that a balanced router comes to rest (LOG.md). Other
+  steps and the response to drift are in ``deepseek.nn.balance``;
 * **token floor**: while training, an expert that was chosen by fewer than ``floor · T·K/E`` tokens also gets
   the tokens that like it best, each with its own small probability as weight. (It looks at the whole batch,
   like expert choice; evaluation and generation never use it.)
@@ -22,7 +23,7 @@ slots (see ``deepseek.ops.experts``).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
+from deepseek.nn.balance import BiasStep, DriftResponse, bias_step, dual_gap, input_moments, keep
 from deepseek.nn.layers import SwiGLU, to_compute_dtype
 from deepseek.ops.experts import (
     Backend,
@@ -56,7 +58,10 @@ class MoEConfig:
     normalise_gates: bool = True  # the k gates of a token sum to one
     entropy_weight: float = 0.01  # α of the balance loss
     bias_rate: float = 2e-3  # largest step of the selection bias; 0 = off
-    bias_step: Literal["proportional", "sign"] = "proportional"  # 'sign' is the published rule
+    bias_step: BiasStep = "proportional"  # 'sign' is the published rule, 'dual' solves for the load
+    drift_response: bool = (
+        False  # move the bias faster for a while after the experts' inputs have changed abruptly
+    )
     token_floor: float = 0.1  # share of the mean load every expert is guaranteed while training; 0 = off
     default_decay: float = 0.99  # horizon of the default outputs; 0 = off
     backend: Backend = "auto"
@@ -74,6 +79,11 @@ class MoEConfig:
                 f"token_floor={self.token_floor} must lie in [0, 1] "
                 f"and default_decay={self.default_decay} in [0, 1)"
             )
+        if self.drift_response and self.bias_rate <= 0:
+            raise ConfigError(
+                f"drift_response raises the bias rate, which is {self.bias_rate}; "
+                "set bias_rate above 0 or drift_response to false"
+            )
 
 
 class RoutingStats(NamedTuple):
@@ -85,6 +95,8 @@ class RoutingStats(NamedTuple):
     sampled_E: Tensor  #: how many of those took part in ``hidden_sum_EF``
     hidden_sum_EF: Tensor  #: sum of each expert's inner activations over these, for the default outputs
     entropy: Tensor  #: mean entropy of the router's distribution, nats
+    gap_E: Tensor  #: ``dual_gap`` times the tokens counted; empty unless bias_step is 'dual'
+    moments_ED: Tensor  #: ``input_moments``; empty without drift_response
 
 
 class Routing(NamedTuple):
@@ -152,6 +164,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(c.experts, c.expert_ffn, hidden))
         self.shared = SwiGLU(hidden, c.shared_experts * c.expert_ffn) if c.shared_experts else None
         self.register_buffer("default_EC", torch.zeros(c.experts, hidden), persistent=c.default_decay > 0)
+        self.drift = DriftResponse(c.experts, hidden) if c.drift_response else None
 
     def forward(self, x_BTC: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """``[B, T, C]`` → ``[B, T, C]`` and what routing was; padding (not ``valid``) is not counted."""
@@ -167,7 +180,7 @@ class MoE(nn.Module):
         out = out.to(x_BTC.dtype).view_as(x_BTC)
         if self.shared is not None:
             out = out + self.shared(x_BTC)
-        return out, self._stats(routing, hidden, valid)
+        return out, self._stats(routing, x, hidden, valid)
 
     def _absent(self, routing: Routing) -> Tensor:
         """bool ``[N, E]``: the experts that did not work on a token."""
@@ -178,7 +191,9 @@ class MoE(nn.Module):
         place = rescued_pairs(routing.where, tokens, experts)
         return F.pad(absent.flatten(), (0, 1)).scatter(0, place, False)[:-1].view(tokens, experts)
 
-    def _stats(self, routing: Routing, hidden_RF2: Tensor, valid_N: Tensor | None) -> RoutingStats:
+    def _stats(
+        self, routing: Routing, x_NC: Tensor, hidden_RF2: Tensor, valid_N: Tensor | None
+    ) -> RoutingStats:
         probs, c, where = routing.probs_NE, self.config, routing.where
         counted = torch.ones_like(probs[:, 0]) if valid_N is None else valid_N.to(probs.dtype)
         mean_E = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)
@@ -194,7 +209,14 @@ class MoE(nn.Module):
             chosen = where.chosen_E.to(probs.dtype)
             if valid_N is not None:
                 chosen = (chosen_mask(routing.expert_NK, c.experts) * counted[:, None]).sum(0)
-        return RoutingStats(loss, chosen, served.to(probs.dtype), sampled.to(probs.dtype), sums, entropy)
+            gap = moments = probs.new_zeros(0)
+            if self.training and c.bias_step == "dual" and c.bias_rate > 0:
+                gap = dual_gap(probs, self.router.bias, c.top_k, valid_N) * counted.sum()
+            if self.training and c.drift_response:
+                moments = input_moments(x_NC, where.token_R, where.ends_E, valid_N)
+        return RoutingStats(
+            loss, chosen, served.to(probs.dtype), sampled.to(probs.dtype), sums, entropy, gap, moments
+        )
 
     @torch.no_grad()
     def update(self, stats: RoutingStats, apply: Tensor | None = None) -> None:
@@ -204,22 +226,17 @@ class MoE(nn.Module):
         """
         c = self.config
         if c.bias_rate > 0:
-            load = stats.chosen_E / stats.chosen_E.sum().clamp(min=1)
-            lack = 1 - load * c.experts  # 1 for an idle expert, -1 at twice the share
-            moved = self.router.bias + c.bias_rate * (
-                lack.sign() if c.bias_step == "sign" else lack.clamp(-1, 1)
-            )
-            _keep(self.router.bias, moved - moved.mean(), apply)
+            choices = stats.chosen_E.sum().clamp(min=1)
+            load, gap = stats.chosen_E / choices, stats.gap_E * (c.top_k / choices)
+            boost = 1.0 if self.drift is None else self.drift.update(stats.moments_ED, apply)
+            moved = self.router.bias + bias_step(c.bias_step, c.bias_rate, load, gap, boost)
+            keep(self.router.bias, moved - moved.mean(), apply)
         if c.default_decay > 0:
             sampled = stats.sampled_E[:, None]
             inner = (stats.hidden_sum_EF / sampled.clamp(min=1)).to(self.down.dtype)
             mean = torch.where(sampled > 0, torch.bmm(inner[:, None], self.down)[:, 0], self.default_EC)
             moved = self.default_EC.lerp(mean.to(self.default_EC.dtype), 1 - c.default_decay)
-            _keep(self.default_EC, moved, apply)
-
-
-def _keep(old: Tensor, new: Tensor, apply: Tensor | None) -> None:
-    old.copy_(new if apply is None else torch.where(apply, new, old))
+            keep(self.default_EC, moved, apply)
 
 
 def chosen_mask(expert_NK: Tensor, experts: int) -> Tensor:

@@ -37,7 +37,8 @@ from deepseek.weights.shards import SHARD_BYTES
 
 OURS = "deepseek_hybrid"
 ARCHITECTURE = "DeepseekHybridForCausalLM"
-KEPT_FLOAT32 = ("router.bias", "default_EC")  # statistics, not weights: too fine for bf16
+#: Statistics, not weights: too fine for bf16.
+KEPT_FLOAT32 = ("router.bias", "default_EC", "drift.moments_ED", "drift.watch")
 IGNORED = ("rotary_emb.inv_freq",)  # a constant that old Llama directories carry
 
 
