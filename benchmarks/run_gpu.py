@@ -79,9 +79,11 @@ def goals(results: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
 
     for part, speed in SPEED.items():
         rows = {row["stack"]: row for row in table(results, part, "training")}
-        if ours := rows.get("deepseek"):
+        own = [row for name, row in rows.items() if name in ("deepseek", "deepseek, CUDA graph")]
+        if own:
+            ours = max(own, key=lambda row: row["tok/s"])
             goal(f"{part}, tok/s", ours["tok/s"], ">=", speed)
-            goal(f"{part}, first step s", ours["first step s"], "<=", FIRST_STEP)
+            goal(f"{part}, first step s", max(row["first step s"] for row in own), "<=", FIRST_STEP)
             peers = [row["tok/s"] for name, row in rows.items() if not name.startswith("deepseek")]
             if peers:
                 goal(f"{part}, tok/s of the best peer", ours["tok/s"], ">=", max(peers))

@@ -38,6 +38,7 @@ from deepseek.models import PRESETS, ModelConfig, Transformer, count
 from deepseek.ops.jit import compile_blocks
 from deepseek.precision import Policy, choose, lower
 from deepseek.train import OptimConfig, TrainStep, build_optimizer, next_token_loss
+from deepseek.train.graphs import WARMUP, GraphedStep
 from deepseek.weights.checkpoint import CheckpointConfig, Checkpointer
 
 TITLE = "training"
@@ -61,6 +62,7 @@ class Options(BenchOptions):
     optimizer: Literal["adamw", "muon"] = "adamw"  # ours; peers use AdamW
     precision: str = "auto"
     eager: bool = False  # do not compile anything
+    cuda_graph: bool = False  # also ours replayed as CUDA graphs; forced balance is then replayed, too
     real_only: bool = False  # no forced-balance run
     profile: bool = False  # kernels by kind and name, and the share of time without any
     checkpoint: bool = False  # also measure what a snapshot costs
@@ -95,6 +97,8 @@ def run(options: Options) -> Report:
     device = options.torch_device
     if options.quick:
         options = replace(options, length=64, batch_tokens=256, micro_rows=2, steps=2, warmup=1)
+    if options.cuda_graph:
+        options = replace(options, warmup=max(options.warmup, WARMUP + 1))  # the capture is no step to time
     if options.batch_tokens % options.length:
         raise ConfigError(
             f"--batch-tokens={options.batch_tokens} is not a multiple of --length={options.length}"
@@ -138,8 +142,13 @@ def stacks(options: Options, config: ModelConfig) -> dict[str, Maker]:
     """What is to be measured, by name, in order."""
     device, compiled = options.torch_device, not options.eager and options.torch_device.type != "cpu"
     found: dict[str, Maker] = {"deepseek": partial(Ours, options, config)}
+    replayed = options.cuda_graph and device.type == "cuda"
+    if replayed:
+        found["deepseek, CUDA graph"] = partial(Ours, options, config, graph=True)
     if config.moe.experts and not options.real_only:
-        found["deepseek, forced balance"] = partial(Ours, options, config, forced_balance=True)
+        found["deepseek, forced balance"] = partial(
+            Ours, options, config, forced_balance=True, graph=replayed
+        )
 
     def peer(name: str, compile: bool, micro_rows: int) -> Step:
         return PEERS[name](Setup(full_attention(config), device, micro_rows, compile))
@@ -166,7 +175,12 @@ class Ours:
     """Our stack as a ``Step``: the path of ``deepseek pretrain`` without its data and its events."""
 
     def __init__(
-        self, options: Options, config: ModelConfig, micro_rows: int, forced_balance: bool = False
+        self,
+        options: Options,
+        config: ModelConfig,
+        micro_rows: int,
+        forced_balance: bool = False,
+        graph: bool = False,
     ) -> None:
         device = options.torch_device
         torch.manual_seed(options.seed)
@@ -178,6 +192,8 @@ class Ours:
             compile_blocks(self.model.blocks)
         optimizer = build_optimizer(self.model, OptimConfig(name=options.optimizer, lr=1e-4), masters)
         self.step = TrainStep(self.model, next_token_loss, optimizer, policy, micro_rows=micro_rows)
+        if graph:
+            self.step = GraphedStep(self.step)
         self.violation: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
