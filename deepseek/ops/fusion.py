@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 LINEAR = (F.linear, torch._C._nn.linear)
+EPILOGUES = ("cuda",)  #: devices whose matrix product has an activation built in
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
@@ -153,12 +154,12 @@ def _activation_patterns() -> Any:
     patterns = PatternMatcherPass()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         inputs = [torch.empty(s, dtype=dtype) for s in ((4,), (2, 3), (3, 4))]
-        register_replacement(gelu, gelu_fused, inputs, fwd_only, patterns, extra_check=_on_cuda)
-    register_replacement(relu, relu_fused, inputs, fwd_only, patterns, extra_check=_on_cuda)
+        register_replacement(gelu, gelu_fused, inputs, fwd_only, patterns, extra_check=_has_epilogue)
+    register_replacement(relu, relu_fused, inputs, fwd_only, patterns, extra_check=_has_epilogue)
     return patterns
 
 
-def _on_cuda(match: Any) -> bool:
+def _has_epilogue(match: Any) -> bool:
     """Off a GPU the operation is two steps again, and its gelu another one (erf)."""
     value = match.kwargs["x"].meta.get("val")
-    return isinstance(value, Tensor) and value.device.type == "cuda"
+    return isinstance(value, Tensor) and value.device.type in EPILOGUES

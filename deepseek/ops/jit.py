@@ -3,8 +3,8 @@
     fast = ds.jit(model)                       # or a function, or @ds.jit
     fast = ds.jit(model, mode="reduce-overhead")  # CUDA graphs: when launching costs more than computing
 
-Compiled code is kept on disk and found again by the next process: in torch's own place (a temporary directory), or in
-``TORCHINDUCTOR_CACHE_DIR``, or where ``keep_compiled`` says.
+Compiled code is kept on disk and found again by the next process: where ``keep_compiled`` says, else where
+``TORCHINDUCTOR_CACHE_DIR`` says, else in a temporary directory.
 """
 
 from __future__ import annotations
@@ -95,9 +95,12 @@ def compile_blocks(
 
 
 def keep_compiled(directory: Path | str) -> Path:
-    """Keep compiled code in ``directory`` from now on, unless the environment names another; returns where it is."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(directory).expanduser().absolute()))
-    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    """Keep compiled code in ``directory`` from now on, and look for it there; returns the absolute path."""
+    path = Path(directory).expanduser().absolute()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+        path
+    )  # torch writes its default there: this cannot be a default
+    return path
 
 
 def _options(mode: str | None, dynamic: bool | None, patterns: bool) -> dict[str, Any]:
