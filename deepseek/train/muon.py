@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepseek.train.part import Part, Shape, cleaned
+from deepseek.ops.muon import descend_, look_ahead_
+from deepseek.train.part import Part, Shape
 
 NEWTON_SCHULZ = (
     3.4445,
@@ -83,10 +84,10 @@ class Muon(Part):
             by_shape: dict[tuple[int, ...], list[Piece]] = defaultdict(list)
             for p in self.ready(group):
                 by_shape[p.shape[-2:]].extend(self._pieces(p))
-            lr = scalars["lr"] if apply is None else scalars["lr"] * apply
-            for same in by_shape.values():
+            for shape, same in by_shape.items():
+                row = _row(group, scalars["lr"], max(shape), scale, apply).to(same[0].weight.dtype)
                 for chunk in _chunks(same):
-                    self._step_chunk(chunk, group, lr, scale, apply)
+                    _step_chunk(chunk, row, group["ns_steps"])
 
     def _pieces(self, p: nn.Parameter) -> Iterator[Piece]:
         """The parameter in slices of at most ``CHUNK`` elements (one matrix at least)."""
@@ -98,32 +99,25 @@ class Muon(Part):
         for parts in zip(*(t.split(size) for t in tensors)):
             yield Piece(*parts, *([None] if len(parts) == 3 else []))
 
-    def _step_chunk(
-        self,
-        pieces: list[Piece],
-        group: dict[str, Any],
-        lr: Tensor,
-        scale: Tensor | None,
-        apply: Tensor | None,
-    ) -> None:
-        """Where the step does not apply, gradient, ``fresh`` and ``lr`` are zero: nothing moves."""
-        beta, directions = group["momentum"], []
-        for piece in pieces:
-            dtype = piece.momentum.dtype
-            grad = cleaned(piece.grad, dtype, scale, apply)
-            fresh = 1 - beta if apply is None else (1 - beta) * apply.to(dtype)
-            piece.momentum.lerp_(grad, fresh)
-            directions.append(grad.lerp(piece.momentum, beta).to(working_dtype(grad)))
-        update = orthogonalise(
-            torch.cat(directions) if len(directions) > 1 else directions[0], group["ns_steps"]
-        )
-        dtype = pieces[0].weight.dtype
-        keep = (1 - lr * group["weight_decay"]).to(dtype)
-        rate = (lr * 0.2 * max(update.shape[-2:]) ** 0.5).to(dtype)
-        for piece, u in zip(pieces, update.split([len(p.momentum) for p in pieces])):
-            piece.weight.mul_(keep).sub_(u.to(dtype) * rate)
-            if piece.lowered is not None:
-                piece.lowered.copy_(piece.weight)
+
+def _row(group: dict[str, Any], lr: Tensor, side: int, scale: Tensor | None, apply: Tensor | None) -> Tensor:
+    """``deepseek.ops.muon.SCALARS`` for matrices whose longer side is ``side``."""
+    one = torch.ones_like(lr)
+    applied = one if apply is None else apply.to(lr.dtype)
+    factor = one if scale is None else scale.to(lr.dtype)
+    fresh, lr = (1 - group["momentum"]) * applied, lr * applied
+    keep, rate = 1 - lr * group["weight_decay"], lr * (0.2 * side**0.5)
+    return torch.stack([factor, applied, fresh, one * group["momentum"], keep, rate])
+
+
+def _step_chunk(pieces: list[Piece], row: Tensor, steps: int) -> None:
+    counts = [len(piece.momentum) for piece in pieces]
+    like = pieces[0].momentum
+    directions = like.new_empty(sum(counts), *like.shape[1:], dtype=working_dtype(like))
+    for piece, direction in zip(pieces, directions.split(counts)):
+        look_ahead_(direction, piece.momentum, piece.grad, row)
+    for piece, update in zip(pieces, orthogonalise(directions, steps).split(counts)):
+        descend_(piece.lowered, piece.weight, update, row)
 
 
 def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
