@@ -5,7 +5,7 @@
     python benchmarks/tune_attention.py --sweep --lengths 32768 --head-dim 64
 
 Times are of CUDA graphs: what the GPU does, without Python's launches. A sweep first compiles all candidates in
-parallel processes (Triton keeps them on disk), then times them one by one. The winners belong into ``TUNING`` of
+parallel processes (Triton keeps them on disk), then times them one by one. The winners belong into ``HOPPER`` of
 ``deepseek/ops/triton/hybrid_attention.py``.
 """
 
@@ -49,6 +49,7 @@ QUERIES = (
 )
 KEYS = (
     (64, 32, 4, 2),
+    (64, 32, 4, 3),
     (64, 64, 4, 2),
     (64, 64, 8, 2),
     (128, 32, 8, 2),

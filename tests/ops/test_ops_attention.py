@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.ops.attention import causal_mask, dense_attention, window_attention, window_mask
+from deepseek.ops import attention
+from deepseek.ops.attention import (
+    causal_attention,
+    causal_mask,
+    dense_attention,
+    pick_backend,
+    window_attention,
+    window_mask,
+)
 
 
 def random_documents(rows: int, length: int, seed: int, padding: bool = True) -> Tensor:
@@ -105,3 +113,22 @@ def test_bf16_rows_of_padding_stay_finite() -> None:
     y = window_attention(q, k, v, 8, window_mask(37, 8, documents, "cpu"))
     assert y.dtype == torch.bfloat16
     assert y.isfinite().all()
+
+
+def test_kernels_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(attention, "available", lambda: True)
+    assert pick_backend(gpu, 128, torch.bfloat16) == pick_backend(gpu, 96, torch.float32) == "triton"
+    for device, size, dtype in (
+        (cpu, 128, torch.bfloat16),
+        (gpu, 80, torch.float16),
+        (gpu, 64, torch.float64),
+    ):
+        assert pick_backend(device, size, dtype) == "chunked"
+    monkeypatch.setattr(attention, "available", lambda: False)
+    assert pick_backend(gpu, 128, torch.bfloat16) == "chunked"
+
+
+def test_whole_rows_are_dense_attention() -> None:
+    q, k, v = tensors(2, 4, 2, 17, 8, torch.float64)
+    torch.testing.assert_close(causal_attention(q, k, v), dense_attention(q, k, v))

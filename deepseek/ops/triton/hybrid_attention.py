@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,13 +49,17 @@ class Tuning:
     tma: bool = False
 
 
-#: By padded head size, for 16-bit inputs on SM90 (more shared memory than SM80, which takes one stage less).
-TUNING = {
+#: By padded head size, for 16-bit inputs; before Hopper there is less shared memory, and products cost registers.
+HOPPER = {
     64: Tuning(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
     128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
 }
-#: fp32 takes twice the shared memory and four times the tensor-core time.
-WIDE_TUNING = Tuning(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+AMPERE = {
+    64: Tuning(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    128: Tuning(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 1), Tiles(64, 32, 8, 1)),
+}
+#: fp32 by three tf32 products, which is exact enough to compare with and slow.
+WIDE = Tuning(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 _forced: Tuning | None = None
 
@@ -76,12 +80,9 @@ def tuning_for(q: Tensor) -> Tuning:
     if _forced is not None:
         return _forced
     if q.dtype == torch.float32:
-        return WIDE_TUNING
-    made = TUNING[64 if q.shape[-1] <= 64 else 128]
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0):
-        return made
-    less = [replace(x, stages=max(1, x.stages - 1)) for x in (made.forward, made.queries, made.keys)]
-    return Tuning(less[0], less[1], less[2], made.programs)
+        return WIDE
+    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return (HOPPER if hopper else AMPERE)[_padded(q.shape[-1])]
 
 
 def _descriptors(rows: int, DP: int, *tensors: Tensor) -> list[TensorDescriptor] | None:
@@ -115,7 +116,7 @@ def _common(
     return {
         "GROUP": q.shape[1] // k.shape[1], "BLOCK": block, "STRIDE": stride, "D": D, "DP": _padded(D),
         "WIDE": window >= 4 * biggest, "DOCS": docs, "EVEN": T % biggest == 0,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
 
