@@ -128,19 +128,23 @@ def optimal(chain: Chain, memory: int) -> Plan:
     if cost(save_all(n), chain).peak <= memory:
         return save_all(n)
     table = _Table(chain, memory)
-    if not math.isfinite(table.least):
+    # The table rounds sizes up: a plan that just fits may be missing from it.
+    plans = [every_block(n), sqrt_segments(n), *([table.plan()] if table.fits else [])]
+    fitting = [plan for plan in plans if cost(plan, chain).peak <= memory]
+    if not fitting:
         needs = least_memory(chain)
         raise ConfigError(
             f"{n} blocks cannot be trained keeping {memory / 2**20:.1f} MiB; recomputing everything possible they "
             f"need {needs / 2**20:.1f} MiB, without recomputation {cost(save_all(n), chain).peak / 2**20:.1f} MiB"
         )
-    return table.plan()
+    return min(fitting, key=lambda plan: cost(plan, chain).recomputed)
 
 
 def least_memory(chain: Chain) -> int:
-    """Bytes within which some plan fits (rounded up to a thousandth)."""
-    limit = cost(every_block(len(chain.seconds)), chain).peak
-    return math.ceil(_Table(chain, limit).first_fit * limit / SLOTS)
+    """Bytes within which some plan fits, up to the rounding of sizes."""
+    enough = cost(every_block(len(chain.seconds)), chain).peak
+    limit = 2 * enough
+    return min(enough, math.ceil(_Table(chain, limit).first_fit * limit / SLOTS))
 
 
 class _Table:
@@ -180,9 +184,9 @@ class _Table:
         self.time[s, t], self.choice[s, t] = best, choice
 
     @property
-    def least(self) -> float:
-        """Time of the whole chain within the memory; infinite when nothing fits."""
-        return float(self.time[0, self.n - 1][self.room]) if self.room >= 0 else math.inf
+    def fits(self) -> bool:
+        """Whether some plan of the whole chain fits the memory."""
+        return self.room >= 0 and math.isfinite(self.time[0, self.n - 1][self.room])
 
     @property
     def first_fit(self) -> int:

@@ -137,6 +137,13 @@ def test_segments_cover_the_blocks_once(n: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_a_limit_that_just_fits() -> None:
+    """Every block's checkpoint needs exactly this much, which the rounding of sizes must not deny."""
+    chain = Chain((1.0, 2.0), (1.0, 2.0), (6144, 6144), (134784, 148821))
+    limit = cost(every_block(2), chain).peak
+    assert cost(optimal(chain, limit), chain).peak <= limit
+
+
 def test_square_root() -> None:
     """64 like blocks whose input is a tenth of what they save: 8 inputs and 8 blocks instead of 64 of both."""
     chain = Chain((1.0,) * 64, (1.0,) * 64, (1,) * 64, (10,) * 64)
