@@ -55,12 +55,16 @@ class StepResult:
     @property
     def coverage(self) -> Tensor:
         """Mean over expert layers of Σ min(fᵢ, 1/E); 0 without any."""
-        return _mean([coverage(load) for load in self.load], self.loss)
+        return self._over_layers(coverage)
 
     @property
     def max_violation(self) -> Tensor:
         """Mean over expert layers of (largest load − mean) / mean; 0 without any."""
-        return _mean([max_violation(load) for load in self.load], self.loss)
+        return self._over_layers(max_violation)
+
+    def _over_layers(self, figure: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of a figure of each layer's load, computed for all layers at once."""
+        return torch.vmap(figure)(torch.stack(self.load)).mean() if self.load else torch.zeros_like(self.loss)
 
 
 class Sums(NamedTuple):
@@ -176,7 +180,7 @@ class TrainStep:
             clipped=clipped,
             tokens=0,
             n_bytes=0,
-            load=[r.chosen_E / r.chosen_E.sum().clamp(min=1) for r in routings],
+            load=_loads(sums.layers),
             gates={i: layer.gate_H for i, layer in enumerate(sums.layers) if layer.gate_H is not None},
             router_entropy=_mean([r.entropy for r in routings], sums.loss),
         )
@@ -219,24 +223,43 @@ class TrainStep:
 
 def _add_layers(sums: list[LayerStats], new: list[LayerStats], share: float) -> list[LayerStats]:
     """``sums + new``: counts add up, means (entropy, gates) are weighted by ``share``. Everything is detached."""
-
-    def scaled(stats: LayerStats) -> LayerStats:
-        routing = stats.routing
-        if routing is not None:
-            routing = RoutingStats(*(t.detach() for t in routing))._replace(
-                entropy=routing.entropy.detach() * share
-            )
-        return LayerStats(routing, stats.gate_H * share if stats.gate_H is not None else None)
-
-    def add(a: LayerStats, b: LayerStats) -> LayerStats:
-        routing = (
-            RoutingStats(*(x + y for x, y in zip(a.routing, b.routing))) if a.routing and b.routing else None
+    fresh = [_weighted(stats, share) for stats in new]
+    if not sums:
+        return fresh
+    added = iter(torch._foreach_add(_flat(sums), _flat(fresh)))  # one kernel for hundreds of small tensors
+    return [
+        LayerStats(
+            None if stats.routing is None else RoutingStats(*(next(added) for _ in stats.routing)),
+            None if stats.gate_H is None else next(added),
         )
-        gate = a.gate_H + b.gate_H if a.gate_H is not None and b.gate_H is not None else None
-        return LayerStats(routing, gate)
+        for stats in fresh
+    ]
 
-    fresh = [scaled(stats) for stats in new]
-    return [add(a, b) for a, b in zip(sums, fresh)] if sums else fresh
+
+def _weighted(stats: LayerStats, share: float) -> LayerStats:
+    routing, gate = stats.routing, stats.gate_H
+    if routing is not None:
+        routing = RoutingStats(*(t.detach() for t in routing))
+        routing = routing._replace(entropy=routing.entropy * share)
+    return LayerStats(routing, None if gate is None else gate.detach() * share)
+
+
+def _flat(layers: list[LayerStats]) -> list[Tensor]:
+    """Every tensor, layer by layer."""
+    return [
+        t
+        for layer in layers
+        for t in [*(layer.routing or ()), *([] if layer.gate_H is None else [layer.gate_H])]
+    ]
+
+
+def _loads(layers: list[LayerStats]) -> list[Tensor]:
+    """Per expert layer the share of the choices that fell on each expert ``[E]``."""
+    chosen = [layer.routing.chosen_E for layer in layers if layer.routing is not None]
+    if not chosen:
+        return []
+    chosen_LE = torch.stack(chosen)
+    return list((chosen_LE / chosen_LE.sum(-1, keepdim=True).clamp(min=1)).unbind())
 
 
 def _mean(values: list[Tensor], like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from deepseek.models.config import tiny
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.train import OptimConfig, build_optimizer
+from deepseek.train import muon as muon_file
 from deepseek.train.muon import Muon, orthogonalise
 from deepseek.train.optim import Optimizers, is_matrix
 
@@ -277,3 +278,28 @@ def test_another_optimizers_state_is_refused(old: Any, new: Any) -> None:
 def test_constants_that_cannot_be_used_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         OptimConfig(**wrong)
+
+
+def test_chunks_of_bounded_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a bank of experts is larger than a chunk, and when one matrix is."""
+
+    def moved() -> list[Tensor]:
+        random = torch.Generator().manual_seed(0)
+        params = [
+            nn.Parameter(torch.randn(s, generator=random)) for s in [(5, 8, 12), (8, 12), (12, 8), (8, 12)]
+        ]
+        optimizer = muon(params)
+        for step in range(2):
+            with_gradients(params, step)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    whole, sizes = moved(), list[int]()
+    real = muon_file.orthogonalise
+    monkeypatch.setattr(muon_file, "orthogonalise", lambda x, n: (sizes.append(x.numel()), real(x, n))[1])
+    for limit, largest in ((200, 192), (50, 96)):
+        monkeypatch.setattr(muon_file, "CHUNK", limit)
+        sizes.clear()
+        for a, b in zip(moved(), whole):
+            torch.testing.assert_close(a, b)
+        assert max(sizes) == largest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from deepseek.train import (
 from deepseek.train.clip import clip_gradients
 from deepseek.train.loop import NonFiniteGuard
 from deepseek.train.losses import Loss
+from deepseek.train.pace import Readback
 
 CPU = torch.device("cpu")
 FP32 = choose("fp32", CPU)
@@ -187,6 +189,49 @@ def test_the_guard_forgives_as_many_steps_as_it_was_told() -> None:
     assert "weights unchanged" in warnings[0].values["text"]
     with pytest.raises(TrainingError, match="1 consecutive"):
         NonFiniteGuard(0)(1, fake(True))
+
+
+def test_a_guard_that_looks_a_step_late_names_the_right_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Readback, "waiting", property(lambda self: True))
+    sink, guard = MemorySink(), NonFiniteGuard(1)
+    with attached(sink):
+        guard(4, fake(True))
+        assert not sink.events
+        guard(5, fake(False))
+        assert [e.step for e in sink.events] == [4]
+        guard(6, fake(True))
+        guard(7, fake(True))
+        with pytest.raises(TrainingError, match="2 consecutive non-finite steps up to step 7"):
+            guard.flush()
+        guard.flush()
+    assert [e.step for e in sink.events] == [4, 6, 7]
+
+
+def test_fit_lets_a_late_guard_see_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Readback, "waiting", property(lambda self: True))
+    with pytest.raises(TrainingError, match="up to step 2"):
+        fit(step_of(model(), loss_fn=poison_loss), batches(), SCHEDULE, steps=2, hooks=[NonFiniteGuard(1)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_speeds_are_those_of_the_device_and_guards_are_late() -> None:
+    """Steps of a known length: the host must not take the time of filling the queue for the time of the work."""
+
+    def slow(net: Transformer, part: Batch) -> Loss:
+        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+        return poison_loss(net, part) if part.n_bytes == 3 else next_token_loss(net, part)
+
+    def stream() -> Iterator[Batch]:
+        for i in range(6):
+            yield replace(batch(i), n_bytes=i)
+
+    net = model().cuda()
+    sink, guard = MemorySink(), NonFiniteGuard(2)
+    with attached(sink):
+        fit(step_of(net, loss_fn=slow), stream(), SCHEDULE, steps=6, hooks=[guard])
+    seconds = [48 / speed for speed in sink.series("train", "tokens_per_second")]
+    assert all(s > 0.02 for s in seconds)
+    assert [e.step for e in sink.events if e.name == "warning"] == [4]
 
 
 @pytest.mark.parametrize("factor", [1.0, 128.0, 4096.0])
