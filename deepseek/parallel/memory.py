@@ -132,6 +132,20 @@ def parse_mode(mode: str) -> tuple[str, float | None]:
     return name, share
 
 
+def kept_share(mode: str, layers: int) -> float:
+    """About which share of the activations is there at once in ``mode``, for guessing how many rows fit.
+
+    A block's input is taken for a tenth of what it saves; what is being run again counts.
+    """
+    name, share = parse_mode(mode)
+    segments = len(sqrt_segments(layers))
+    shares = {
+        "none": 1.0, "selective": 0.6, "budget": share or 1.0, "blocks": 0.1 + 1 / layers,
+        "optimal": 0.1 + 1 / layers, "sqrt": 0.1 * segments / layers + 1 / segments,
+    }  # fmt: skip
+    return min(1.0, shares[name])
+
+
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of the longest ``ModuleList`` or ``Sequential`` that is not inside another."""
     rows: dict[str, list[nn.Module]] = {}

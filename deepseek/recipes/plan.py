@@ -16,6 +16,7 @@ from deepseek.dist import comm
 from deepseek.errors import ConfigError, did_you_mean
 from deepseek.models import PRESETS, ModelConfig, Transformer, count, model_config
 from deepseek.models.config import tiny
+from deepseek.parallel.memory import kept_share
 from deepseek.parallel.plan import ParallelConfig, check_layout
 from deepseek.precision import Policy, choose, matmul_flops
 from deepseek.train import OptimConfig, ScheduleConfig, TrainingConfig
@@ -176,15 +177,15 @@ def _micro_rows(
     if device.type == "cuda":
         budget = 0.6 * torch.cuda.mem_get_info(device)[0]
     size = 2 if policy.dtype != torch.float32 else 4
-    fits = 1
-    while fits < rows and _micro_bytes(model, 2 * fits, train.length, size) <= budget:
+    kept, fits = kept_share(train.activation_checkpoint, model.layers), 1
+    while fits < rows and _micro_bytes(model, 2 * fits, train.length, size, kept) <= budget:
         fits *= 2
     return min(fits, rows)
 
 
-def _micro_bytes(model: ModelConfig, rows: int, length: int, size: int) -> int:
+def _micro_bytes(model: ModelConfig, rows: int, length: int, size: int, kept: float) -> int:
     held = count.memory(model, rows, length, compute_bytes=size)
-    return held["activations"] + held["logits"]
+    return round(kept * held["activations"]) + held["logits"]
 
 
 def held_out_shape(config: PretrainConfig) -> tuple[int, int]:

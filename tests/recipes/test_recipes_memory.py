@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from recipe_runs import identical, largest_difference, smallest, tensors, write_corpus
 
-from deepseek.recipes.pretrain import pretrain
-
+from deepseek.recipes.pretrain import derive, pretrain
 
 # Dynamo looks at `.grad` of what it is given.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -31,6 +30,17 @@ def test_the_same_weights_bit_for_bit(corpus: Path, plain: Path, mode: str) -> N
     run = corpus.parent / mode
     pretrain(smallest(corpus, train={"steps": 3, "activation_checkpoint": mode}), run)
     assert identical(tensors(run), tensors(plain))
+
+
+def test_more_rows_fit_when_less_is_kept(corpus: Path) -> None:
+    options = {"micro_rows": 0, "batch_tokens": 512 * 32, "memory_budget": 0.01}
+    rows = {
+        mode: derive(smallest(corpus, model={"layers": 16}, train={**options, "activation_checkpoint": mode}))
+        for mode in ("none", "selective", "sqrt")
+    }
+    none, selective, sqrt = (rows[m].config.train.micro_rows for m in ("none", "selective", "sqrt"))
+    assert none <= selective <= sqrt
+    assert none < sqrt <= 16 * none
 
 
 @pytest.mark.slow
