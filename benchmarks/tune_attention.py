@@ -76,6 +76,7 @@ def inputs(
 
 def milliseconds(work: Callable[[], object], repeats: int = 10) -> float:
     """GPU time of one call, by a graph of ``repeats`` calls; the best of five replays."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -117,7 +118,7 @@ def check(heads: int, kv: int, size: int) -> None:
             weight = torch.randn_like(want)
             theirs = torch.autograd.grad((want * weight).sum(), wide)
             for tma in (False, True):
-                with forced_tuning(replace(kernels.tuning_for(values[0]), tma=tma)):
+                with forced_tuning(kernels.tuning_for(values[0]).reading(tma)):
                     y = hybrid_attention_kernel(*values, **sizes, spans=spans, pooled=pooled)
                     ours = torch.autograd.grad((y * weight).sum(), values)
                 errors = [relative(a, b) for a, b in zip((y, *ours), (want, *theirs))]
@@ -152,7 +153,7 @@ class Calls:
 def tunings(base: Tuning, part: str) -> Iterator[tuple[str, Tuning]]:
     for tma in (False, True):
         for tiles in CANDIDATES[part]:
-            yield f"{part} {tiles} tma={tma}", replace(base, **{part: Tiles(*tiles)}, tma=tma)
+            yield f"{part} {tiles} tma={tma}", replace(base, **{part: Tiles(*tiles, tma)})
 
 
 def sweep(rows: int, length: int, heads: int, kv: int, size: int) -> None:

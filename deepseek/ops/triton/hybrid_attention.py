@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,28 +25,33 @@ from deepseek.ops.triton.pooling import rows_of, strides_of
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of one kernel's tiles: ``own`` rows a program keeps, ``step`` rows it reads at a time."""
+    """Sizes of one kernel's tiles.
+
+    Attributes:
+        own, step: rows a program keeps, and rows it reads at a time.
+        tma: whether the loops read through Hopper's copy engine, which spares registers; else through pointers.
+    """
 
     own: int
     step: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tiles of the three kernels.
-
-    Attributes:
-        programs: how many slot programs to aim for when splitting their queries.
-        tma: whether loops read through Hopper's copy engine, which spares registers; else through pointers.
-    """
+    """Tiles of the three kernels; ``programs``: how many slot programs to aim for when splitting their queries."""
 
     forward: Tiles
     queries: Tiles
     keys: Tiles
     programs: int = 528
-    tma: bool = False
+
+    def reading(self, tma: bool) -> Tuning:
+        """The same tiles, all read in one way."""
+        forward, queries, keys = (replace(x, tma=tma) for x in (self.forward, self.queries, self.keys))
+        return Tuning(forward, queries, keys, self.programs)
 
 
 #: By padded head size, for 16-bit inputs; before Hopper there is less shared memory, and products cost registers.
@@ -121,9 +126,9 @@ def _common(
     }  # fmt: skip
 
 
-def _read(tuning: Tuning, tiles: Tiles, *tensors: Tensor) -> tuple[bool, list[Any]]:
+def _read(tiles: Tiles, *tensors: Tensor) -> tuple[bool, list[Any]]:
     """Whether loops read through descriptors, and what they read: descriptors or the tensors themselves."""
-    made = _descriptors(tiles.step, _padded(tensors[0].shape[-1]), *tensors) if tuning.tma else None
+    made = _descriptors(tiles.step, _padded(tensors[0].shape[-1]), *tensors) if tiles.tma else None
     return made is not None, made or list(tensors)
 
 
@@ -161,7 +166,7 @@ def hybrid_forward(
     q, q_rope, k_rope, v, k_pool, v_pool = (rows_of(x) for x in (q, q_rope, k_rope, v, k_pool, v_pool))
     B, H, T, D = q.shape
     tuning, sink = tuning_for(q), sink.contiguous()
-    tiles, (tma, loops) = tuning.forward, _read(tuning, tuning.forward, k_rope, v, k_pool, v_pool)
+    tiles, (tma, loops) = tuning.forward, _read(tuning.forward, k_rope, v, k_pool, v_pool)
     out, whole = _new(q), _new(q)
     lse = q.new_empty(2, B, H, T, dtype=torch.float32)
     docs = doc_start is not None
@@ -216,7 +221,7 @@ def hybrid_backward(
     dq, dq_rope, dk_rope, dv = _new(q), _new(q), _new(v), _new(v)
     delta = torch.empty_like(lse)
     dgate = q.new_empty(B, H, T, dtype=torch.float32)
-    tiles, (tma, loops) = tuning.queries, _read(tuning, tuning.queries, k_rope, v, k_pool, v_pool)
+    tiles, (tma, loops) = tuning.queries, _read(tuning.queries, k_rope, v, k_pool, v_pool)
     query_tiles = triton.cdiv(T, tiles.own)
     dsink = q.new_empty(2, B, K, (H // K) * query_tiles, D, dtype=torch.float32)
     strides = strides_of(q, q_rope, k_rope, v, k_pool, v_pool)
@@ -226,7 +231,7 @@ def hybrid_backward(
         *strides, *strides_of(gate, out, do), B, H, T, J, limit, D**-0.5,
         POOLED=True, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k_rope, window, block, stride, tiles, docs),
     )  # fmt: skip
-    tiles, (tma, (q_loop, qr_loop, do_loop)) = tuning.keys, _read(tuning, tuning.keys, q, q_rope, do)
+    tiles, (tma, (q_loop, qr_loop, do_loop)) = tuning.keys, _read(tuning.keys, q, q_rope, do)
     whole_programs = triton.cdiv(J, tiles.own) * B * K
     most = max(1, triton.cdiv(T, 4 * tiles.step))  # less than four query tiles are not worth a partial sum
     splits = min(most, max(1, triton.cdiv(tuning.programs, max(whole_programs, 1))))
@@ -282,7 +287,7 @@ def window_forward(
     q, k, v = (rows_of(x) for x in (q, k, v))
     B, H, T, D = q.shape
     tuning, docs = tuning_for(q), doc_start is not None
-    tiles, (tma, (k_loop, v_loop)) = tuning.forward, _read(tuning, tuning.forward, k, v)
+    tiles, (tma, (k_loop, v_loop)) = tuning.forward, _read(tuning.forward, k, v)
     out, lse = _new(q), q.new_empty(1, B, H, T, dtype=torch.float32)
     start = doc_start if docs else lse
     forward_kernel[(B * H, triton.cdiv(T, tiles.own))](
@@ -317,14 +322,14 @@ def window_backward(
     tuning, docs, limit = tuning_for(q), doc_start is not None, _window_or_row(window, q)
     dq, dk, dv, delta = _new(q), _new(k), _new(v), torch.empty_like(lse)
     strides = strides_of(q, q, k, v, k, v)
-    tiles, (tma, (k_loop, v_loop)) = tuning.queries, _read(tuning, tuning.queries, k, v)
+    tiles, (tma, (k_loop, v_loop)) = tuning.queries, _read(tuning.queries, k, v)
     start = doc_start if docs else lse
     queries_kernel[(B * H, triton.cdiv(T, tiles.own))](
         q, q, k_loop, v_loop, k_loop, v_loop, lse, lse, out, out, lse, start, start, do, delta, dq, dq, lse, lse,
         *strides, *strides_of(lse[0], out, do), B, H, T, 0, limit, D**-0.5,
         POOLED=False, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k, window, 1, 1, tiles, docs),
     )  # fmt: skip
-    tiles, (tma, (q_loop, do_loop)) = tuning.keys, _read(tuning, tuning.keys, q, do)
+    tiles, (tma, (q_loop, do_loop)) = tuning.keys, _read(tuning.keys, q, do)
     end = doc_end if docs else lse
     keys_kernel[(triton.cdiv(T, tiles.own) * B * k.shape[1],)](
         q_loop, q_loop, k, v, k, v, lse, end, end, do_loop, delta, dk, dv, lse, lse,
