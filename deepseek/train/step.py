@@ -224,9 +224,10 @@ class TrainStep:
 def _add_layers(sums: list[LayerStats], new: list[LayerStats], share: float) -> list[LayerStats]:
     """``sums + new``: counts add up, means (entropy, gates) are weighted by ``share``. Everything is detached."""
     fresh = [_weighted(stats, share) for stats in new]
-    if not sums:
+    before, flat = _flat(sums), _flat(fresh)
+    if not before:
         return fresh
-    added = iter(torch._foreach_add(_flat(sums), _flat(fresh)))  # one kernel for hundreds of small tensors
+    added = iter(torch._foreach_add(before, flat))  # one kernel for hundreds of small tensors
     return [
         LayerStats(
             None if stats.routing is None else RoutingStats(*(next(added) for _ in stats.routing)),

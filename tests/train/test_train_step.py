@@ -140,6 +140,22 @@ def test_statistics_of_micro_batches_are_those_of_the_whole(rows: int) -> None:
     assert parts.max_violation >= 0
 
 
+def test_a_dense_model_has_nothing_to_tell_and_accumulates() -> None:
+    def dense() -> Transformer:
+        torch.manual_seed(0)
+        return Transformer(
+            tiny(
+                vocab_size=30, hidden=16, layers=1, ffn=24, pattern="F", ffn_pattern="D",
+                attention=AttentionConfig(heads=2, kv_heads=1, head_dim=8),
+            )
+        )  # fmt: skip
+
+    whole, parts = step_of(dense())(batch()), step_of(dense(), micro_rows=1)(batch())
+    torch.testing.assert_close(whole.loss, parts.loss)
+    torch.testing.assert_close(whole.grad_norm, parts.grad_norm)
+    assert (parts.load, parts.gates, float(parts.coverage), float(parts.balance_loss)) == ([], {}, 0.0, 0.0)
+
+
 def poison_gradient(net: Transformer, part: Batch) -> Loss:
     """A finite loss whose gradient is not."""
     found = next_token_loss(net, part)
