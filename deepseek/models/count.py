@@ -16,6 +16,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,7 @@ from typing import Literal
 from deepseek.config import replace
 from deepseek.errors import ConfigError
 from deepseek.models.config import PRESETS, ModelConfig
+from deepseek.ops.cross_entropy import chunk_rows
 from deepseek.ops.hybrid_attention import pooled_length
 
 PARTS = (
@@ -160,10 +162,10 @@ def flops(config: ModelConfig, length: int, *, executed: bool = False) -> Flops:
     forward["head"] = 2 * length * config.hidden * config.vocab_size
     for kind, ffn in zip(config.kinds, config.ffn_kinds):
         forward.update(_attention_flops(config, kind, length, executed))
-        forward.update(_ffn_flops(config, ffn, length, executed))
-    # Backward multiplies by both operands' transposes; the default outputs are constants, so only one of
-    # theirs.
-    backward = {part: n if part == "default_outputs" else 2 * n for part, n in forward.items()}
+        forward.update(_ffn_flops(config, ffn, length))
+    backward = {part: 2 * n for part, n in forward.items()}  # by the transposes of both operands
+    if executed and config.moe.default_decay > 0:  # constants, and nothing in forward: one product in backward
+        backward["default_outputs"] = forward["router"]
     return Flops(length, dict(forward), backward)
 
 
@@ -201,19 +203,15 @@ def _attention_flops(config: ModelConfig, kind: str, length: int, executed: bool
     }
 
 
-def _ffn_flops(config: ModelConfig, kind: str, length: int, executed: bool) -> dict[str, int]:
+def _ffn_flops(config: ModelConfig, kind: str, length: int) -> dict[str, int]:
     m, C = config.moe, config.hidden
     if kind == "D":
         return {"dense_ffn": 6 * length * C * config.ffn}
-    router = 2 * length * C * m.experts
-    made = {
-        "router": router,
+    return {
+        "router": 2 * length * C * m.experts,
         "experts": 6 * length * m.top_k * C * m.expert_ffn,
         "shared_experts": 6 * length * C * m.shared_experts * m.expert_ffn,
     }
-    if executed and m.default_decay > 0:
-        made["default_outputs"] = router
-    return made
 
 
 def cache_bytes(config: ModelConfig, length: int, rows: int = 1, dtype_bytes: int = 2) -> int:
@@ -278,10 +276,13 @@ def _ffn_activations(config: ModelConfig, kind: str, n: int, b: int) -> int:
     if kind == "D":
         return n * C * b + 4 * n * config.ffn * b
     chosen = n * m.top_k
-    total = 4 * n * C + 4 * n * m.experts  # the router's input and probabilities
-    total += chosen * (2 * C * b + 4 * m.expert_ffn * b + 5 * 8)  # rows in and out, inner, indices, gates
+    slots = m.experts * min(n, math.ceil(m.token_floor * chosen / m.experts))
+    rows = chosen + slots
+    total = n * C * b + 4 * n * m.experts + 8 * chosen  # tokens; probabilities; the chosen experts and their gates
+    total += rows * 2 * m.expert_ffn * b + 12 * rows  # the first projection; who goes where
+    total += 4 * rows + 12 * slots if slots else 0  # gates of all rows; who is rescued
     if m.default_decay > 0:
-        total += 5 * n * m.experts + 4 * m.experts * C
+        total += n * m.experts + b * m.experts * C
     if m.shared_experts:
         total += 4 * n * m.shared_experts * m.expert_ffn * b + (n * C * b if b < 4 else 0)
     return total
@@ -304,21 +305,23 @@ def memory(
             and two for everything else (embedding, head, norms, router, gates); 'adafactor' one in bf16.
         master_bytes: bytes of a weight and of its gradient.
         compute_bytes: bytes of the copy that matmuls read, if smaller.
-        loss_positions: how many positions' logits exist at once; all of them when ``None``.
+        loss_positions: how many positions' logits exist at once; ``None``: a chunk of ``linear_cross_entropy``.
     """
     count = parameters(config)
     by, total = count.by_part, count.total
     matrices = by["attention"] + by["experts"] + by["shared_experts"] + by["dense_ffn"]
     states = {"adamw": 8 * total, "muon": 8 * total - 4 * matrices, "adafactor": 2 * total}[optimizer]
-    positions = min(loss_positions or rows * length, rows * length)
+    chunk = loss_positions or chunk_rows(config.vocab_size, compute_bytes, cuda=compute_bytes < master_bytes)
+    positions = min(chunk, rows * length)
     held = {
         "weights": master_bytes * total,
         "compute_copy": compute_bytes * total if compute_bytes < master_bytes else 0,
         "gradients": master_bytes * total,
         "optimizer": states,
         "activations": activation_bytes(config, rows, length, compute_bytes=compute_bytes),
-        # Logits, their fp32 softmax, and the gradient of the logits.
-        "logits": positions * config.vocab_size * (2 * compute_bytes + 4)
+        # A chunk's logits, which become their own gradient, and the gradients of the head and of the hidden states.
+        "logits": positions * config.vocab_size * (compute_bytes + (4 if compute_bytes < 4 else 0))
+        + config.vocab_size * config.hidden * 4
         + rows * length * config.hidden * compute_bytes,
     }
     return {**held, "total": sum(held.values())}
