@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 
 from deepseek.errors import ConfigError
 
-SLOTS = 1000  #: memory is counted in this many parts of the limit; sizes are rounded up
+SLOTS = 1000  #: memory is counted in this many parts of the limit; sizes are rounded to them
+#: Shares of the limit that are given up in turn, until what was planned with rounded sizes fits with exact ones.
+MARGINS = (-0.01, -0.003, 0.0, 0.003, 0.01, 0.03)
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,13 @@ def optimal(chain: Chain, memory: int) -> Plan:
     n = len(chain.seconds)
     if cost(save_all(n), chain).peak <= memory:
         return save_all(n)
-    table = _Table(chain, memory)
-    # The table rounds sizes up: a plan that just fits may be missing from it.
-    plans = [every_block(n), sqrt_segments(n), *([table.plan()] if table.fits else [])]
-    fitting = [plan for plan in plans if cost(plan, chain).peak <= memory]
+    fitting = [plan for plan in (every_block(n), sqrt_segments(n)) if cost(plan, chain).peak <= memory]
+    for margin in MARGINS:
+        table = _Table(chain, round(memory * (1 - margin)))
+        plan = table.plan() if table.fits else ()
+        if plan and cost(plan, chain).peak <= memory:
+            fitting.append(plan)
+            break
     if not fitting:
         needs = least_memory(chain)
         raise ConfigError(
@@ -157,8 +162,8 @@ class _Table:
     def __init__(self, chain: Chain, memory: int) -> None:
         self.n = n = len(chain.seconds)
         slot = max(memory, 1) / SLOTS
-        self.inputs = [math.ceil(b / slot) for b in chain.inputs]
-        self.saved = [math.ceil(b / slot) for b in chain.saved]
+        self.inputs = [round(b / slot) for b in chain.inputs]
+        self.saved = [round(b / slot) for b in chain.saved]
         # Blocks up to the last are run for the first time; a part that ends before it is run again, to its last save.
         self.final = [*chain.rerun[:-1], chain.seconds[-1]]
         self.elapsed = [0.0, *np.cumsum(chain.seconds).tolist()]
