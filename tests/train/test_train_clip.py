@@ -119,23 +119,26 @@ def cycle(seed: int) -> Batch:
     return Batch.from_rows((start + torch.arange(13)) % 16)
 
 
-def test_training_recovers_from_spikes_within_five_steps() -> None:
-    def spike(model: Transformer, batch: Batch) -> Loss:
-        found = next_token_loss(
-            model, Batch.from_rows(torch.randint(0, 16, (8, 13)))
-        )  # noise, 50 times as loud
-        return found._replace(total=found.total * 50)
+def spike(model: Transformer, batch: Batch) -> Loss:
+    """Noise, and 50 times as loud."""
+    found = next_token_loss(model, Batch.from_rows(torch.randint(0, 16, (8, 13))))
+    return found._replace(total=found.total * 50)
 
-    step, losses = small_step(ZClip(1.0)), list[float]()
-    for i in range(100):
+
+def recovers(clip: Clip) -> bool:
+    """Whether the loss is back where it was five steps after each of two spikes, and stays there."""
+    step, losses = small_step(clip), list[float]()
+    for i in range(90):
         step.loss_fn = spike if i in (60, 80) else next_token_loss
         result = step(cycle(i))
         losses.append(float(result.loss))
-        if i in (60, 80):
-            assert result.clipped
-            assert float(result.grad_norm) > 5
-    for at in (60, 80):
-        assert min(losses[at + 1 : at + 6]) <= 1.02 * max(losses[at - 5 : at]) + 0.01
+        assert i not in (60, 80) or float(result.grad_norm) > 5
+    return all(max(losses[at + 5 : at + 9]) <= max(losses[at - 5 : at]) + 0.01 for at in (60, 80))
+
+
+def test_training_recovers_from_spikes_within_five_steps() -> None:
+    assert recovers(ZClip(1.0))
+    assert not recovers(NormClip(0.0))
 
 
 def test_statistics_are_in_the_optimizers_state_and_come_back() -> None:
