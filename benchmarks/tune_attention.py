@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops.attention import CAUSAL_KERNELS, document_spans
+from deepseek.ops.attention import document_spans
 from deepseek.ops.hybrid_attention import hybrid_attention_kernel, hybrid_attention_reference, pooled_spans
 from deepseek.ops.triton import hybrid_attention as kernels
 from deepseek.ops.triton.hybrid_attention import Tiles, Tuning, forced_tuning
 from deepseek.ops.triton.pooling import pool_forward
 
-WINDOW, BLOCK, STRIDE = 128, 32, 16
+WINDOW, BLOCK, STRIDE = 128, 32, 32
 
 #: own rows, rows a step, warps, stages
 FORWARD = (
@@ -213,8 +213,7 @@ def times(rows: int, length: int, heads: int, kv: int, size: int) -> None:
         return kernels.window_forward(q_rope, k_rope, v, None, None, WINDOW)[0]
 
     def full() -> Tensor:
-        with torch.nn.attention.sdpa_kernel(CAUSAL_KERNELS, set_priority=True):
-            return F.scaled_dot_product_attention(q_rope, k_rope, v, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(q_rope, k_rope, v, is_causal=True, enable_gqa=True)
 
     def train(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(call(), leaves, weight)

@@ -42,7 +42,7 @@ class Options(BenchOptions):
     head_dim: int = 128
     window: int = 128
     block: int = 32
-    stride: int = 16
+    stride: int = 32
     rounds: int = 10
 
     @property

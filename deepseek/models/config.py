@@ -73,7 +73,7 @@ def tiny(**changes: Any) -> ModelConfig:
     """
     base = ModelConfig(
         vocab_size=2048, hidden=128, layers=3, ffn=352, pattern="LLH", max_length=1024, tie_embeddings=False,
-        attention=AttentionConfig(heads=4, kv_heads=2, head_dim=32, qk_norm=True, window=32),
+        attention=AttentionConfig(heads=4, kv_heads=2, head_dim=32, qk_norm=True, window=32, stride=16),
         moe=MoEConfig(experts=16, top_k=2, expert_ffn=64),
     )  # fmt: skip
     return replace(base, **changes)

@@ -23,7 +23,6 @@ from deepseek.nn.layers import RMSNorm, to_compute_dtype
 from deepseek.nn.rope import counted_rope_table, rope_table, rotate
 from deepseek.ops.attention import (
     DocumentSpans,
-    causal_attention,
     causal_mask,
     dense_attention,
     document_spans,
@@ -48,7 +47,7 @@ class AttentionConfig:
     output_bias: bool = False
     window: int = 128  # positions a window or hybrid layer sees, itself included
     block: int = 32  # positions per pooled block of a hybrid layer
-    stride: int = 16  # positions between pooled blocks
+    stride: int = 32  # positions between pooled blocks; as many as a block: no position is pooled twice
     gate: Literal["token", "static"] = "token"  # gate from the token, or one learned constant per head
     gate_init: float = -3.0  # logit: hybrids learn fastest starting near the local branch (LOG.md)
     pooling: Literal["mean", "learned"] = "mean"  # learned: weights per key/value head and place in the block
@@ -195,8 +194,6 @@ class FullAttention(Attention):
             k, v, _ = cache.extend(k, v)
         if context.spans is not None:
             return window_attention_kernel(q, k, v, context.length, context.spans), None
-        if context.full_mask is None:
-            return causal_attention(q, k, v), None
         return dense_attention(q, k, v, context.full_mask), None
 
     def new_cache(self) -> LayerCache:

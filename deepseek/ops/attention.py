@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek.ops.triton import available
 from deepseek.registry import register_op
@@ -24,14 +23,6 @@ from deepseek.registry import register_op
 #: What the Triton kernels take; anything else goes to plain torch.
 KERNEL_HEAD_DIMS = (64, 96, 128)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-#: Torch's kernels for whole causal rows, the fastest on Hopper first; a kernel that cannot is passed over.
-CAUSAL_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def pick_backend(device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
@@ -97,14 +88,6 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``dense_attention`` of whole rows without documents, by the fastest kernel of this device."""
-    if q.device.type != "cuda":
-        return dense_attention(q, k, v)
-    with sdpa_kernel(CAUSAL_KERNELS, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def window_mask(length: int, window: int, documents: Tensor | None, device: torch.device | str) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from deepseek.ops import attention
 from deepseek.ops.attention import (
-    causal_attention,
     causal_mask,
     dense_attention,
     pick_backend,
@@ -127,8 +126,3 @@ def test_kernels_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pick_backend(device, size, dtype) == "chunked"
     monkeypatch.setattr(attention, "available", lambda: False)
     assert pick_backend(gpu, 128, torch.bfloat16) == "chunked"
-
-
-def test_whole_rows_are_dense_attention() -> None:
-    q, k, v = tensors(2, 4, 2, 17, 8, torch.float64)
-    torch.testing.assert_close(causal_attention(q, k, v), dense_attention(q, k, v))
