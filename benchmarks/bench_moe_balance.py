@@ -9,8 +9,8 @@ steps apart at the end of training; the table shows the means. ``dead`` experts 
 their share.
 
 ``--rules`` compares the three steps of the selection bias, everything else at its default, and counts the steps until
-MaxVio stays below 0.5 from the skewed start. ``--drift`` trains, then takes 30% of the tokens from new clusters, and
-counts the steps until MaxVio is below 0.5 again, with the drift response and without; learning rate constant.
+MaxVio stays below 0.5 from the skewed start. ``--drift`` trains, then takes 30% of the tokens from eight new clusters,
+and counts the steps until MaxVio is below 0.5 again, with the drift response and without; learning rate constant.
 
     python benchmarks/bench_moe_balance.py [--steps 1500] [--seeds 1] [--rules | --drift] [--threads 1]
 """
@@ -52,7 +52,10 @@ RULES: dict[str, dict[str, Any]] = {
     "dual": {"bias_step": "dual"},
 }
 GOAL = 0.5  #: of MaxVio, for ``--rules`` and ``--drift``
-EVERY = 5  #: steps between two measurements of it
+EVERY = (
+    5  #: steps between two measurements of it from the skewed start; after a shift, every step is measured
+)
+NEW = 8  #: clusters that a shift brings
 
 
 class Toy:
@@ -65,11 +68,12 @@ class Toy:
         self.weights = 1 / torch.arange(1, CLUSTERS + 1)
 
     def shift(self, share: float) -> None:
-        """From now on this share of the tokens comes from as many new clusters, distributed alike."""
-        self.centres = torch.cat((self.centres, torch.randn(CLUSTERS, HIDDEN, generator=self.random)))
-        maps = torch.randn(CLUSTERS, HIDDEN, HIDDEN, generator=self.random) / HIDDEN**0.5
+        """From now on this share of the tokens comes from ``NEW`` new clusters, equally frequent."""
+        self.centres = torch.cat((self.centres, torch.randn(NEW, HIDDEN, generator=self.random)))
+        maps = torch.randn(NEW, HIDDEN, HIDDEN, generator=self.random) / HIDDEN**0.5
         self.maps = torch.cat((self.maps, maps))
-        self.weights = torch.cat((self.weights * (1 - share), self.weights * share))
+        old = self.weights / self.weights.sum() * (1 - share)
+        self.weights = torch.cat((old, torch.full((NEW,), share / NEW)))
 
     def batch(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets ``[tokens, HIDDEN]``."""
@@ -131,11 +135,11 @@ def train_step(moe: MoE, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor)
     return float(norms.min())
 
 
-def first_below(followed: list[float]) -> float:
+def first_below(followed: list[float], every: int) -> float:
     """The step of the first of three measurements in a row below ``GOAL``; infinite if there are none."""
     for i in range(len(followed) - 2):
         if max(followed[i : i + 3]) < GOAL:
-            return (i + 1) * EVERY
+            return (i + 1) * every
     return float("inf")
 
 
@@ -155,7 +159,7 @@ def run(steps: int, seed: int = 0, follow: int = 0, **changes: Any) -> Result:
         if steps - step <= 100 and (steps - step) % 20 == 1:
             measured.append(measure(moe, *fresh))
     mean = [sum(column) / len(measured) for column in zip(*measured)]
-    balanced = first_below(followed) if followed else float("nan")
+    balanced = first_below(followed, EVERY) if followed else float("nan")
     return Result(mean[0], mean[1], round(mean[2]), mean[3], least, balanced, time.perf_counter() - started)
 
 
@@ -168,7 +172,7 @@ class Drift:
     mse: float  #: at the end, on the new distribution
 
 
-def run_drift(steps: int, seed: int = 0, after: int = 300, share: float = 0.3, **changes: Any) -> Drift:
+def run_drift(steps: int, seed: int = 0, after: int = 200, share: float = 0.3, **changes: Any) -> Drift:
     """Train on one distribution, then for ``after`` steps on a partly new one, following MaxVio."""
     toy, moe = Toy(seed), make_layer(seed, **changes)
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-3, weight_decay=0.0)
@@ -176,15 +180,15 @@ def run_drift(steps: int, seed: int = 0, after: int = 300, share: float = 0.3, *
     for step in range(steps + after):
         if step == steps:
             toy.shift(share)
-            fresh = toy.batch(65_536)
+            fresh = toy.batch(32_768)
         train_step(moe, optimizer, *toy.batch(TOKENS))
         left = 0.0 if moe.drift is None else float(moe.drift.watch[-1])
         alarms += [step] if left == DRIFT_STEPS else []
-        if step >= steps and (step - steps) % EVERY == EVERY - 1:
+        if step >= steps:
             followed.append(measure(moe, *fresh)[1])
-    delay = min((step - steps for step in alarms if step >= steps), default=float("inf"))
+    delay = min((step - steps + 1 for step in alarms if step >= steps), default=float("inf"))
     false = sum(step < steps for step in alarms)
-    return Drift(max(followed), first_below(followed), delay, false, measure(moe, *fresh)[3])
+    return Drift(max(followed), first_below(followed, 1), delay, false, measure(moe, *fresh)[3])
 
 
 #: Columns of a table: title → field and format. '/': every seed's value, otherwise their mean.

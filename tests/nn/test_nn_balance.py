@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,6 +200,26 @@ def test_drift_response_multiplies_the_bias_rate() -> None:
     stats = moe(x)[1]._replace(chosen_E=torch.tensor([20.0, 0, 20, 0, 20, 0, 20, 0]))
     moe.update(stats)
     torch.testing.assert_close(moe.router.bias, 0.05 * torch.tensor([-1.0, 1, -1, 1, -1, 1, -1, 1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["proportional", "dual"])
+def test_balance_returns_after_a_shift_and_sooner_with_the_response(rule: str) -> None:
+    """F13: 30% of the tokens change abruptly; MaxVio is back below 0.5 within 200 steps."""
+    path = Path(__file__).parents[2] / "benchmarks" / "bench_moe_balance.py"
+    spec = importlib.util.spec_from_file_location("bench_moe_balance", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fixed, response = (
+        module.run_drift(500, bias_step=rule, drift_response=response) for response in (False, True)
+    )
+    assert fixed.worst > 1
+    assert response.false_alarms == 0
+    assert response.delay <= 5
+    assert response.steps <= 200
+    assert response.steps < fixed.steps
 
 
 @pytest.mark.parametrize("padded", [False, True])
