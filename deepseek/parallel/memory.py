@@ -5,7 +5,7 @@
 | mode | keeps | runs again |
 |---|---|---|
 | ``none`` | everything | nothing |
-| ``sqrt`` | the inputs of ⌈√n⌉ segments | all but the end of each segment |
+| ``sqrt`` | the inputs of ⌈√n⌉ segments, and the last segment | the others, one at a time |
 | ``selective`` | dear results: matrix products, attention, top-k, communication | norms, activations, sums |
 | ``budget=0.4`` | at most that share | as little as that allows |
 | ``optimal`` | at most ``memory`` bytes | as little as that allows |
@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -138,7 +139,7 @@ def kept_share(mode: str, layers: int) -> float:
     A block's input is taken for a tenth of what it saves; what is being run again counts.
     """
     name, share = parse_mode(mode)
-    segments = len(sqrt_segments(layers))
+    segments = math.ceil(math.sqrt(layers))
     shares = {
         "none": 1.0, "selective": 0.6, "budget": share or 1.0, "blocks": 0.1 + 1 / layers,
         "optimal": 0.1 + 1 / layers, "sqrt": 0.1 * segments / layers + 1 / segments,

@@ -92,8 +92,12 @@ def every_block(n: int) -> Plan:
 
 
 def sqrt_segments(n: int) -> Plan:
-    """⌈√n⌉ segments: O(√n) inputs and one segment are kept at a time (arXiv 1604.06174)."""
-    return segments(n, math.ceil(math.sqrt(n)))
+    """⌈√n⌉ segments: O(√n) inputs and one segment are kept at a time (arXiv 1604.06174).
+
+    The last one is kept from the start: backward wants it first, when nothing else is there yet.
+    """
+    *before, last = segments(n, math.ceil(math.sqrt(n)))
+    return (*before, *map(Save, last.blocks))
 
 
 def cost(plan: Plan, chain: Chain) -> Cost:

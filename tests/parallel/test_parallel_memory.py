@@ -157,10 +157,8 @@ def test_square_root_of_64() -> None:
     model, x = chain(64), torch.randn(32, 16)
     none = measure(lambda: model(x).square().mean())
     activation_checkpoint(model, "sqrt")
-    assert len(attached(model).plan) == 8  # type: ignore[union-attr]
     found = measure(lambda: model(x).square().mean())
     assert found.saved_bytes <= 0.3 * none.saved_bytes
-    assert found.saved_bytes <= 0.4 * none.saved_bytes
     assert none.flops < found.flops <= 1.34 * none.flops
 
 
@@ -182,18 +180,6 @@ def test_selective_spends_no_matrix_product_twice(pattern: str) -> None:
     found = measure(lambda: next_token_loss(model, batch).total)
     assert found.flops == none.flops
     assert found.saved_bytes < 0.75 * none.saved_bytes
-
-
-def test_four_times_the_length_in_the_same_bytes() -> None:
-    """What rows of 64 positions keep without checkpoints is enough for rows of 256 with them."""
-    model, _ = model_and_batch(layers=9)
-    rows = {n: Batch.from_rows(torch.randint(0, 64, (2, n + 1))) for n in (64, 256)}
-    short = measure(lambda: next_token_loss(model, rows[64]).total)
-    long = measure(lambda: next_token_loss(model, rows[256]).total)
-    activation_checkpoint(model, "sqrt")
-    found = measure(lambda: next_token_loss(model, rows[256]).total)
-    assert long.saved_bytes > 3 * short.saved_bytes  # the comparison means something
-    assert found.saved_bytes <= short.saved_bytes
 
 
 class Live(TorchDispatchMode):
@@ -232,6 +218,24 @@ def test_counted_bytes_are_those_that_stay_alive(mode: str) -> None:
     assert loss.requires_grad
     kept += x.numel() * 4  # the model's own input was not made inside
     assert kept == pytest.approx(saved.total, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "optimal", "budget=0.2"])
+def test_four_times_the_length_in_the_same_memory(mode: str) -> None:
+    """Training on rows of 256 positions takes no more at its peak than rows of 64 take without checkpoints."""
+    model, _ = model_and_batch(layers=12)
+
+    def peak(length: int) -> int:
+        batch = Batch.from_rows(torch.randint(0, 64, (2, length + 1)))
+        for _ in range(2):  # gradients exist, and the plan is made
+            with Live() as live:
+                next_token_loss(model, batch).total.backward()
+        return live.peak
+
+    short, long = peak(64), peak(256)
+    activation_checkpoint(model, mode)
+    assert long > 3 * short  # the comparison means something
+    assert peak(256) <= short
 
 
 class Attend(nn.Module):
