@@ -50,7 +50,7 @@ class Options(BenchOptions):
     """Tokens per second and MFU of ours and of peers."""
 
     model: str = "dense_856m"  # a preset: dense_856m, moe_64x2, small, …
-    peer: Literal["all", "none", "plain-torch", "transformers", "liger"] = "all"
+    peer: str = "all"  # all, none, or some of plain-torch, transformers, liger, separated by commas
     peer_compile: Literal["auto", "yes", "no", "both"] = (
         "auto"  # transformers: auto is both if dense, eager if not
     )
@@ -153,14 +153,23 @@ def stacks(options: Options, config: ModelConfig) -> dict[str, Maker]:
     def peer(name: str, compile: bool, micro_rows: int) -> Step:
         return PEERS[name](Setup(full_attention(config), device, micro_rows, compile))
 
-    for name in PEERS:
-        if options.peer not in ("all", name) or (
-            name == "liger" and config.moe.experts and options.peer == "all"
-        ):
-            continue
+    for name in _peers(options.peer, bool(config.moe.experts)):
         for how in _compile_choices(name, options, bool(config.moe.experts)) if compiled else [False]:
             found[f"{name}, {'compiled' if how else 'eager'}"] = partial(peer, name, how)
     return found
+
+
+def _peers(asked: str, sparse: bool) -> list[str]:
+    """The peers to measure, in order. Raises ``ConfigError`` for a name that is none of them."""
+    if asked == "all":
+        return [name for name in PEERS if not (sparse and name == "liger")]
+    names = [] if asked == "none" else asked.split(",")
+    for name in names:
+        if name not in PEERS:
+            raise ConfigError(
+                f"no peer {name!r}{did_you_mean(name, PEERS)}; all, none, or some of {', '.join(PEERS)}"
+            )
+    return names
 
 
 def _compile_choices(name: str, options: Options, sparse: bool) -> list[bool]:
