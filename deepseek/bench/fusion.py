@@ -88,7 +88,7 @@ def run(options: Options) -> Report:
     device = options.torch_device
     report = Report("fusion", device, options, options.json)
     report.ceiling("matmul, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
-    report.ceiling("copy, TB/s", copy_tb_per_s(device))
+    report.ceiling("copy, TB/s", copy_tb_per_s(device, 2**20 if options.quick else 2**30))
     torch.manual_seed(options.seed)
     for name, make, shape, kind in _works(options):
         title = f"{name}, {kind}, forward"
