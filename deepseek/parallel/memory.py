@@ -191,7 +191,7 @@ def measure(step: Callable[[], Tensor], *, weights: Iterable[Tensor] = ()) -> Me
     loss.backward()
     device = loss.device
     del loss
-    with flop_counter() as flops:
+    with torch.compiler.set_stance("force_eager"), flop_counter() as flops:
         step().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -142,6 +142,7 @@ def test_compiled_blocks(mode: str) -> None:
 
     model, batch = model_and_batch(layers=4, pattern="F", moe=ds.MoEConfig())
     expected = gradients(model, lambda: next_token_loss(model, batch).total)
+    none = measure(lambda: next_token_loss(model, batch).total)
     torch._dynamo.reset()
     counters.clear()
     activation_checkpoint(model, mode)
@@ -149,6 +150,9 @@ def test_compiled_blocks(mode: str) -> None:
     for _ in range(3):
         assert largest(gradients(model, lambda: next_token_loss(model, batch).total), expected) <= 1e-6
     assert counters["stats"]["unique_graphs"] == 1
+    found = measure(lambda: next_token_loss(model, batch).total, weights=model.parameters())
+    assert 0 < found.saved_bytes < 0.7 * none.saved_bytes
+    assert found.flops >= none.flops
     torch._dynamo.reset()
 
 
