@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +68,7 @@ class Options(BenchOptions):
     checkpoint: bool = False  # also measure what a snapshot costs
     cold_start: bool = False  # also the first step of a new process, twice: empty compile cache, then kept
     seconds: float = 0.0  # start nothing more after so long; 0: no limit
+    stack: str = ""  # this one only, in this process; else each stack has a process of its own on a GPU
 
     @property
     def config(self) -> ModelConfig:
@@ -109,14 +110,54 @@ def run(options: Options) -> Report:
         _cold_start(options, report)
     ceiling = _ceilings(report, device, 256 if options.quick else 8192)
     report.say(_told(options, config))
-    for name, make in stacks(options, config).items():
+    todo = stacks(options, config)
+    if options.stack:
+        todo = {options.stack: _named(todo, options.stack)}
+    for name, make in todo.items():
         if 0 < options.seconds < time.perf_counter() - began:
             report.note(f"{name}: not started, {options.seconds:.0f} s are over")
             continue
-        _measure(name, make, options, report, ceiling)
+        if device.type == "cuda" and len(todo) > 1:
+            _alone(name, options, report)
+        else:
+            _measure(name, make, options, report, ceiling)
     report.show(TITLE)
     report.ceiling("matmul again, at the end, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
     return report.close()
+
+
+def _named(todo: dict[str, Maker], name: str) -> Maker:
+    if name not in todo:
+        raise ConfigError(f"no stack {name!r}{did_you_mean(name, todo)}; there are: {', '.join(todo)}")
+    return todo[name]
+
+
+def _alone(name: str, options: Options, report: Report) -> None:
+    """One stack in a process of its own: nothing that another left, in memory or compiled, can touch it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stack.json"
+        mine = replace(options, stack=name, json=str(path), seconds=0.0, cold_start=False)
+        done = subprocess.run(_command(mine), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        found = json.loads(path.read_text()) if path.exists() else {"tables": {}, "notes": []}
+    if done.returncode or not found["tables"]:
+        report.note(f"{name}: no result; {done.stderr.strip()[-300:]}")
+    for note in found["notes"]:
+        report.note(note)
+    for title, rows in found["tables"].items():
+        if title != TITLE:
+            report.add(title, rows)
+    for row in found["tables"].get(TITLE, []):
+        report.keep(TITLE, row)
+
+
+def _command(options: Options) -> list[str]:
+    """The command line that asks for ``options``."""
+    words = [sys.executable, "-m", "deepseek", "bench", "train"]
+    for field, default in ((f.name, f.default) for f in fields(options)):
+        value, flag = getattr(options, field), "--" + field.replace("_", "-")
+        if value != default:
+            words += [flag] if value is True else [flag, str(value)]
+    return words
 
 
 def _ceilings(report: Report, device: torch.device, size: int) -> float:
@@ -353,13 +394,22 @@ def _cold_start(options: Options, report: Report) -> None:
         for which in ("empty cache", "kept cache"):
             path = Path(folder) / "cold.json"
             path.unlink(missing_ok=True)
-            command = [
-                sys.executable, "-m", "deepseek", "bench", "train", "--model", options.model, "--peer", "none",
-                "--real-only", "--steps", "1", "--warmup", "0", "--length", str(options.length),
-                "--batch-tokens", str(options.batch_tokens), "--micro-rows", str(options.micro_rows),
-                "--optimizer", options.optimizer, "--precision", options.precision, "--device", options.device,
-                "--json", str(path), *(["--quick"] if options.quick else []), *(["--eager"] if options.eager else []),
-            ]  # fmt: skip
+            command = _command(
+                replace(
+                    options,
+                    peer="none",
+                    real_only=True,
+                    steps=1,
+                    warmup=0,
+                    cold_start=False,
+                    stack="",
+                    json=str(path),
+                    profile=False,
+                    checkpoint=False,
+                    cuda_graph=False,
+                    seconds=0.0,
+                )
+            )
             began = time.perf_counter()
             done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True)
             took = time.perf_counter() - began

@@ -32,7 +32,9 @@ def is_dear(op: Any) -> bool:
     """Whether the result of an operator (``torch.ops.…``) is kept."""
     namespace, _, name = op.name().partition("::") if hasattr(op, "name") else ("", "", "")
     name = name.partition(".")[0]
-    return (namespace in NAMESPACES and name != "wait_tensor") or (namespace == "aten" and name in OPERATIONS)
+    if namespace == "aten":
+        return name in OPERATIONS
+    return namespace == "flex_attention" or (namespace in NAMESPACES and name != "wait_tensor")
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

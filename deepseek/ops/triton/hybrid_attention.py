@@ -57,7 +57,7 @@ class Tuning:
 #: By padded head size, for 16-bit inputs; before Hopper there is less shared memory, and products cost registers.
 HOPPER = {
     64: Tuning(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
-    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
+    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 3)),
 }
 AMPERE = {
     64: Tuning(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
