@@ -1,8 +1,9 @@
 """Model shapes. A preset is a function that returns a ``ModelConfig``; keyword arguments change it.
 
 ``pattern`` gives each layer its attention, one letter a layer, repeated to the depth: ``F`` full, ``L`` local
-window, ``H`` hybrid (window + pooled blocks + gate). ``"LLLH"`` makes every fourth layer global.
-``ffn_pattern`` does the same for the feed-forward: ``D`` dense, ``E`` experts.
+window, ``H`` hybrid (window + pooled blocks + gate). ``"LLLF"`` makes every fourth layer full: close to full
+attention everywhere for less than half of its attention FLOPs (LOG.md). ``ffn_pattern`` does the same for the
+feed-forward: ``D`` dense, ``E`` experts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class ModelConfig:
     hidden: int = 256
     layers: int = 4
     ffn: int = 704  # inner size of a dense feed-forward layer
-    pattern: str = "LLLH"
+    pattern: str = "LLLF"
     ffn_pattern: str = ""  # empty: 'E' when there are experts, else 'D'
     max_length: int = 2048  # positions the model is meant for; generation stops there
     norm_eps: float = 1e-6
@@ -82,7 +83,7 @@ def tiny(**changes: Any) -> ModelConfig:
 def small(**changes: Any) -> ModelConfig:
     """About 165M parameters, 23M active: an evening on one consumer GPU."""
     base = ModelConfig(
-        vocab_size=16_384, hidden=512, layers=8, ffn=1408, pattern="LLLH", max_length=4096,
+        vocab_size=16_384, hidden=512, layers=8, ffn=1408, pattern="LLLF", max_length=4096,
         attention=AttentionConfig(heads=8, kv_heads=2, head_dim=64, qk_norm=True, window=128),
         moe=MoEConfig(experts=32, top_k=2, expert_ffn=384),
     )  # fmt: skip
