@@ -164,7 +164,7 @@ def flops(config: ModelConfig, length: int, *, executed: bool = False) -> Flops:
         forward.update(_attention_flops(config, kind, length, executed))
         forward.update(_ffn_flops(config, ffn, length))
     backward = {part: 2 * n for part, n in forward.items()}  # by the transposes of both operands
-    if executed and config.moe.default_decay > 0:  # constants, and nothing in forward: one product in backward
+    if executed and config.moe.default_decay > 0:  # constants: one product, in backward only
         backward["default_outputs"] = forward["router"]
     return Flops(length, dict(forward), backward)
 
@@ -278,7 +278,8 @@ def _ffn_activations(config: ModelConfig, kind: str, n: int, b: int) -> int:
     chosen = n * m.top_k
     slots = m.experts * min(n, math.ceil(m.token_floor * chosen / m.experts))
     rows = chosen + slots
-    total = n * C * b + 4 * n * m.experts + 8 * chosen  # tokens; probabilities; the chosen experts and their gates
+    # Tokens; probabilities; the chosen experts and their gates.
+    total = n * C * b + 4 * n * m.experts + 8 * chosen
     total += rows * 2 * m.expert_ffn * b + 12 * rows  # the first projection; who goes where
     total += 4 * rows + 12 * slots if slots else 0  # gates of all rows; who is rescued
     if m.default_decay > 0:

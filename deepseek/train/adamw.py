@@ -59,7 +59,7 @@ class AdamW(Part):
             counts = [self.state[p]["step"] for p in params]
             if params:
                 one = torch.ones_like(counts[0]) if apply is None else apply.float()
-                torch._foreach_add_(counts, [one] * len(counts))  # a bare scalar tensor would be read by the host
+                torch._foreach_add_(counts, [one] * len(counts))  # a bare tensor would be read by the host
             apart = [p for p in params if self.moving or p in self.masters]
             fused = [p for p in params if not (self.moving or p in self.masters)]
             if fused:
