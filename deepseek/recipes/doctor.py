@@ -11,11 +11,22 @@ from pathlib import Path
 import torch
 
 from deepseek.assemble import pick_device
+from deepseek.ops.attention import KERNEL_HEAD_DIMS
+from deepseek.ops.attention import pick_backend as pick_attention
 from deepseek.ops.experts import pick_backend
+from deepseek.ops.triton import available
 from deepseek.precision import choose, matmul_flops
 from deepseek.registry import backends, load_plugins
 
-OPTIONAL = {"transformers": "hf", "rensa": "data", "py3langid": "data", "pyarrow": "data", "datasets": "data"}
+OPTIONAL = {
+    "triton": "kernels",
+    "transformers": "hf",
+    "rensa": "data",
+    "py3langid": "data",
+    "pyarrow": "data",
+    "datasets": "data",
+    "liger-kernel": "bench",
+}
 
 
 def examine() -> dict[str, dict[str, str]]:
@@ -66,11 +77,17 @@ def _operations(device: torch.device) -> dict[str, str]:
     compiled = (
         "available" if compiler or device.type == "cuda" else "not available: no C++ compiler on the PATH"
     )
+    rows = "Triton" if device.type == "cuda" and available() else "plain torch"
+    fused = pick_attention(device, KERNEL_HEAD_DIMS[0], work) == "triton"
+    sizes = ", ".join(map(str, KERNEL_HEAD_DIMS))
+    attention = f"triton for heads of {sizes}, else chunked" if fused else "chunked, plain torch"
+    packed = "the same kernels" if fused else "a dense mask"
     return {
-        "full attention": "torch scaled_dot_product_attention; dense mask for packed documents",
-        "window attention": "chunked, plain torch" + _choices("window_attention"),
-        "hybrid attention": "chunked window + pooled blocks, plain torch" + _choices("hybrid_attention"),
-        "experts": f"{pick_backend(probe)}" + _choices("grouped_linear"),
+        "full attention": f"torch scaled_dot_product_attention; packed documents by {packed}",
+        "window attention": attention + _choices("window_attention"),
+        "hybrid attention": attention + _choices("hybrid_attention"),
+        "experts": f"{pick_backend(probe)}" + _choices("grouped_linear") + f"; rows by {rows}",
+        "head and loss": f"one operation, in chunks; rows by {rows}",
         "optimizer": "Muon for hidden matrices, fused AdamW for the rest",
         "train.compile": compiled,
         "parallelism": "data parallel by torchrun (gloo)"
