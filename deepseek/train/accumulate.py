@@ -6,7 +6,8 @@ adds it to an fp32 buffer and frees it: at no time are there two gradients of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,8 +24,9 @@ class Accumulator:
     def __init__(self, parameters: Iterable[nn.Parameter], sums: dict[nn.Parameter, Tensor]) -> None:
         self.sums, self._active = sums, False
         self._buffers: dict[nn.Parameter, Tensor] = {}
+        hook = _hook(weakref.ref(self))
         for p in parameters:
-            p.register_post_accumulate_grad_hook(self._add)
+            p.register_post_accumulate_grad_hook(hook)
 
     @contextmanager
     def over(self, micro_batches: int) -> Iterator[None]:
@@ -46,3 +48,13 @@ class Accumulator:
         else:
             self.sums[p] = self._buffers[p].copy_(p.grad)
         p.grad = None
+
+
+def _hook(accumulator: weakref.ref[Accumulator]) -> Callable[[Tensor], None]:
+    """A hook that does not keep its owner alive: of a cycle through a tensor's hooks nothing is ever freed."""
+
+    def add(p: Tensor) -> None:
+        if (owner := accumulator()) is not None:
+            owner._add(p)
+
+    return add

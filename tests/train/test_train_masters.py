@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -156,6 +158,15 @@ def test_micro_batches_add_up_in_fp32_and_leave_no_second_gradient() -> None:
             sums[name] = sums.get(name, torch.zeros_like(p, dtype=torch.float32)) + p.grad.float()
     for name, total in sums.items():
         torch.testing.assert_close(parts[name], total, msg=name)
+
+
+def test_a_step_that_is_forgotten_is_freed() -> None:
+    step = step_of(model(), micro_rows=1)
+    step(batch())
+    held = [weakref.ref(p) for p in step.parameters] + [weakref.ref(step.accumulator)]
+    del step
+    gc.collect()
+    assert [ref for ref in held if ref() is not None] == []
 
 
 def test_a_second_step_starts_from_zero_sums() -> None:
