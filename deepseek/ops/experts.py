@@ -75,7 +75,8 @@ def grouped_linear_grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) 
     if inner or outer:
         x_RD, weight_EDF = F.pad(x_RD, (0, inner)), F.pad(weight_EDF, (0, outer, 0, inner))
     y = F.grouped_mm(x_RD.contiguous(), weight_EDF, offs=ends_E)
-    return _ContiguousGrad.apply(y[:, : y.shape[1] - outer] if outer else y)
+    # The kernels of the other steps, and what compile is told, take rows that lie next to each other.
+    return _ContiguousGrad.apply(y[:, : y.shape[1] - outer].contiguous() if outer else y)
 
 
 def grouped_linear(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str = "auto") -> Tensor:
