@@ -52,7 +52,8 @@ def _router_kernel(
     chosen = tl.zeros((BN, KP), dtype=tl.int32)
     gates = tl.zeros((BN, KP), dtype=tl.float32)
     for i in tl.static_range(K):
-        best = tl.argmax(left, 1).to(tl.int32)
+        # Of NaN, argmax may say any column, of the padding too: an expert that does not exist would write anywhere.
+        best = tl.minimum(tl.argmax(left, 1).to(tl.int32), E - 1)
         taken = e[None, :] == best[:, None]
         chosen = tl.where((k == i)[None, :], best[:, None], chosen)
         gates = tl.where((k == i)[None, :], tl.sum(tl.where(taken, p, 0.0), 1)[:, None], gates)
