@@ -133,7 +133,8 @@ def test_sorting_groups_and_is_stable() -> None:
 def test_a_padded_grouped_matmul_has_contiguous_rows(hidden: int, inner: int) -> None:
     where = placed(torch.tensor([[0], [1], [1]], dtype=torch.int32), 2)
     y = grouped_linear(torch.randn(3, hidden), torch.randn(2, hidden, inner), where.ends_E, "grouped_mm")
-    assert y.shape == (3, inner) and y.is_contiguous()
+    assert y.shape == (3, inner)
+    assert y.is_contiguous()
 
 
 def test_the_outer_product_is_the_gradient_of_the_grouped_matmul() -> None:

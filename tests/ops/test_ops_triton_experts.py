@@ -36,13 +36,14 @@ def test_router(experts: int, top_k: int, normalise: bool) -> None:
     torch.testing.assert_close(gate, want[2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # of the interpreter
-@pytest.mark.parametrize("experts", [6, 16])
-def test_tokens_that_are_not_finite_still_go_to_experts_that_exist(experts: int) -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: NumPy says what it thinks of NaN
+def test_tokens_that_are_not_finite_still_go_to_experts_that_exist() -> None:
+    experts = 6  # padded to 16 columns
     x = make(0, N, D)
     x[3], x[5, 7] = float("nan"), float("inf")
     _, expert, _ = kernel.router(x, make(1, experts, D), torch.zeros(experts, device=DEVICE), 2, True)
-    assert 0 <= int(expert.min()) and int(expert.max()) < experts
+    assert int(expert.min()) >= 0
+    assert int(expert.max()) < experts
 
 
 def routed(experts: int, top_k: int, popular: float) -> tuple[Tensor, Tensor]:
