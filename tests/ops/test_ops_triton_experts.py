@@ -97,18 +97,6 @@ def test_dispatch_and_every_row_kernel(
     )
 
 
-def test_rescued_rows_are_added_without_atomics_where_there_are_none() -> None:
-    probs, expert = routed(6, 2, 5.0)
-    row, *_, rescued = reference.dispatch(expert, probs, None, 20)
-    y = make(5, len(row), D)
-    none = torch.full_like(rescued, -1)
-    out = reference.sum_rows(y, row, none, N, 2)
-    assert (rescued >= 0).any()
-    assert (rescued < 0).any()
-    kernel.add_rescued(y, row[N * 2 :], rescued, out)
-    torch.testing.assert_close(out, reference.sum_rows(y, row, rescued, N, 2))
-
-
 def test_the_reference_of_swiglu_s_backward_is_autograd_s() -> None:
     """What the kernel is compared with is itself compared with autograd in float64."""
     hidden = make(1, 5, 6).cpu().double().requires_grad_()

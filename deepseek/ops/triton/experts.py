@@ -306,25 +306,11 @@ def sum_rows(y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k:
     _sum_kernel[(triton.cdiv(tokens, rows),)](
         y_RD, row_A, out, tokens, hidden, K=top_k, BN=rows, BD=block, num_warps=4
     )
-    if slots and out.dtype == torch.bfloat16 and not atomic_bf16(out.device):
-        add_rescued(y_RD, row_A[tokens * top_k :], rescued_S, out)
-    elif slots:
+    if slots:
         _sum_rescued_kernel[(triton.cdiv(slots, 16),)](
             y_RD, row_A[tokens * top_k :], rescued_S, out, slots, hidden, SB=16, BD=block, num_warps=4
         )
     return out
-
-
-def atomic_bf16(device: torch.device) -> bool:
-    """Whether the device adds to bf16 numbers in memory at once: GPUs before Hopper do not, and kernels that ask fail
-    to compile."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def add_rescued(y_RD: Tensor, row_S: Tensor, rescued_S: Tensor, out_ND: Tensor) -> None:
-    """What ``_sum_rescued_kernel`` does, in plain torch, without waiting: a slot that is not used adds zeros."""
-    taken = y_RD.index_select(0, row_S.clamp(min=0)).masked_fill((rescued_S < 0)[:, None], 0.0)
-    out_ND.index_add_(0, rescued_S.clamp(min=0), taken)
 
 
 # --- SwiGLU ---------------------------------------------------------------------------------------------------------
