@@ -48,8 +48,9 @@ class Dispatch(NamedTuple):
 
 
 def _rows(x: Tensor) -> ModuleType:
-    """The kernels for ``x``'s device."""
-    return kernels("experts") if x.is_cuda and available() else expert_rows
+    """The kernels for ``x``'s device; they add up in fp32, so wider tensors go to plain torch."""
+    fused = x.is_cuda and x.dtype != torch.float64 and available()
+    return kernels("experts") if fused else expert_rows
 
 
 # --- grouped matmul -------------------------------------------------------------------------------------------------

@@ -69,7 +69,12 @@ class TrainingConfig:
                 f"train.batch_tokens={self.batch_tokens} must hold at least one row of train.length={self.length} "
                 "(and a row at least 2 positions)"
             )
-        parse_mode(self.activation_checkpoint)
+        mode, _ = parse_mode(self.activation_checkpoint)
+        if self.cuda_graph and mode != "none" and not (self.compile and mode in ("selective", "budget")):
+            raise ConfigError(
+                f"train.activation_checkpoint={self.activation_checkpoint!r} runs parts again, which a CUDA graph cannot "
+                "capture; set train.cuda_graph=false, or activation_checkpoint='none' (or selective, with compile=true)"
+            )
         if not self.loss_scaling_factor > 0:
             raise ConfigError(f"train.loss_scaling_factor={self.loss_scaling_factor} must be positive")
 

@@ -129,7 +129,8 @@ class TrainStep:
         watch, sums = Stopwatch(self.device), None
         parts = list(batch.split(self.micro_rows or batch.rows))
         self.optimizer.fill()
-        with self.accumulator.over(len(parts)):
+        # Ranks are added up like micro-batches, in fp32.
+        with self.accumulator.over(len(parts) * comm.world()):
             for part in parts:
                 sums = self.micro(part.to(self.device), part.rows / batch.rows, sums, watch)
         assert sums is not None

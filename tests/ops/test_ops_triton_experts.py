@@ -120,6 +120,11 @@ def test_loss_rows(vocab: int, z_weight: float) -> None:
     got = loss_kernel.rows(b, targets, loss_reference.IGNORE, z_weight, True)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+    assert got[0][torch.arange(7).to(DEVICE) != 2].isfinite().all()
+    for wrong in (-1, vocab):
+        spoilt = targets.clone()
+        spoilt[0] = wrong
+        assert loss_kernel.rows(logits.clone(), spoilt, loss_reference.IGNORE, z_weight, False)[0][0].isnan()
     c = logits.clone()
     torch.testing.assert_close(loss_kernel.rows(c, targets, loss_reference.IGNORE, z_weight, False), want)
     assert c.equal(logits)

@@ -22,6 +22,7 @@ from deepseek.train import (
     Schedule,
     ScheduleConfig,
     StepResult,
+    TrainingConfig,
     TrainStep,
     build_optimizer,
     next_token_loss,
@@ -163,6 +164,14 @@ def test_a_step_that_cannot_be_captured_says_so() -> None:
 def test_without_a_gpu_graphs_are_refused() -> None:
     with pytest.raises(ConfigError, match="cuda_graph"):
         GraphedStep(step_of(FP32, 0))
+
+
+def test_graphs_and_recomputation_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"'sqrt' runs parts again.*cuda_graph=false"):
+        TrainingConfig(cuda_graph=True, activation_checkpoint="sqrt")
+    with pytest.raises(ConfigError, match="selective, with compile=true"):
+        TrainingConfig(cuda_graph=True, activation_checkpoint="selective")
+    assert TrainingConfig(cuda_graph=True, activation_checkpoint="selective", compile=True).cuda_graph
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

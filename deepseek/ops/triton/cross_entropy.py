@@ -27,7 +27,9 @@ def _rows_kernel(
     top = tl.max(highest, 0)
     lse = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
     counted = target != ignore
-    own = tl.load(row + tl.where(counted, target, 0)).to(tl.float32)
+    known = (target >= 0) & (target < vocab)
+    own = tl.load(row + tl.where(known, target, 0)).to(tl.float32)
+    own = tl.where(known, own, float("nan"))  # an id that is none spoils the step, which is then skipped
     tl.store(losses + n, tl.where(counted, lse - own, 0.0))
     tl.store(squares + n, tl.where(counted, lse * lse, 0.0))
     if GRADIENT:
