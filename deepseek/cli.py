@@ -353,9 +353,28 @@ def _overridden(config: Any, rest: Sequence[str]) -> Any:
     if not rest:
         return config
     return tyro.cli(
-        PretrainConfig, default=config, args=list(rest), prog="deepseek pretrain CONFIG",
+        PretrainConfig, default=config, args=_python_booleans(config, rest), prog="deepseek pretrain CONFIG",
         config=(tyro.conf.FlagConversionOff,),
     )  # fmt: skip
+
+
+def _python_booleans(config: Any, args: Sequence[str]) -> list[str]:
+    """``args`` with TOML's ``true`` and ``false``, where the option is a boolean, as the parser wants them."""
+    words, option, found = {"true": "True", "false": "False"}, "", []
+    for argument in args:
+        name, sign, value = argument.partition("=") if argument.startswith("--") else (option, "", argument)
+        if value in words and isinstance(_value_at(config, name), bool):
+            argument = name + sign + words[value] if sign else words[value]
+        option = argument
+        found.append(argument)
+    return found
+
+
+def _value_at(config: Any, option: str) -> Any:
+    """``--section.name`` in ``config``; ``None`` if there is none."""
+    for name in option.removeprefix("--").replace("-", "_").split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 def _sinks(as_json: bool, quiet: bool) -> list[Any]:

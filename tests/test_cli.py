@@ -141,6 +141,20 @@ def test_dry_run_starts_nothing(place: Path) -> None:
     assert not (place / "runs/never").exists()
 
 
+def test_booleans_are_written_as_in_toml_too() -> None:
+    from deepseek import PretrainConfig
+    from deepseek.cli import _overridden
+
+    config = _overridden(PretrainConfig(), ["--train.compile=true", "--model.attention.full-rope", "false"])
+    config = _overridden(config, ["--train.cuda_graph=True", "--data.tokenizer=true"])
+    assert [config.train.compile, config.train.cuda_graph, config.model.attention.full_rope] == [
+        True,
+        True,
+        False,
+    ]
+    assert config.data.tokenizer == "true"
+
+
 def test_explain_gives_reasons(place: Path) -> None:
     text = deepseek("pretrain", "mine.toml", "--explain", "--dry-run", cwd=place).stdout
     assert re.search(r"rows per step +4 +train\.batch_tokens / train\.length", text)

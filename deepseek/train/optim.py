@@ -157,7 +157,7 @@ def _check_state(name: str, values: dict[str, Tensor], part: Part, p: nn.Paramet
     if values.keys() != shapes.keys():
         raise CheckpointError(
             f"the checkpoint's optimizer keeps {', '.join(sorted(values))} for '{name}', this one "
-            f"{', '.join(sorted(shapes))}: was optim.name changed?"
+            f"{', '.join(sorted(shapes))}: was optim.name, betas_schedule or first_moment changed?"
         )
     for key, value in values.items():
         if value.shape != torch.Size(shapes[key]):
