@@ -144,7 +144,8 @@ def optimal(chain: Chain, memory: int) -> Plan:
         needs = least_memory(chain)
         raise ConfigError(
             f"{n} blocks cannot be trained keeping {memory / 2**20:.1f} MiB; recomputing everything possible they "
-            f"need {needs / 2**20:.1f} MiB, without recomputation {cost(save_all(n), chain).peak / 2**20:.1f} MiB"
+            f"need {needs / 2**20:.1f} MiB, without recomputation {cost(save_all(n), chain).peak / 2**20:.1f} MiB: "
+            "allow more, or use smaller micro-batches"
         )
     return min(fitting, key=lambda plan: cost(plan, chain).recomputed)
 

@@ -53,11 +53,11 @@ from deepseek.train import (
     build_optimizer,
     evaluate,
     fit,
+    graphs,
     next_token_loss,
     seed_everything,
 )
 from deepseek.train.clip import build_clip
-from deepseek.train.graphs import GraphedStep
 from deepseek.train.loop import Hook, NonFiniteGuard
 from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import Checkpointer
@@ -102,7 +102,9 @@ def pretrain(
     """
     rank, world = comm.start()
     path, stop = Path(run), stop or Stop()
-    derive(config)  # what cannot be used is refused before anything is read or written
+    plan = derive(config)  # what cannot be used is refused before anything is read or written
+    if config.train.cuda_graph:
+        graphs.check_device(plan.device)
     with _alone(path) if rank == 0 else nullcontext():
         if resume is None:
             _check_new(path)
@@ -256,7 +258,7 @@ class _Pretraining:
             micro_rows=c.train.micro_rows, grad_clip=self.clip,
         )  # fmt: skip
         if c.train.cuda_graph:
-            step = GraphedStep(step)
+            step = graphs.GraphedStep(step)
         schedule = Schedule(c.schedule, c.train.steps)
         hooks: list[Hook] = [NonFiniteGuard(c.train.max_nonfinite), self._after_step]
         ceiling = self.plan.peak_flops * self.world / self.plan.flops_per_token

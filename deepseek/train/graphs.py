@@ -62,11 +62,7 @@ class GraphedStep(TrainStep):
         self._remaining, self._record, self._stream = warmup, record, None
         self._captured: _Captured | None = None
         if record is None:
-            if self.device.type != "cuda" or comm.world() > 1:
-                raise ConfigError(
-                    f"train.cuda_graph needs one CUDA device, and this run has {comm.world()} rank(s) on "
-                    f"{self.device.type}; set train.cuda_graph=false"
-                )
+            check_device(self.device)
             self._stream = torch.cuda.Stream(self.device)
             self._record = CudaRecorder(self._stream)
 
@@ -100,6 +96,15 @@ class GraphedStep(TrainStep):
             raise TrainingError(
                 f"the step cannot be captured as a CUDA graph ({error}); set train.cuda_graph=false"
             ) from error
+
+
+def check_device(device: torch.device) -> None:
+    """Raise ``ConfigError`` where steps cannot be captured: off CUDA, or on several ranks."""
+    if device.type != "cuda" or comm.world() > 1:
+        raise ConfigError(
+            f"train.cuda_graph needs one CUDA device, and this run has {comm.world()} rank(s) on "
+            f"{device.type}; set train.cuda_graph=false"
+        )
 
 
 class _Captured:
@@ -180,4 +185,4 @@ def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-__all__ = ["CudaRecorder", "GraphedStep", "Recorder", "Sums"]
+__all__ = ["CudaRecorder", "GraphedStep", "Recorder", "Sums", "check_device"]

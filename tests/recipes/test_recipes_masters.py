@@ -96,3 +96,4 @@ def test_a_checkpoint_of_masters_is_an_ordinary_one(config: PretrainConfig, tmp_
 def test_graphs_without_a_gpu_are_refused(config: PretrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cuda_graph"):
         pretrain(replace(config, train=replace(config.train, cuda_graph=True)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # nor may a refused resume move checkpoints or change config.toml
