@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    sys.exit("error: this needs a CUDA GPU, and Triton; `deepseek bench attention --quick` runs without")
+
 from deepseek.ops.attention import document_spans
 from deepseek.ops.hybrid_attention import hybrid_attention_kernel, hybrid_attention_reference, pooled_spans
 from deepseek.ops.triton import hybrid_attention as kernels

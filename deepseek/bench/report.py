@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from deepseek.assemble import pick_device
+from deepseek.errors import ConfigError
 from deepseek.files import write_atomic
 from deepseek.monitor import headline, table
 from deepseek.weights.checkpoint import code_version
@@ -55,12 +56,19 @@ class Report:
         device: where it runs.
         options: a dataclass or a mapping; kept as they are.
         json_path: where to keep the report; empty for nowhere, '-' for the standard output at ``close``.
+
+    Raises:
+        ConfigError: ``json_path`` is in a directory that cannot be written in.
     """
 
     def __init__(
         self, name: str, device: torch.device, options: Any = None, json_path: str = "", quiet: bool = False
     ) -> None:
         self.name, self.json_path = name, json_path
+        if json_path not in ("", "-") and not os.access(Path(json_path).parent, os.W_OK):
+            raise ConfigError(
+                f"--json={json_path}: there is no directory {Path(json_path).parent} to write in"
+            )
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.ceilings: dict[str, float] = {}
         self.notes: list[str] = []

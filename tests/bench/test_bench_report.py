@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepseek.bench.report import Report
+from deepseek.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -45,3 +46,8 @@ def test_json_on_stdout_leaves_the_tables_to_stderr(capsys: pytest.CaptureFixtur
 def test_a_column_that_every_row_leaves_empty_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     Report("toy", CPU).add("t", [{"x": 1, "idle %": None}, {"x": 2, "idle %": None}])
     assert "idle" not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--json=.*absent"):
+        Report("toy", CPU, json_path=str(tmp_path / "absent" / "r.json"))
