@@ -30,6 +30,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def ceiling_size(device: torch.device, quick: bool) -> int:
+    """The side of the square product that a device is judged by: seconds of work at most."""
+    return 256 if quick else 1024 if device.type == "cpu" else 8192
+
+
 def matmul_tflops(device: torch.device, size: int = 8192, dtype: torch.dtype | None = None) -> float:
     """TFLOP/s of ``size``-cubed on random data."""
     dtype = dtype or compute_dtype(device)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
-from deepseek.bench.ceilings import copy_tb_per_s, matmul_tflops
+from deepseek.bench.ceilings import ceiling_size, copy_tb_per_s, matmul_tflops
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import Call, attempt, free, race, synchronize
 from deepseek.errors import MissingExtraError
@@ -87,7 +87,7 @@ def run(options: Options) -> Report:
     """A table for each work, format and size."""
     device = options.torch_device
     report = Report("fusion", device, options, options.json)
-    report.ceiling("matmul, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
+    report.ceiling("matmul, TFLOP/s", matmul_tflops(device, ceiling_size(device, options.quick)))
     report.ceiling("copy, TB/s", copy_tb_per_s(device, 2**20 if options.quick else 2**30))
     torch.manual_seed(options.seed)
     for name, make, shape, kind in _works(options):

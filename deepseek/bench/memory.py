@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.batch import Batch
-from deepseek.bench.ceilings import matmul_tflops
+from deepseek.bench.ceilings import ceiling_size, matmul_tflops
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import attempt, free, measure, peak_gib
 from deepseek.bench.train import made, named_config
@@ -53,7 +53,11 @@ def run(options: Options) -> Report:
     """Every mode at one length, then short rows against long ones."""
     device = options.torch_device
     report = Report("memory", device, options, options.json)
-    report.ceiling("matmul, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
+    for mode in options.modes:
+        memory.parse_mode(
+            mode.removesuffix(", offload")
+        )  # a misspelt one is told before anything is measured
+    report.ceiling("matmul, TFLOP/s", matmul_tflops(device, ceiling_size(device, options.quick)))
     length, short, long = (64, 32, 128) if options.quick else (options.length, options.short, options.long)
     title = f"forward and backward of {options.rows} x {length:,}"
     _modes(report, title, options, length)

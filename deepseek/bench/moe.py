@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.bench import kernels
-from deepseek.bench.ceilings import compute_dtype, grouped_tflops, matmul_tflops
+from deepseek.bench.ceilings import ceiling_size, compute_dtype, grouped_tflops, matmul_tflops
 from deepseek.bench.peers import LoopMoE, PlainMoE
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import (
@@ -133,7 +133,7 @@ def run(options: Options) -> Report:
     torch.manual_seed(options.seed)
     tokens = 512 if options.quick else options.tokens
     report = Report("moe", device, options, options.json)
-    report.ceiling("matmul, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
+    report.ceiling("matmul, TFLOP/s", matmul_tflops(device, ceiling_size(device, options.quick)))
     ceiling = _ceilings(report, config, tokens, device)
     free(device)
     measured = layers(options)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from deepseek.batch import Batch
 from deepseek.bench import kernels
-from deepseek.bench.ceilings import compute_dtype, datasheet_tflops, matmul_tflops
+from deepseek.bench.ceilings import ceiling_size, compute_dtype, datasheet_tflops, matmul_tflops
 from deepseek.bench.peers import PEERS, Setup, Step, full_attention
 from deepseek.bench.report import BenchOptions, Report
 from deepseek.bench.timing import Timer, attempt, free, peak_gib, reset_peak, synchronize
@@ -104,15 +104,21 @@ def run(options: Options) -> Report:
         raise ConfigError(
             f"--batch-tokens={options.batch_tokens} is not a multiple of --length={options.length}"
         )
+    if options.steps < 1 or options.micro_rows < 1 or options.warmup < 0:
+        raise ConfigError(
+            f"--steps={options.steps} and --micro-rows={options.micro_rows} must be at least 1, "
+            f"--warmup={options.warmup} not negative"
+        )
     config, began = options.config, time.perf_counter()
-    report = Report("train", device, options, options.json)
-    if options.cold_start:
-        _cold_start(options, report)
-    ceiling = _ceilings(report, device, 256 if options.quick else 8192)
-    report.say(_told(options, config))
     todo = stacks(options, config)
     if options.stack:
         todo = {options.stack: _named(todo, options.stack)}
+    report = Report("train", device, options, options.json)
+    if options.cold_start:
+        _cold_start(options, report)
+    size = ceiling_size(device, options.quick)
+    ceiling = _ceilings(report, device, size)
+    report.say(_told(options, config))
     for name, make in todo.items():
         if 0 < options.seconds < time.perf_counter() - began:
             report.note(f"{name}: not started, {options.seconds:.0f} s are over")
@@ -122,7 +128,7 @@ def run(options: Options) -> Report:
         else:
             _measure(name, make, options, report, ceiling)
     report.show(TITLE)
-    report.ceiling("matmul again, at the end, TFLOP/s", matmul_tflops(device, 256 if options.quick else 8192))
+    report.ceiling("matmul again, at the end, TFLOP/s", matmul_tflops(device, size))
     return report.close()
 
 

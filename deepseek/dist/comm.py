@@ -1,6 +1,6 @@
 """Collectives over all ranks that are no-ops in one process, so that the same code runs everywhere.
 
-Launch with ``torchrun --nproc-per-node N -m deepseek.cli pretrain …``: ``start`` reads its environment.
+Launch with ``torchrun --nproc-per-node N -m -- deepseek pretrain …``: ``start`` reads its environment.
 """
 
 from __future__ import annotations

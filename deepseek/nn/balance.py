@@ -221,6 +221,10 @@ class LoadBalancer(nn.Module):
 
     def forward(self, probs: Tensor) -> Tensor:
         """``[..., E]`` that sum to one → the same, adjusted, in the dtype of ``probs``."""
+        if probs.shape[-1:] != self.bias.shape:
+            raise ConfigError(
+                f"probabilities of {probs.shape[-1]} experts, but the balancer has {len(self.bias)}"
+            )
         wide = probs.to(torch.promote_types(probs.dtype, self.bias.dtype))
         weighted = wide * self.bias.exp()
         adjusted = weighted / weighted.sum(-1, keepdim=True)

@@ -64,8 +64,10 @@ def jit(
         patterns: use the passes of ``deepseek.ops.fusion``; ``False`` is ``torch.compile``.
 
     Raises:
-        ConfigError: unknown mode.
+        ConfigError: unknown mode, or nothing that can be called.
     """
+    if function is not None and not callable(function):
+        raise ConfigError(f"ds.jit takes a function or a module, not {type(function).__name__}")
     if function is None:
         return partial(jit, fullgraph=fullgraph, dynamic=dynamic, mode=mode, patterns=patterns)
     return torch.compile(

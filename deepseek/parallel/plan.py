@@ -32,7 +32,7 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, world: int) -> No
     if size > 1:
         raise ConfigError(
             f"parallel.tp·pp·ep={size}: only data parallelism exists so far; set them to 1 and start "
-            f"`torchrun --nproc-per-node {max(world, size)} -m deepseek …`"
+            f"`torchrun --nproc-per-node {max(world, size)} -m -- deepseek …`"
         )
 
 

@@ -197,14 +197,27 @@ class _Pretraining:
             if self.rank == 0:
                 checkpoint.rewind(self.path, start)
                 self.corpus.tokenizer.save(self.path / "tokenizer")
-            if self.rank == 0:
-                write_atomic(self.path / "config.toml", to_toml(self.config))
-            self._announce(start)
-            with Checkpointer(
-                self.path, self.config.checkpoint, rank=self.rank, world=self.world, parent=start or None
-            ) as self.checkpointer:
-                done = self._fit(start)
+            with self._written_config():
+                self._announce(start)
+                with Checkpointer(
+                    self.path, self.config.checkpoint, rank=self.rank, world=self.world, parent=start or None
+                ) as self.checkpointer:
+                    done = self._fit(start)
         return PretrainResult(self.path, done, done >= self.config.train.steps, self.evaluation)
+
+    @contextmanager
+    def _written_config(self) -> Iterator[None]:
+        """Write ``config.toml``; options that turn out to be unusable leave the one before in its place."""
+        path = self.path / "config.toml"
+        before = path.read_text(encoding="utf-8") if path.exists() else None
+        if self.rank == 0:
+            write_atomic(path, to_toml(self.config))
+        try:
+            yield
+        except ConfigError:
+            if self.rank == 0 and before is not None:
+                write_atomic(path, before)
+            raise
 
     def _nothing_left(self, step: int) -> PretrainResult:
         steps = self.config.train.steps

@@ -23,6 +23,7 @@ from recipe_runs import (
 )
 
 from deepseek.config import replace
+from deepseek.errors import ConfigError
 from deepseek.events import MemorySink
 from deepseek.recipes.pretrain import PretrainConfig, pretrain, read_config, resume_run
 from deepseek.train import Schedule, Stop
@@ -135,6 +136,19 @@ def test_going_back_to_an_earlier_step_repeats_history_and_shelves_the_other(
     assert [p.name for p in checkpoint.list_checkpoints(run)] == [f"step-{s:06d}" for s in (2, 4, 6, 8)]
     resumed = [e for e in events(run) if e["event"] == "resume"]
     assert [e["step"] for e in resumed] == [4]
+
+
+def test_options_that_turn_out_unusable_leave_the_run_as_it_was(
+    config: PretrainConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pretrain(checkpointed(config, 2), run)
+    before = (run / "config.toml").read_text()
+    longer = replace(config.train, steps=12, activation_checkpoint="budget=0.001")
+    with pytest.raises(ConfigError, match="cannot be trained keeping"):
+        resume_run(run, replace(config, train=longer))
+    assert (run / "config.toml").read_text() == before
+    assert resume_run(run, replace(config, train=replace(config.train, steps=9))).step == 9
 
 
 def test_more_steps_can_be_asked_for_on_resume(config: PretrainConfig, tmp_path: Path) -> None:
