@@ -73,7 +73,8 @@ class TrainingConfig:
         if self.cuda_graph and mode != "none" and not (self.compile and mode in ("selective", "budget")):
             raise ConfigError(
                 f"train.activation_checkpoint={self.activation_checkpoint!r} runs parts again, which a CUDA graph "
-                "cannot capture; set train.cuda_graph=false, or activation_checkpoint='none' (selective, with compile=true)"
+                "cannot capture; set train.cuda_graph=false, or activation_checkpoint='none' (selective, with "
+                "compile=true)"
             )
         if not self.loss_scaling_factor > 0:
             raise ConfigError(f"train.loss_scaling_factor={self.loss_scaling_factor} must be positive")
