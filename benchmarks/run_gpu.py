@@ -47,8 +47,10 @@ class Part:
 PARTS = {
     "attention": Part("attention", 75),
     "moe": Part("moe", 75),
-    "train-dense": Part("train --model dense_856m --profile", 200),
-    "train-moe": Part("train --model moe_64x2 --profile", 200),
+    "train-dense": Part("train --model dense_856m --steps 4 --profile", 240),
+    "train-moe": Part(
+        "train --model moe_64x2 --micro-rows 16 --batch-tokens 262144 --steps 3 --warmup 8 --profile", 260
+    ),
     "optim": Part("optim", 60),
     "memory": Part("memory", 150),
     "memory-moe": Part("memory --model moe_64x2 --rows 2", 120, asked_only=True),
