@@ -45,7 +45,10 @@ class BenchOptions:
     @property
     def torch_device(self) -> torch.device:
         """The device asked for. Raises ``ConfigError`` when it is absent."""
-        return pick_device(self.device)
+        try:
+            return pick_device(self.device)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("train.device=", "--device=")) from None
 
 
 class Report:

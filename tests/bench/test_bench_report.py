@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.bench.report import Report
+from deepseek.bench.report import BenchOptions, Report
 from deepseek.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -46,6 +46,12 @@ def test_json_on_stdout_leaves_the_tables_to_stderr(capsys: pytest.CaptureFixtur
 def test_a_column_that_every_row_leaves_empty_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     Report("toy", CPU).add("t", [{"x": 1, "idle %": None}, {"x": 2, "idle %": None}])
     assert "idle" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_absent_device_is_named_as_it_was_asked_for() -> None:
+    with pytest.raises(ConfigError, match="^--device='cuda' is not available"):
+        BenchOptions(device="cuda").torch_device
 
 
 def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
