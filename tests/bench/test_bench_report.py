@@ -50,7 +50,7 @@ def test_a_column_that_every_row_leaves_empty_is_not_shown(capsys: pytest.Captur
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_absent_device_is_named_as_it_was_asked_for() -> None:
-    with pytest.raises(ConfigError, match="^--device='cuda' is not available"):
+    with pytest.raises(ConfigError, match=r"^--device='cuda' is not available"):
         BenchOptions(device="cuda").torch_device
 
 
