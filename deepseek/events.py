@@ -98,8 +98,14 @@ class MemorySink(Sink):
         return [plain(e.values[key]) for e in self.events if e.name == name and key in e.values]
 
 
+#: Events that are nothing but numbers for charts: hundreds a step, kept by the series store and by no text file.
+SERIES_ONLY = frozenset({"probe", "ranks", "data"})
+
+
 class JsonlSink(Sink):
     """Appends one JSON object a line to ``path``; drains every ``every`` events and on anything but 'train'.
+
+    ``SERIES_ONLY`` events are left out.
 
     Infinities and NaN, which JSON lacks, are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``;
     what JSON cannot hold at all is written as its ``str``. A line that a killed process left torn is
@@ -115,6 +121,8 @@ class JsonlSink(Sink):
         self._every, self._pending = every, list[Event]()
 
     def write(self, event: Event) -> None:
+        if event.name in SERIES_ONLY:
+            return
         self._pending.append(event)
         if event.name != "train" or len(self._pending) >= self._every:
             self.drain()

@@ -19,18 +19,25 @@ Pairs = Sequence[tuple[nn.Parameter, Tensor]]  #: parameters with their gradient
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The joint L2 norm, a scalar tensor, accumulated in fp32 (fp64 for fp64) without a wider copy of any gradient."""
-    if not gradients:
-        return torch.zeros(())
-    norms: list[Tensor] = []
-    for same in _by_dtype(gradients).values():
-        norms += torch._foreach_norm(same, 2, dtype=torch.promote_types(same[0].dtype, torch.float32))
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(each_norm(gradients))
 
 
-def _by_dtype(gradients: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    found: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        found.setdefault(gradient.dtype, []).append(gradient)
+def each_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each tensor, ``[P]`` in their order: fp32, or fp64 where one of them is."""
+    if not tensors:
+        return torch.zeros(0)
+    norms: dict[int, Tensor] = {}
+    for dtype, places in _by_dtype(tensors).items():
+        wide = torch.promote_types(dtype, torch.float32)
+        norms |= zip(places, torch._foreach_norm([tensors[i] for i in places], 2, dtype=wide))
+    return torch.stack([norms[i] for i in range(len(tensors))])
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
+    """The places of the tensors of each dtype."""
+    found: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        found.setdefault(tensor.dtype, []).append(place)
     return found
 
 

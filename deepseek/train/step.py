@@ -22,7 +22,7 @@ from deepseek.models.transformer import LayerStats, Transformer
 from deepseek.nn.moe import RoutingStats, coverage, max_violation
 from deepseek.precision import Policy
 from deepseek.train.accumulate import Accumulator
-from deepseek.train.clip import Clip, NormClip, total_norm
+from deepseek.train.clip import Clip, NormClip, Pairs, each_norm
 from deepseek.train.losses import Loss
 from deepseek.train.optim import Optimizers
 
@@ -38,6 +38,8 @@ class StepResult:
             applied. clipped: bool scalar, gradients were scaled down.
         tokens: targets counted. n_bytes: their bytes. load: per expert layer the share of tokens per expert ``[E]``.
         gates: per hybrid layer the mean gate per head ``[H]``. seconds: where the time went.
+        gradient_norms: ``[P]``, of each of ``TrainStep.parameters`` before clipping; 0 where there was no gradient.
+        entropies: per expert layer the mean entropy of the router's distribution, nats, ``[L]``.
     """
 
     loss: Tensor
@@ -51,6 +53,8 @@ class StepResult:
     gates: dict[int, Tensor]
     router_entropy: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
+    gradient_norms: Tensor | None = None
+    entropies: Tensor | None = None
 
     @property
     def coverage(self) -> Tensor:
@@ -117,6 +121,7 @@ class TrainStep:
         optimizer.extras["clip"] = self.clip.state
         self.device = next(model.parameters()).device
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+        self.gradient_bytes = 0  #: of all gradients of a step, from the first step on
         if policy.masters and not optimizer.masters:
             raise ConfigError(
                 f"precision {policy.name} with masters needs a lowered model: masters = lower(model, policy), then "
@@ -134,7 +139,7 @@ class TrainStep:
             for part in parts:
                 sums = self.micro(part.to(self.device), part.rows / batch.rows, sums, watch)
         assert sums is not None
-        self._reduce(sums)
+        self._reduce(sums, watch)
         result = self.finish(sums)
         watch.lap("optimizer")
         return replace(result, tokens=batch.n_targets, n_bytes=batch.n_bytes, seconds=watch.seconds)
@@ -169,7 +174,7 @@ class TrainStep:
 
     def finish(self, sums: Sums) -> StepResult:
         """Clip, update and forget the gradients. All on the device: a CUDA graph can hold it."""
-        norm, apply, clipped = self._update(sums.loss)
+        norms, norm, apply, clipped = self._update(sums.loss)
         self._update_routing(sums.layers, apply)
         self.optimizer.zero_grad()
         routings = [layer.routing for layer in sums.layers if layer.routing is not None]
@@ -184,6 +189,8 @@ class TrainStep:
             load=_loads(sums.layers),
             gates={i: layer.gate_H for i, layer in enumerate(sums.layers) if layer.gate_H is not None},
             router_entropy=_mean([r.entropy for r in routings], sums.loss),
+            gradient_norms=norms,
+            entropies=torch.stack([r.entropy for r in routings]) if routings else None,
         )
 
     def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -192,16 +199,26 @@ class TrainStep:
         found = ((p, sums.get(p, p.grad)) for p in self.parameters)
         return [(p, gradient) for p, gradient in found if gradient is not None]
 
-    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Clip and step: the gradients' norm, whether it and the loss are finite, and whether they were clipped."""
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clip and step: the gradients' norms ``[P]`` and joint norm, whether it and the loss are finite, and whether
+        they were clipped."""
         pairs, scale = self.gradients(), self.policy.loss_scale
-        norm = total_norm([gradient for _, gradient in pairs]) / scale
+        norms = each_norm([gradient for _, gradient in pairs])
+        norm = torch.linalg.vector_norm(norms) / scale
         apply = torch.isfinite(norm) & torch.isfinite(loss)
         factor, clipped = self.clip(pairs, norm, apply, scale)
         self.optimizer.update(factor / scale, apply)
-        return norm, apply, clipped
+        self.gradient_bytes = self.gradient_bytes or sum(g.numel() * g.element_size() for _, g in pairs)
+        return self._in_order(norms / scale, pairs), norm, apply, clipped
 
-    def _reduce(self, sums: Sums) -> None:
+    def _in_order(self, norms: Tensor, pairs: Pairs) -> Tensor:
+        """``norms`` of the pairs as those of ``parameters``."""
+        if len(pairs) == len(self.parameters):
+            return norms
+        found = dict(zip((p for p, _ in pairs), norms.unbind()))
+        return torch.stack([found.get(p, norms.new_zeros(())) for p in self.parameters])
+
+    def _reduce(self, sums: Sums, watch: Stopwatch) -> None:
         """Add gradients, losses and counts over the data-parallel ranks."""
         ranks = comm.world()
         if ranks == 1:
@@ -214,6 +231,7 @@ class TrainStep:
             if layer.gate_H is not None:
                 tensors.append(layer.gate_H.div_(ranks))
         comm.sum_in_place(tensors)
+        watch.lap("communication")
 
     def _update_routing(self, layers: list[LayerStats], apply: Tensor) -> None:
         for index, moe in self.model.moe_layers().items():
