@@ -31,6 +31,7 @@ from deepseek.config import configclass, from_dict, replace, to_dict
 from deepseek.data.clean import CleanConfig, Cleaner
 from deepseek.data.dedup import DedupConfig, Deduplicator
 from deepseek.data.loader import Loader, eval_batches
+from deepseek.data.quarantine import read_quarantine
 from deepseek.data.records import open_source
 from deepseek.data.source import BadRecords, Document, Source, SourceConfig, default_name, is_held_out
 from deepseek.data.store import StoreWriter, TokenStore, write_json
@@ -41,7 +42,7 @@ from deepseek.files import flush, locked
 
 VERSION = 1
 BATCH_BYTES = 4 * 2**20  #: text tokenised at a time
-_NOT_IN_FINGERPRINT = ("cache", "seed", "prefetch")
+_NOT_IN_FINGERPRINT = ("cache", "seed", "prefetch", "quarantine")
 
 
 @configclass
@@ -59,6 +60,7 @@ class DataConfig:
         cache: where corpora are kept; the caller's choice when empty.
         seed: of the order in which documents are seen.
         prefetch: batches built ahead.
+        quarantine: files of documents that are not trained on, such as the ``quarantine.jsonl`` of earlier runs.
     """
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
@@ -71,6 +73,7 @@ class DataConfig:
     cache: str = ""
     seed: int = 0
     prefetch: int = 4
+    quarantine: tuple[str, ...] = ()
 
     def check(self) -> None:
         if not self.sources:
@@ -143,8 +146,11 @@ class Corpus:
         weights: Mapping[str, float] | None = None,
         epochs: int | None = None,
     ) -> Loader:
-        """A ``Loader`` of the training documents with this corpus's weights, seed and prefetching."""
-        return Loader(
+        """A ``Loader`` of the training documents with this corpus's weights, seed, prefetching and quarantine.
+
+        Quarantined documents that this corpus does not have are passed over; a file that is missing is an error.
+        """
+        loader = Loader(
             self.train,
             rows=rows,
             length=length,
@@ -156,6 +162,11 @@ class Corpus:
             prefetch=self.config.prefetch,
             epochs=epochs,
         )
+        for name in self.config.quarantine:
+            if not Path(name).is_file():
+                raise DataError(f"data.quarantine names {name}, which is no file")
+            loader.exclude(read_quarantine(name), missing_ok=True)
+        return loader
 
     def eval_batches(self, *, rows: int, length: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Batches over all held-out documents. Raises ``DataError`` when there are none."""

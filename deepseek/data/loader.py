@@ -18,10 +18,10 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,14 @@ import numpy.typing as npt
 from deepseek.batch import Batch
 from deepseek.data.mixture import Cursor
 from deepseek.data.plan import Planner, Position, Row, count, materialize, plan_rows, streams
+from deepseek.data.quarantine import (
+    Quarantined,
+    Skips,
+    delivered_index,
+    find_documents,
+    is_skipped,
+    merged,
+)
 from deepseek.data.store import TokenStore
 from deepseek.errors import ConfigError, DataError, did_you_mean
 
@@ -50,6 +58,16 @@ class Sample:
     path: str
     offset: int
     start: int
+    store: int = field(default=0, compare=False)  # where its tokens are: document ``document`` of that store
+    document: int = field(default=-1, compare=False)
+
+
+class Delivery(NamedTuple):
+    """A batch as it was delivered: its number, this rank's part, and the rows of all ranks it was built from."""
+
+    number: int
+    batch: Batch
+    rows: list[Row]
 
 
 class Loader:
@@ -119,6 +137,9 @@ class Loader:
         self._prefetch = prefetch
         self._worker: _Worker | None = None
         self._past: deque[tuple[Position, int]] = deque(maxlen=REMEMBERED)
+        self._quarantined: dict[tuple[str, str, int | None], Quarantined] = {}
+        self._looking: Planner | None = None
+        self.last: Delivery | None = None  #: what ``next`` returned last
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -135,15 +156,65 @@ class Loader:
             made = self._maker.make(self._at)
         if made is None:
             raise StopIteration
-        batch, after = made
-        self._past.append((self._at, self.rows))
-        self._at = after
-        return batch
+        self.last, at, self._at = made
+        self._past.append((at, self.rows))
+        return self.last.batch
 
     @property
     def batch(self) -> int:
-        """Batches delivered so far."""
+        """Batches delivered or skipped so far."""
         return self._at.batch
+
+    @property
+    def stores(self) -> list[TokenStore]:
+        return list(self._stores)
+
+    @property
+    def skips(self) -> Skips:
+        """Batches that are not delivered."""
+        return self._maker.skips
+
+    @property
+    def quarantined(self) -> list[Quarantined]:
+        """Documents that are not trained on."""
+        return list(self._quarantined.values())
+
+    def skip(self, ranges: Iterable[Sequence[int]]) -> None:
+        """Leave out the batches numbered ``[first, last]`` of each range, besides those left out already.
+
+        They are planned like any other and not delivered; what comes after them is what would have come after
+        them. Raises ``DataError`` for what is no range.
+        """
+        skips = merged([*self.skips, *ranges])
+        self.close()
+        self._maker = replace(self._maker, skips=skips)
+
+    def exclude(self, documents: Iterable[Quarantined], *, missing_ok: bool = False) -> int:
+        """Leave ``documents`` out of every batch from here on; returns how many documents of the stores that adds.
+
+        Raises:
+            DataError: one of them is in none of the stores, unless ``missing_ok``.
+        """
+        wanted = list(documents)
+        found = find_documents(self._stores, wanted, missing_ok=missing_ok)
+        new = found - self._maker.excluded
+        self._quarantined.update((q.key, q) for q in wanted)
+        if new:
+            self.close()
+            self._maker = replace(self._maker, excluded=self._maker.excluded | new)
+        return len(new)
+
+    def peek(self, batch: int | Mapping[str, Any]) -> Delivery:
+        """The batch of that number, or at that state, without moving: as it would be built now. See ``provenance``.
+
+        Raises:
+            DataError: it was delivered before this loader's state was loaded, or the data end before it.
+        """
+        at, rows = self._locate(batch)
+        made = replace(self._maker, planner=self._planner(), rows=rows, skips=()).make(at)
+        if made is None:
+            raise DataError(f"the data end before batch {at.batch}")
+        return made[0]
 
     @property
     def epoch(self) -> int:
@@ -166,18 +237,25 @@ class Loader:
             "epoch": list(at.cursor.epoch),
             "position": list(at.cursor.position),
             "drawn": list(at.cursor.drawn),
+            **({"skips": [list(r) for r in self.skips]} if self.skips else {}),
+            **({"quarantined": [list(key) for key in self._quarantined]} if self._quarantined else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a place saved by ``state_dict``. ``rows`` and ``world`` may differ from then.
 
+        Skips become those of the state; its quarantined documents join those of this loader.
+
         Raises:
             DataError: it is no such state, or one of another corpus, mixture, seed or length.
         """
-        at = self._read_state(state)
+        at, skips = self._read_state(state), merged(state.get("skips", ()))
+        named = [Quarantined(*key) for key in state.get("quarantined", ())]
         self.close()
         self._at = self._first = at
         self._past.clear()
+        self._maker, self.last = replace(self._maker, skips=skips), None
+        self.exclude(named, missing_ok=True)
 
     def provenance(self, batch: int | Mapping[str, Any]) -> list[Sample]:
         """Where every piece of a global batch came from.
@@ -189,20 +267,39 @@ class Loader:
         Raises:
             DataError: the batch was delivered before this loader's state was loaded.
         """
+        return self.samples(self.peek_rows(batch))
+
+    def peek_rows(self, batch: int | Mapping[str, Any]) -> list[Row]:
+        """The rows of a global batch, without quarantined documents; arguments as for ``provenance``."""
+        at, rows = self._locate(batch)
+        planned, _ = self._planner().batch(at, rows)
+        return self._maker.kept(planned)
+
+    def _locate(self, batch: int | Mapping[str, Any]) -> tuple[Position, int]:
+        """Where a batch begins, and its number of rows."""
         if isinstance(batch, Mapping):
-            return self._samples(self._read_state(batch), self.rows)
+            at, skips = self._read_state(batch), merged(batch.get("skips", ()))
+            return self._forward(at, delivered_index(skips, at.batch, 0)), self.rows
         for at, rows in self._past:
             if at.batch == batch:
-                return self._samples(at, rows)
+                return at, rows
         if batch < self._first.batch:
             raise DataError(
                 f"batch {batch} was delivered before this loader began (at batch {self._first.batch}); "
                 "ask with the state saved before it"
             )
-        at, planner = self._first, self._planner_of()
+        known = [at for at, _ in self._past if at.batch < batch]
+        return self._forward(known[-1] if known else self._first, batch), self.rows
+
+    def _forward(self, at: Position, batch: int) -> Position:
         while at.batch < batch:
-            _, at = planner.batch(at, self.rows)
-        return self._samples(at, self.rows)
+            _, at = self._planner().batch(at, self.rows)
+        return at
+
+    def _planner(self) -> Planner:
+        """For looking around: the maker's belongs to the thread."""
+        self._looking = self._looking or self._planner_of()
+        return self._looking
 
     def close(self) -> None:
         """Stop the background thread; iteration may go on later and repeats and skips nothing."""
@@ -218,14 +315,15 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _samples(self, at: Position, rows: int) -> list[Sample]:
-        planned, _ = self._planner_of().batch(at, rows)
+    def samples(self, rows: list[Row]) -> list[Sample]:
+        """Where every piece of ``rows`` came from."""
         found = []
-        for r, row in enumerate(planned):
+        for r, row in enumerate(rows):
             column = 0
             for piece in row:
                 source, path, offset = self._stores[piece.store].provenance(piece.document)
-                found.append(Sample(r, column, piece.length, source, path, offset, piece.start))
+                place = (r, column, piece.length, source, path, offset, piece.start)
+                found.append(Sample(*place, piece.store, piece.document))
                 column += piece.length
         return found
 
@@ -270,13 +368,26 @@ class _Maker:
     world: int
     token_bytes: npt.NDArray[Any] | None
     pin: bool
+    skips: Skips = ()
+    excluded: frozenset[tuple[int, int]] = frozenset()
 
-    def make(self, at: Position) -> tuple[Batch, Position] | None:
+    def make(self, at: Position) -> tuple[Delivery, Position, Position] | None:
+        """The batch at ``at``, or the first after it that is not skipped; where it began, and where it ends."""
         rows, after = self.planner.batch(at, self.rows)
+        while rows and is_skipped(self.skips, at.batch):
+            at = after
+            rows, after = self.planner.batch(at, self.rows)
         if not rows:
             return None
-        rows += [[] for _ in range(self.rows - len(rows))]
-        return build(rows, self.length, self.stores, self.token_bytes, self.rank, self.world, self.pin), after
+        rows = self.kept(rows + [[] for _ in range(self.rows - len(rows))])
+        batch = build(rows, self.length, self.stores, self.token_bytes, self.rank, self.world, self.pin)
+        return Delivery(at.batch, batch, rows), at, after
+
+    def kept(self, rows: list[Row]) -> list[Row]:
+        """``rows`` without quarantined documents."""
+        if not self.excluded:
+            return rows
+        return [[p for p in row if (p.store, p.document) not in self.excluded] for row in rows]
 
 
 def build(
@@ -304,7 +415,7 @@ class _Worker:
         self._thread.start()
         self._finalizer = weakref.finalize(self, _shut_down, self._queue, self._stop, self._thread)
 
-    def get(self) -> tuple[Batch, Position] | None:
+    def get(self) -> tuple[Delivery, Position, Position] | None:
         while True:
             try:
                 found = self._queue.get(timeout=1.0)
@@ -314,7 +425,7 @@ class _Worker:
                     raise DataError("the loader's background thread has died") from None
         if isinstance(found, BaseException):
             raise found
-        made: tuple[Batch, Position] | None = found
+        made: tuple[Delivery, Position, Position] | None = found
         return made
 
     def close(self) -> None:
@@ -335,7 +446,7 @@ def _produce(maker: _Maker, at: Position, out: queue.Queue[Any], stop: threading
                 continue
         if made is None or isinstance(made, BaseException):
             return
-        at = made[1]
+        at = made[2]
 
 
 def _shut_down(waiting: queue.Queue[Any], stop: threading.Event, thread: threading.Thread) -> None:

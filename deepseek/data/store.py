@@ -101,11 +101,26 @@ class TokenStore:
 
     def provenance(self, document: int) -> tuple[str, str, int]:
         """Source name, path and offset that a document came from."""
+        record = self.records[document]
+        return self.sources[int(record["source"])], self.paths[int(record["path"])], int(record["offset"])
+
+    def find(self, source: str, path: str, offset: int | None = None) -> list[int]:
+        """Numbers of the documents that came from ``path`` of ``source``: the one at ``offset``, or all of them."""
+        if source not in self.sources or path not in self.paths:
+            return []
+        r = self.records
+        here = (r["path"] == self.paths.index(path)) & (r["source"] == self.sources.index(source))
+        if offset is not None:
+            here &= r["offset"] == offset
+        return [int(d) for d in np.flatnonzero(here)]
+
+    @property
+    def paths(self) -> list[str]:
+        """The file names that the records refer to."""
         if self._paths is None:
             lines = (self.directory / "paths.jsonl").read_text(encoding="utf-8").splitlines()
             self._paths = [str(json.loads(line)) for line in lines]
-        record = self.records[document]
-        return self.sources[int(record["source"])], self._paths[int(record["path"])], int(record["offset"])
+        return self._paths
 
     def verify(self) -> None:
         """Read everything; raise ``DataError`` naming the file whose hash differs from the manifest's."""
