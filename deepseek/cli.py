@@ -240,6 +240,28 @@ class Runs:
 
 
 @dataclass(frozen=True)
+class Monitor:
+    """Serve the dashboard of the runs below a directory, or of one run, in a browser on this machine."""
+
+    root: Positional[str] = "runs"
+    port: int | None = None  # 0: any free one; the first free one from 6060 unless told
+    host: str = "127.0.0.1"  # anything else can be reached from other machines, and needs a token
+    token: str = ""  # 'auto' makes one; or in the environment as DEEPSEEK_MONITOR_TOKEN
+    open: bool = False  # open the browser
+
+    def go(self, rest: Sequence[str]) -> int:
+        import os
+
+        from deepseek.monitor.access import new_token
+        from deepseek.monitor.dashboard import serve
+
+        token = self.token or os.environ.get("DEEPSEEK_MONITOR_TOKEN", "")
+        token = new_token() if token == "auto" else token
+        serve(_run_or_root(self.root), host=self.host, port=self.port, token=token, open_browser=self.open)
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """What this machine has, and which path each operation takes on it."""
 
@@ -284,6 +306,7 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Runs, subcommand("runs")]
+    | Annotated[Monitor, subcommand("monitor")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Bench, subcommand("bench")]
 )
@@ -329,6 +352,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 1
+
+
+def _run_or_root(name: str) -> Path:
+    """A directory as given, or the run of that name in runs/."""
+    below = Path("runs") / name
+    return below if not Path(name).exists() and below.is_dir() else Path(name)
 
 
 def _named_config(name: str) -> Any:

@@ -87,7 +87,7 @@ def summarize(directory: Path) -> RunSummary:
     return RunSummary(
         name=directory.resolve().name,
         path=str(directory),
-        status=_status(others, train, latest, updated),
+        status=status_of(others, train, latest, updated),
         step=_integer(train.get("step")),
         total_steps=_integer(latest.get("total_steps")),
         loss=finite(train.get("loss")),
@@ -142,7 +142,11 @@ def _read(path: Path) -> tuple[list[EventDict], EventDict]:
     return [e for e in others if e["event"] != "train"], parsed[-1] if parsed else {}
 
 
-def _status(others: list[EventDict], train: EventDict, latest: EventDict, updated: float | None) -> Status:
+def status_of(
+    others: list[EventDict], train: EventDict, latest: EventDict, updated: float | None
+) -> Status:
+    """What became of a run: from its other events, its last training step, its last ``run`` event, and the
+    time of the last event of all."""
     if not others and not train:
         return "empty"
     start = max((i for i, e in enumerate(others) if e["event"] == "run"), default=0)

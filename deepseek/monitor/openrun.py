@@ -1,0 +1,212 @@
+"""``OpenRun``: one run directory as the dashboard reads it. Its files may grow, tear or vanish at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import numpy as np
+
+from deepseek.monitor.eventlog import EventLog
+from deepseek.monitor.history import EVENTS_FILE, EventDict
+from deepseek.monitor.replay import Replay
+from deepseek.monitor.runs import status_of
+from deepseek.monitor.units import finite
+
+STORE = "monitor"  #: the directory in a run that holds its store
+SPARK = 48  #: points of the small loss curve in the list of runs
+FRESH = 0.2  #: seconds for which what was read of the files is good
+MOST_CELLS = 500_000  #: of the heat maps of one answer
+CONFIG_BYTES = 256 << 10
+
+
+class OpenRun:
+    """One run. Thread-safe.
+
+    Raises (every method):
+        OSError: the directory vanished or cannot be read.
+        RunError: its store is damaged.
+    """
+
+    def __init__(self, name: str, path: Path, cache: Path | None = None) -> None:
+        self.name, self.path, self.cache = name, path, cache
+        self.lock = RLock()
+        self.log = EventLog(path / EVENTS_FILE)
+        self._refreshed = -FRESH
+        self._spark: tuple[int, list[float | None]] = (-1, [])
+        self._reader: Any = None
+
+    @property
+    def reader(self) -> Any:
+        """The run's series."""
+        with self.lock:
+            if self._reader is None:
+                self._reader = Replay(self.path / EVENTS_FILE)
+            return self._reader
+
+    def refresh(self) -> None:
+        """Look at the files again, unless that was a moment ago."""
+        with self.lock:
+            if time.monotonic() - self._refreshed < FRESH:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                self.log.refresh()
+            self.reader.refresh()
+            self._refreshed = time.monotonic()
+
+    def close(self) -> None:
+        with self.lock:
+            self._reader = None
+
+    def facts(self) -> EventDict:
+        """Every field ever given by a ``run`` event, the latest value of each."""
+        merged: EventDict = {}
+        for event in self.log.named("run"):
+            merged.update({k: v for k, v in event.items() if v is not None and k != "event"})
+        return merged
+
+    def summary(self) -> dict[str, Any]:
+        """The row of this run in the list of runs. ``loss`` in nats per token, times as Unix seconds."""
+        with self.lock:
+            self.refresh()
+            facts, train, last = self.facts(), self.log.last("train"), self.reader.last()
+            rare = self.log.rare
+            times = [
+                t for t in (finite(e.get("time")) for e in [*rare[:1], *rare[-1:], train]) if t is not None
+            ]
+            updated = max(times, default=None)
+            _, step = self.reader.steps()
+            return {
+                "id": self.name,
+                "name": self.name.replace("~", "/"),
+                "status": status_of(rare, train, self.log.last("run"), updated),
+                "step": step,
+                "total_steps": facts.get("total_steps"),
+                "loss": last.get("train/loss"),
+                "tokens_per_second": last.get("train/tokens_per_second"),
+                "started": min(times, default=None),
+                "updated": updated,
+                "incidents_open": sum(i.get("status") == "open" for i in self.incidents()),
+                "device": facts.get("device"),
+                "parameters": facts.get("parameters"),
+                "spark": self._spark_of(step),
+            }
+
+    def detail(self) -> dict[str, Any]:
+        """The summary, with the facts, the config, the checkpoints and the pages that have content."""
+        return {
+            **self.summary(),
+            "facts": self.facts(),
+            "config": self._config(),
+            "checkpoints": self._checkpoints(),
+            "pages": self._pages(),
+            "breaks": [e for e in self.log.rare if e["event"] in ("interrupted", "resume", "done")],
+        }
+
+    def series(self) -> list[dict[str, Any]]:
+        """Every series with its group, unit, description, newest value and the step of it."""
+        with self.lock:
+            self.refresh()
+            last, (_, step) = self.reader.last(), self.reader.steps()
+            return [
+                {"name": n, "group": n.split("/")[0], "unit": "", "description": {}, "last": last.get(n), "step": step}
+                for n in self.reader.names()
+            ]  # fmt: skip
+
+    def window(self, name: str, start: int | None, stop: int | None, points: int) -> dict[str, Any]:
+        """One series between two steps at no more than ``points`` points, as the page draws it."""
+        with self.lock:
+            return window_dict(self.reader.read(name, start, stop, points=points))
+
+    def table(
+        self, names: list[str], label: str, start: int | None, stop: int | None, points: int
+    ) -> dict[str, Any]:
+        """Several series on one axis: ``{"steps": [n], label: [names][n]}``, the mean of each point."""
+        with self.lock:
+            windows = [self.reader.read(name, start, stop, points=points) for name in names]
+        steps = np.unique(np.concatenate([w.step for w in windows])) if windows else np.empty(0, np.int64)
+        values = np.full((len(windows), len(steps)), np.nan, np.float32)
+        for row, window in zip(values, windows):
+            row[np.searchsorted(steps, window.step)] = window.mean
+        return {"steps": steps, label: values}
+
+    def experts(self, start: int | None, stop: int | None, points: int) -> list[dict[str, Any]]:
+        """For every expert layer the newest load of each expert, the router's figures, and the load over time."""
+        with self.lock:
+            self.refresh()
+            last, layers = self.reader.last(), dict[int, list[tuple[int, str]]]()
+            for name in self.reader.names():
+                parts = name.split("/")
+                if len(parts) == 4 and parts[0] == "expert" and parts[3] == "load":
+                    layers.setdefault(int(parts[1]), []).append((int(parts[2]), name))
+            points = min(points, MOST_CELLS // max(1, sum(map(len, layers.values()))))
+            found = []
+            for index, experts in sorted(layers.items()):
+                names = [name for _, name in sorted(experts)]
+                router = {
+                    k: last.get(f"router/{index}/{k}") for k in ("entropy", "max_vio", "dead", "coverage")
+                }
+                history = self.table(names, "load", start, stop, max(points, 2))
+                biases = [last.get(name.removesuffix("load") + "bias") for name in names]
+                load = [last.get(name) for name in names]
+                found.append({"index": index, "load": load, "bias": biases, **router, "history": history})
+            return found
+
+    def incidents(self) -> list[dict[str, Any]]:
+        return []
+
+    def _spark_of(self, step: int | None) -> list[float | None]:
+        if step is None or "train/loss" not in self.reader.names():
+            return []
+        if step != self._spark[0]:
+            mean = self.reader.read("train/loss", points=SPARK).mean
+            self._spark = (step, [finite(float(v)) for v in mean])
+        return self._spark[1]
+
+    def _config(self) -> str:
+        try:
+            with (self.path / "config.toml").open(encoding="utf-8", errors="replace") as file:
+                return file.read(CONFIG_BYTES)
+        except OSError:
+            return ""
+
+    def _checkpoints(self) -> list[dict[str, Any]]:
+        saved = {e.get("step"): e for e in self.log.named("checkpoint")}
+        found = []
+        for path in sorted(self.path.glob("step-*/manifest.json")):
+            digits = path.parent.name.removeprefix("step-")
+            if digits.isdigit():
+                event = saved.get(int(digits), {})
+                keys = ("time", "bytes", "seconds", "metric")
+                found.append({"step": int(digits), **{k: event[k] for k in keys if k in event}})
+        return found
+
+    def _pages(self) -> list[str]:
+        names = self.reader.names()
+        starts = {"experts": ("expert/", "router/"), "data": ("data/",), "precision": ("precision/",),
+                  "alignment": ("align/",)}  # fmt: skip
+        found = [page for page, prefixes in starts.items() if any(n.startswith(prefixes) for n in names)]
+        return found + (["inspect"] if self._checkpoints() else [])
+
+
+def window_dict(window: Any) -> dict[str, Any]:
+    """A ``Window`` for the page: arrays, and ``nonfinite`` as ``[[step, "nan" | "inf" | "-inf"], …]``."""
+    low, high, mean = (np.ascontiguousarray(a) for a in (window.low, window.high, window.mean))
+    return {
+        "step": np.ascontiguousarray(window.step), "low": low, "high": high, "mean": mean, "raw": bool(window.raw),
+        "nonfinite": _nonfinite(window.step, low, high, mean),
+    }  # fmt: skip
+
+
+def _nonfinite(step: Any, low: Any, high: Any, mean: Any) -> list[list[Any]]:
+    odd = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high) & np.isfinite(mean)))
+    found = []
+    for i in odd.tolist():
+        kinds = {str(float(v)) for v in (low[i], high[i], mean[i]) if not math.isfinite(v)}
+        infinite = kinds - {"nan"}
+        found += [[int(step[i]), kind] for kind in sorted(infinite or kinds)]
+    return found

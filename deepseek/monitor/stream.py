@@ -1,0 +1,215 @@
+"""The live stream of a run: one ``Follower`` reads its files, any number of clients read the follower.
+
+The run is another process; its files are looked at five times a second. What is new becomes messages, encoded once
+and kept in a ring. A client has only a place in the ring, so that a thousand clients cost a thousand places and not a
+thousand queues. A client that reads too slowly falls out of the ring: it gets the event ``gap``, which tells it to
+fetch the windows anew, and goes on with the newest message. Nothing waits for anybody.
+
+Server-sent events as in the HTML standard: ``id`` counts the messages, and a client that reconnects with
+``Last-Event-ID`` goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import anyio
+import anyio.to_thread
+
+from deepseek.monitor.openrun import OpenRun
+from deepseek.monitor.wire import encode
+
+INTERVAL = 0.2  #: seconds between two looks at the files
+RING = 512  #: messages that a slow client may lag behind
+RING_BYTES = 8 << 20
+HEARTBEAT = 15.0  #: seconds of silence after which a comment is sent, so that proxies keep the connection
+STALLED = 60.0  #: seconds after which a client that takes nothing is dropped
+BATCH = 8  #: rows of one look that are sent one by one; more become one row with extremes
+
+log = logging.getLogger(__name__)
+
+
+class Message(NamedTuple):
+    """One server-sent event, ready to send."""
+
+    number: int
+    data: bytes
+
+
+class Follower:
+    """Follows one run while anybody listens."""
+
+    def __init__(self, run: OpenRun, limiter: anyio.CapacityLimiter) -> None:
+        self.run, self._limiter = run, limiter
+        self.listeners = 0
+        self.status: dict[str, Any] = {}  # the newest, for those who come later
+        self._ring: deque[Message] = deque()
+        self._bytes, self._number = 0, int(time.time() * 1000)  # numbers of an earlier follower are older
+        self._more = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._watch = Watcher(run)
+
+    @contextlib.contextmanager
+    def listening(self) -> Any:
+        """For the length of a client's stay."""
+        self.listeners += 1
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._follow())
+        try:
+            yield self
+        finally:
+            self.listeners -= 1
+            if self.listeners == 0 and self._task is not None:
+                self._task.cancel()
+
+    @property
+    def newest(self) -> int:
+        return self._number
+
+    async def after(self, number: int, timeout: float) -> list[Message] | None:
+        """The messages after ``number``, as soon as there are some; ``[]`` after ``timeout`` seconds without.
+
+        ``None``: ``number`` has left the ring.
+        """
+        if number >= self._number:
+            more = self._more
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(more.wait(), timeout)
+        if self._ring and number < self._ring[0].number - 1:
+            return None
+        return [m for m in self._ring if m.number > number]
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                found = await anyio.to_thread.run_sync(self._watch.look, limiter=self._limiter)
+            except Exception as error:  # a run that vanished or is damaged may come back
+                log.debug("cannot follow %s: %s", self.run.path, error)
+                found = self._watch.lost(error)
+            for kind, content in found:
+                self._add(kind, content)
+            if found:
+                self._more.set()
+                self._more = asyncio.Event()
+            await asyncio.sleep(INTERVAL)
+
+    def _add(self, kind: str, content: Any) -> None:
+        self._number += 1
+        self.status = content if kind == "status" else self.status
+        data = b"id: %d\nevent: %s\ndata: %s\n\n" % (self._number, kind.encode(), encode(content))
+        self._ring.append(Message(self._number, data))
+        self._bytes += len(data)
+        while len(self._ring) > 1 and (len(self._ring) > RING or self._bytes > RING_BYTES):
+            self._bytes -= len(self._ring.popleft().data)
+
+
+class Watcher:
+    """What is new in a run since the last ``look``, as ``(event, content)`` pairs."""
+
+    def __init__(self, run: OpenRun) -> None:
+        self.run = run
+        self._step: int | None = None
+        self._status: dict[str, Any] = {}
+        self._told = 0.0
+        self._lost = ""
+
+    def look(self) -> list[tuple[str, Any]]:
+        """Raises what reading the run's files raises."""
+        summary = self.run.summary()
+        found = [*self._rows(summary["step"])]
+        status = {k: v for k, v in summary.items() if k != "spark"}
+        changed = status["status"] != self._status.get("status") or self._lost
+        if status != self._status and (changed or time.monotonic() - self._told >= 1.0):
+            self._status, self._told, self._lost = status, time.monotonic(), ""
+            found.append(("status", status))
+        return found
+
+    def lost(self, error: Exception) -> list[tuple[str, Any]]:
+        """What to say, once, when the run cannot be read."""
+        if self._lost == str(error):
+            return []
+        self._lost = str(error)
+        return [("status", {"id": self.run.name, "status": "gone", "error": str(error)})]
+
+    def _rows(self, last: int | None) -> list[tuple[str, Any]]:
+        before, self._step = self._step, last
+        if before is None or last is None or last == before:
+            return []
+        reader = self.run.reader
+        rows: dict[int, dict[str, float]] = {}
+        for name in reader.names():
+            steps, values = reader.raw(name, before + 1, last + 1)
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                rows.setdefault(step, {})[name] = value
+        return row_messages(sorted(rows.items()))
+
+
+def row_messages(rows: list[tuple[int, dict[str, float]]]) -> list[tuple[str, Any]]:
+    """``row`` events for new rows. Of many, one: the newest values, and with them the extremes of each series."""
+    if len(rows) <= BATCH:
+        return [("row", _row(step, values)) for step, values in rows]
+    last: dict[str, float] = {}
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+    for _, values in rows:
+        for name, value in values.items():
+            last[name] = value
+            low[name] = min(value, low.get(name, value))
+            high[name] = max(value, high.get(name, value))
+    return [("row", {**_row(rows[-1][0], last), "first": rows[0][0], "low": low, "high": high})]
+
+
+def _row(step: int, values: dict[str, float]) -> dict[str, Any]:
+    odd = {name: str(value) for name, value in values.items() if value - value != 0}
+    return {"step": step, "values": values, **({"nonfinite": odd} if odd else {})}
+
+
+class EventStream:
+    """An ASGI response: the messages of a follower, for as long as the client stays."""
+
+    def __init__(self, follower: Follower, last_id: str = "") -> None:
+        self.follower = follower
+        self.start = int(last_id) if last_id.isdigit() and len(last_id) < 19 else None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self.follower.listening():
+            pump = asyncio.create_task(self._pump(send))
+            left = asyncio.create_task(_disconnected(receive))
+            try:
+                await asyncio.wait({pump, left}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (pump, left):
+                    task.cancel()
+                await asyncio.gather(pump, left, return_exceptions=True)
+
+    async def _pump(self, send: Any) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store, no-transform"),
+            (b"x-accel-buffering", b"no"),
+        ]  # fmt: skip
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        at = self.follower.newest if self.start is None else min(self.start, self.follower.newest)
+        data = b"retry: 2000\n: following\n\n"
+        if self.follower.status:
+            data += b"event: status\ndata: %s\n\n" % encode(self.follower.status)
+        while True:
+            message = {"type": "http.response.body", "body": data, "more_body": True}
+            await asyncio.wait_for(send(message), STALLED)
+            found = await self.follower.after(at, HEARTBEAT)
+            if found is None:
+                at = self.follower.newest
+                data = b"id: %d\nevent: gap\ndata: {}\n\n" % at
+            elif found:
+                at, data = found[-1].number, b"".join(m.data for m in found)
+            else:
+                data = b": beat\n\n"
+
+
+async def _disconnected(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
