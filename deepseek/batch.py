@@ -68,9 +68,13 @@ class Batch:
         if rows < 1:
             raise ConfigError(f"a micro-batch has at least 1 row, not {rows}")
         for start in range(0, self.rows, rows):
-            part: dict[str, Any] = {
-                f.name: value[start : start + rows]
-                for f in fields(self)
-                if isinstance(value := getattr(self, f.name), Tensor)
-            }
-            yield replace(self, **part)
+            yield self.part(start, rows)
+
+    def part(self, first: int, rows: int) -> Batch:
+        """Rows ``[first, first + rows)``, views; ``n_targets`` and ``n_bytes`` stay those of the whole batch."""
+        cut: dict[str, Any] = {
+            f.name: value[first : first + rows]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **cut)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.batch import IGNORE, Batch
 from deepseek.models.transformer import LayerStats, Transformer
 from deepseek.nn.layers import to_compute_dtype
-from deepseek.ops.cross_entropy import linear_cross_entropy
+from deepseek.ops.cross_entropy import chunk_rows, linear_cross_entropy, reference_rows
 
 
 class Loss(NamedTuple):
@@ -28,6 +29,19 @@ class Loss(NamedTuple):
 def cross_entropy_sum(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
     """Sum of −log p(target) in nats over targets that are not ``IGNORE``; see ``linear_cross_entropy``."""
     return linear_cross_entropy(to_compute_dtype(hidden_NC), weight_VC, targets_N)[0]
+
+
+@torch.no_grad()
+def token_losses(model: Transformer, hidden_NC: Tensor, targets_N: Tensor) -> Tensor:
+    """−log p(target) of each position, nats, fp32 at least: ``[N]``, 0 where the target is ``IGNORE``; no gradient."""
+    hidden, weight = to_compute_dtype(hidden_NC), model.head_weight
+    size = chunk_rows(weight.shape[0], hidden.element_size(), hidden.is_cuda)
+    parts = hidden.split(size), targets_N.split(size)
+    found = [
+        reference_rows(F.linear(h, weight.to(h.dtype)), targets, IGNORE, 0.0, False)[0]
+        for h, targets in zip(*parts)
+    ]
+    return torch.cat(found)
 
 
 def next_token_loss(model: Transformer, batch: Batch, z_weight: float = 0.0) -> Loss:
