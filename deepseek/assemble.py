@@ -17,9 +17,12 @@ import torch
 from deepseek.config import load_toml
 from deepseek.data import Tokenizer
 from deepseek.errors import CheckpointError, ConfigError, RunError, did_you_mean
+from deepseek.files import holder
 from deepseek.models import ModelConfig, Transformer, model_config
 from deepseek.weights import checkpoint
 from deepseek.weights.convert import load_hf
+
+TRAINER = ".training"  #: the file in a run directory that its one trainer holds
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class Run:
     @property
     def tokenizer_path(self) -> Path:
         return self.path / "tokenizer"
+
+    def trainer(self) -> str | None:
+        """The id of the process that trains in it now, ``None`` if there is none."""
+        return holder(self.path / TRAINER)
 
     def model_config(self) -> ModelConfig:
         """The shape written in ``config.toml``."""

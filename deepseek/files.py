@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -184,7 +185,7 @@ def claimed(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _claim(descriptor)
         except BlockingIOError:
             raise InUse(os.pread(descriptor, 32, 0).decode().strip() or "unknown") from None
         except OSError:
@@ -198,6 +199,29 @@ def claimed(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def _claim(descriptor: int) -> None:
+    """Take the lock at once; again after a moment, for ``holder`` has it while it looks."""
+    import fcntl
+
+    for pause in (0.01, 0.04, None):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
+def holder(path: Path) -> str | None:
+    """The id of the process that holds the claim on the file ``path``, ``None`` if nobody does."""
+    if _is_free(path):
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip() or "unknown"
+    except OSError:  # there is no such file
+        return None
 
 
 def _is_free(lock: Path) -> bool:

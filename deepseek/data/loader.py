@@ -179,6 +179,10 @@ class Loader:
         """Documents that are not trained on."""
         return list(self._quarantined.values())
 
+    def start(self) -> dict[str, Any]:
+        """The state before the first batch of all."""
+        return self._state(self._planner().start())
+
     def skip(self, ranges: Iterable[Sequence[int]]) -> None:
         """Leave out the batches numbered ``[first, last]`` of each range, besides those left out already.
 
@@ -204,13 +208,13 @@ class Loader:
             self._maker = replace(self._maker, excluded=self._maker.excluded | new)
         return len(new)
 
-    def peek(self, batch: int | Mapping[str, Any]) -> Delivery:
-        """The batch of that number, or at that state, without moving: as it would be built now. See ``provenance``.
+    def peek(self, batch: int | Mapping[str, Any], ahead: int = 0) -> Delivery:
+        """A batch as it would be built now, without moving; arguments as for ``provenance``.
 
         Raises:
             DataError: it was delivered before this loader's state was loaded, or the data end before it.
         """
-        at, rows = self._locate(batch)
+        at, rows = self._locate(batch, ahead)
         made = replace(self._maker, planner=self._planner(), rows=rows, skips=()).make(at)
         if made is None:
             raise DataError(f"the data end before batch {at.batch}")
@@ -227,7 +231,9 @@ class Loader:
         """The place after the last delivered batch: small, JSON, the same on every rank and for every world
         size.
         """
-        at = self._at
+        return self._state(self._at)
+
+    def _state(self, at: Position) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
             **self._identity,
@@ -257,29 +263,30 @@ class Loader:
         self._maker, self.last = replace(self._maker, skips=skips), None
         self.exclude(named, missing_ok=True)
 
-    def provenance(self, batch: int | Mapping[str, Any]) -> list[Sample]:
+    def provenance(self, batch: int | Mapping[str, Any], ahead: int = 0) -> list[Sample]:
         """Where every piece of a global batch came from.
 
         Args:
             batch: number of the batch (0 is the first; ``loader.batch`` before it was delivered), or the
                 ``state_dict()`` taken before it was delivered.
+            ahead: with a state, so many deliveries further on; what is skipped is not counted.
 
         Raises:
             DataError: the batch was delivered before this loader's state was loaded.
         """
-        return self.samples(self.peek_rows(batch))
+        return self.samples(self.peek_rows(batch, ahead))
 
-    def peek_rows(self, batch: int | Mapping[str, Any]) -> list[Row]:
+    def peek_rows(self, batch: int | Mapping[str, Any], ahead: int = 0) -> list[Row]:
         """The rows of a global batch, without quarantined documents; arguments as for ``provenance``."""
-        at, rows = self._locate(batch)
+        at, rows = self._locate(batch, ahead)
         planned, _ = self._planner().batch(at, rows)
         return self._maker.kept(planned)
 
-    def _locate(self, batch: int | Mapping[str, Any]) -> tuple[Position, int]:
+    def _locate(self, batch: int | Mapping[str, Any], ahead: int) -> tuple[Position, int]:
         """Where a batch begins, and its number of rows."""
         if isinstance(batch, Mapping):
-            at, skips = self._read_state(batch), merged(batch.get("skips", ()))
-            return self._forward(at, delivered_index(skips, at.batch, 0)), self.rows
+            at, skips = self._read_state(batch), merged([*batch.get("skips", ()), *self.skips])
+            return self._forward(at, delivered_index(skips, at.batch, ahead)), self.rows
         for at, rows in self._past:
             if at.batch == batch:
                 return at, rows
