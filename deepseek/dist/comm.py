@@ -64,6 +64,28 @@ def sum_in_place(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+class Gathering:
+    """Equal tensors of all ranks, on their way to each of them."""
+
+    def __init__(self, rows: list[Tensor], work: Any = None) -> None:
+        self._rows, self._work = rows, work
+
+    def read(self) -> list[Tensor]:
+        """One tensor per rank; waits until all have sent theirs."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._rows
+
+
+def gather_later(row: Tensor) -> Gathering:
+    """Send ``row``, a CPU tensor of the same shape on every rank, to all ranks in the background."""
+    if world() == 1:
+        return Gathering([row])
+    rows = [torch.empty_like(row) for _ in range(world())]
+    return Gathering(rows, dist.all_gather(rows, row, async_op=True))
+
+
 def agree(flag: bool) -> bool:
     """Whether any rank says yes."""
     if world() == 1:
@@ -71,6 +93,15 @@ def agree(flag: bool) -> bool:
     votes: list[Any] = [None] * world()
     dist.all_gather_object(votes, flag)
     return any(votes)
+
+
+def gather(value: T) -> list[T]:
+    """What every rank has, in their order."""
+    if world() == 1:
+        return [value]
+    held: list[Any] = [None] * world()
+    dist.all_gather_object(held, value)
+    return held
 
 
 def from_first(value: T) -> T:

@@ -16,6 +16,7 @@ from deepseek.dist import comm
 from deepseek.errors import ConfigError, did_you_mean
 from deepseek.models import PRESETS, ModelConfig, Transformer, count, model_config
 from deepseek.models.config import tiny
+from deepseek.monitor.config import MonitorConfig
 from deepseek.parallel.memory import kept_share
 from deepseek.parallel.plan import ParallelConfig, check_layout
 from deepseek.precision import Policy, choose, matmul_flops
@@ -55,6 +56,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     parallel: ParallelConfig = ParallelConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
 
 def read_config(path: Path | str) -> PretrainConfig:

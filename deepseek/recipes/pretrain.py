@@ -33,6 +33,7 @@ from deepseek.models import ModelConfig, count
 from deepseek.ops.jit import compile_blocks
 from deepseek.parallel.memory import activation_checkpoint
 from deepseek.precision import lower
+from deepseek.recipes.observe import Observer
 from deepseek.recipes.plan import (
     EvaluateConfig,
     Plan,
@@ -109,9 +110,10 @@ def pretrain(
         if resume is None:
             _check_new(path)
         own: list[Sink] = [JsonlSink(path / "events.jsonl", every=5), *sinks] if rank == 0 else []
+        observer = Observer(config.monitor, path, rank)
         try:
-            with attached(*own), stop.on_signals():
-                return _Pretraining(config, path, rank, world, stop).run(resume)
+            with attached(*own, *observer.sinks), stop.on_signals():
+                return _Pretraining(config, path, rank, world, stop, observer).run(resume)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -167,8 +169,11 @@ def resume_run(
 class _Pretraining:
     """The parts of one run, in the order in which they come to be."""
 
-    def __init__(self, config: PretrainConfig, path: Path, rank: int, world: int, stop: Stop) -> None:
+    def __init__(
+        self, config: PretrainConfig, path: Path, rank: int, world: int, stop: Stop, observer: Observer
+    ) -> None:
         self.config, self.path, self.rank, self.world, self.stop = config, path, rank, world, stop
+        self.observer = observer
         self.began = time.perf_counter()
         self.evaluation: Evaluation | None = None
         self.evaluated_at = -1
@@ -258,7 +263,8 @@ class _Pretraining:
             command=" ".join(["deepseek", *sys.argv[1:]]),
             corpus={"documents": len(self.corpus.train), "bytes": self.corpus.train.n_bytes,
                     "tokens": self.corpus.train.n_tokens, "seconds": report.get("seconds")},
-            code_version=checkpoint.code_version(), derived=self.plan.derived, **_process(),
+            code_version=checkpoint.code_version(), derived=self.plan.derived,
+            expert_layers=list(self.model.moe_layers()), **_process(),
         )  # fmt: skip
 
     def _fit(self, start: int) -> int:
@@ -273,12 +279,14 @@ class _Pretraining:
         if c.train.cuda_graph:
             step = graphs.GraphedStep(step)
         schedule = Schedule(c.schedule, c.train.steps)
-        hooks: list[Hook] = [NonFiniteGuard(c.train.max_nonfinite), self._after_step]
+        self.observer.begin(step, self.loader, self.corpus.tokenizer, start)
+        hooks: list[Hook] = [NonFiniteGuard(c.train.max_nonfinite), self.observer, self._after_step]
         ceiling = self.plan.peak_flops * self.world / self.plan.flops_per_token
         done = fit(
             step, self.loader, schedule, steps=c.train.steps, start=start, hooks=hooks, stop=self.stop,
             peak_tokens_per_second=ceiling,
         )  # fmt: skip
+        self.observer.end()
         if done < c.train.steps:
             emit("interrupted", done, signal=self.stop.reason)
             self._save(done, self.last, wait=True)

@@ -122,6 +122,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self.gradient_bytes = 0  #: of all gradients of a step, from the first step on
+        self.waited: tuple[torch.Event, torch.Event] | None = None  #: marks around the last exchange of ranks
         if policy.masters and not optimizer.masters:
             raise ConfigError(
                 f"precision {policy.name} with masters needs a lowered model: masters = lower(model, policy), then "
@@ -230,8 +231,19 @@ class TrainStep:
                 tensors += layer.routing[1:]  # everything but the balance loss, which ``total`` holds
             if layer.gate_H is not None:
                 tensors.append(layer.gate_H.div_(ranks))
+        before = self._mark()
         comm.sum_in_place(tensors)
+        after = self._mark()
+        self.waited = (before, after) if before is not None and after is not None else None
         watch.lap("communication")
+
+    def _mark(self) -> torch.Event | None:
+        """A mark in the queue of an accelerator."""
+        if self.device.type == "cpu":
+            return None
+        mark = torch.Event(self.device, enable_timing=True)
+        mark.record()
+        return mark
 
     def _update_routing(self, layers: list[LayerStats], apply: Tensor) -> None:
         for index, moe in self.model.moe_layers().items():
