@@ -130,9 +130,12 @@ def _branch(view: AttentionView, branch: str, counted_BR: Tensor) -> HeadStatist
         sink, diagonal, previous = (
             p.gather(-1, at.expand_as(entropy)[..., None])[..., 0] * ok for at, ok in _marks(view)
         )
-    means = [_mean(x, counted_BR).float() for x in (entropy, sink, diagonal, previous, p.amax(-1))]
+    means = (_mean(x, counted_BR).float() for x in (entropy, sink, diagonal, previous, p.amax(-1)))
+    entropy, sink, diagonal, previous, peak = means
     largest = masked.amax((0, 2, 3)).float()
-    return HeadStatistics(means[0], means[1], largest, empty, empty, *means[2:], spread.float())
+    return HeadStatistics(
+        entropy, sink, largest, empty, empty, diagonal, previous, peak, spread.float()
+    )
 
 
 def _marks(view: AttentionView) -> list[tuple[Tensor, Tensor]]:

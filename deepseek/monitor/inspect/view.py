@@ -1,7 +1,7 @@
 """One attention layer laid open: its queries, keys and masks, made again from the layer's input.
 
 Fused kernels never hold the probabilities, so whoever wants to see them has to compute them again. ``AttentionView``
-does so for the queries asked for, branch by branch, in fp32 at least and without the whole ``T × T`` of all heads. It is
+does so for the queries asked for, branch by branch, in fp32 at least, never the whole ``T × T`` of all heads. It is
 the one place where the inspector, the attention maps and the live probes take their probabilities from.
 
 A full or window layer has one branch of that name; a hybrid layer has ``window`` and ``pooled``, whose slot 0 is the
@@ -175,7 +175,8 @@ class AttentionView:
     def _spread(self, whole_BHRJ: Tensor, heads: slice) -> Tensor:
         """Blocks' shares as positions' shares: ``[B, heads, R, J]`` → ``[B, heads, R, T]``."""
         attention, c, B = self.attention, self.config, whole_BHRJ.shape[0]
-        assert isinstance(attention, HybridAttention) and self.starts_BJ is not None
+        assert isinstance(attention, HybridAttention)
+        assert self.starts_BJ is not None
         chosen = torch.arange(c.heads, device=self.index.device)[heads] // (c.heads // c.kv_heads)
         pooling = attention.pooling()
         if pooling is None:
