@@ -1,0 +1,254 @@
+"""``SeriesWriter``: one process's rows of a run, appended to a segment of its own.
+
+Any number of processes may write into one run, each its own segment, at the same time or one after another; the
+reader puts them together. A segment is three kinds of files:
+
+    STEM.journal     JSON lines: who writes, the names of the series by number, and where the run went back
+    STEM.blocks      sealed ``Block``s, one after another
+    STEM.tail-N      the rows that will be block N
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import operator
+import os
+import secrets
+import socket
+import threading
+import time as clock
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from deepseek.errors import RunError
+from deepseek.monitor.block import MAX_ROWS, MISSING, Array, encode
+from deepseek.monitor.tail import Tail
+
+ROWS = 4096  #: of a block
+TAIL_BYTES = 16 << 20  #: a tail with many columns has fewer rows
+LONGEST_NAME = 500
+LAYOUTS = 256  #: sets of names whose places are remembered
+
+
+class SeriesWriter:
+    """Appends rows to the series of a run.
+
+    ``log`` is a store into memory that belongs to the kernel: what was logged survives the process, however it
+    ends. (Only a machine that loses power may lose the last seconds.) Threads may share a writer; a forked
+    child that logs starts a segment of its own.
+
+    Args:
+        directory: where the segments are; made when the first row is logged.
+        label: in the segment's name, for people: ``rank3``.
+        rows: of a block, at most 65536.
+    """
+
+    def __init__(self, directory: Path | str, *, label: str = "", rows: int = ROWS) -> None:
+        if not 2 <= rows <= MAX_ROWS:
+            raise RunError(f"a block of {rows} rows is not possible; between 2 and {MAX_ROWS} are")
+        self.directory, self.label, self.rows = Path(directory), label, rows
+        self.failures = 0  #: tails that could not be sealed; their rows are safe, and stay in tails
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._stem, self._journal = "", -1
+        self._tail: Tail | None = None
+        self._ids: dict[str, int] = {}
+        self._layouts: dict[tuple[str, ...], slice | Array] = {}
+        self._next = 0  #: number of the next tail
+        self._sealing: threading.Thread | None = None
+        self._seal_lock, self._can_seal = threading.Lock(), True
+        self._step: int | None = None
+        self._torn = False  #: the journal ends in half a line
+
+    def log(self, step: int, values: Mapping[str, Any], time: float | None = None) -> None:
+        """Append a row, or add to the newest one if it is of the same ``step``.
+
+        Args:
+            values: numbers (NaN and infinities, too) by name; ``None`` is "not logged". Kept as float32.
+            time: Unix seconds; by default now.
+
+        Raises:
+            TypeError, ValueError: a value is no number; nothing was logged.
+            RunError: the disk is full or cannot be written.
+        """
+        if os.getpid() != self._pid:
+            self._reset()
+        if not values:
+            return
+        step = operator.index(step)
+        bits = _bits(values)
+        with self._lock:
+            try:
+                layout = self._layouts.get(tuple(values))
+                if layout is None:
+                    layout = self._learn(values)
+                tail = self._place(step)
+            except OSError as error:
+                raise RunError(f"cannot log in {self.directory}: {error.strerror or error}") from error
+            row = tail.rows if step != self._step else tail.rows - 1
+            tail.steps[row] = step
+            tail.times[row] = clock.time() if time is None else time
+            tail.bits_RC[row, layout] = bits
+            if step != self._step:
+                tail.publish(row + 1)
+                self._step = step
+
+    def rewind(self, step: int) -> None:
+        """The run went back: what was logged before now, by anyone, about steps after ``step`` is void."""
+        with self._lock:
+            try:
+                self._begin()
+                self._rotate()
+                self._write_journal(
+                    {"rewind": operator.index(step), "block": self._next, "time": clock.time()}
+                )
+            except OSError as error:
+                raise RunError(f"cannot write in {self.directory}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Seal what is left. Logging again starts a new segment."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._stem:
+                self._rotate(wait=True)
+                os.close(self._journal)
+            self._reset()
+
+    def __enter__(self) -> SeriesWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self) -> None:
+        """Start the segment, once."""
+        if self._stem:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        now = clock.time()
+        stamp = clock.strftime("%Y%m%dT%H%M%S", clock.gmtime(now)) + f"{now % 1:.6f}"[2:]
+        label = "".join(c if c.isalnum() or c in "_-" else "_" for c in self.label)[:40] or "w"
+        stem = f"{stamp}-{label}-{secrets.token_hex(3)}"
+        path = self.directory / f"{stem}.journal"
+        self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._stem = stem
+        host = socket.gethostname()
+        self._write_journal(
+            {"format": 1, "created": now, "pid": self._pid, "host": host, "label": self.label}
+        )
+
+    def _learn(self, values: Mapping[str, Any]) -> slice | Array:
+        """Where the names of ``values`` stand in a row; new names are written to the journal."""
+        names = tuple(values)
+        for name in names:
+            if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+                raise ValueError(f"a series needs a name of 1 to {LONGEST_NAME} characters, not {name!r:.80}")
+        self._begin()
+        new = [name for name in names if name not in self._ids]
+        if new:
+            first = len(self._ids)
+            self._write_journal(*({"id": first + i, "name": name} for i, name in enumerate(new)))
+            self._ids.update({name: first + i for i, name in enumerate(new)})
+        if self._tail is not None and len(self._ids) > self._tail.columns:
+            self._tail = self._tail.wider(self._width())
+        if len(self._layouts) >= LAYOUTS:
+            self._layouts.clear()
+        places = np.array([self._ids[name] for name in names], np.int64)
+        run = len(places) > 0 and bool(np.all(np.diff(places) == 1))
+        layout = slice(int(places[0]), int(places[-1]) + 1) if run else places
+        self._layouts[names] = layout
+        return layout
+
+    def _place(self, step: int) -> Tail:
+        """A tail with room for a row of ``step``."""
+        if self._tail is not None and self._tail.rows == self._tail.capacity and step != self._step:
+            self._rotate()
+        if self._tail is None:
+            self._begin()
+            columns = self._width()
+            fitting = max(TAIL_BYTES // (16 + 4 * columns), 64)
+            capacity = min(self.rows, 1 << (fitting.bit_length() - 1))
+            path = self.directory / f"{self._stem}.tail-{self._next:06d}"
+            self._tail, self._step = Tail(path, self._next, capacity, columns), None
+            self._next += 1
+        return self._tail
+
+    def _width(self) -> int:
+        return -(-(len(self._ids) * 5 // 4 + 8) // 16) * 16
+
+    def _rotate(self, wait: bool = False) -> None:
+        """Hand the tail over to be sealed, in the background unless ``wait``."""
+        tail, self._tail, self._step = self._tail, None, None
+        if self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
+        if tail is None:
+            return
+        if not tail.rows:
+            tail.remove()
+        elif wait:
+            self._seal(tail)
+        else:
+            self._sealing = threading.Thread(target=self._seal, args=(tail,), name="seal", daemon=True)
+            self._sealing.start()
+
+    def _seal(self, tail: Tail) -> None:
+        """Append the tail's rows as a block, and only then delete the tail. On failure the tail stays."""
+        if not self._can_seal:
+            return
+        with self._seal_lock:
+            path = self.directory / f"{self._stem}.blocks"
+            try:
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                try:
+                    before = os.fstat(descriptor).st_size
+                    self._append(descriptor, encode(tail.index, *tail.contents()), before)
+                finally:
+                    os.close(descriptor)
+                tail.remove()
+            except (OSError, MemoryError):
+                self.failures += 1
+
+    def _append(self, descriptor: int, data: bytes, before: int) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        except OSError:
+            try:
+                os.ftruncate(descriptor, before)
+            except OSError:
+                self._can_seal = False  # nothing may follow a torn block
+            raise
+
+    def _write_journal(self, *lines: Mapping[str, Any]) -> None:
+        data = ("\n" * self._torn + "".join(json.dumps(line) + "\n" for line in lines)).encode()
+        self._torn = True
+        if os.write(self._journal, data) < len(data):
+            raise OSError(errno.ENOSPC, "no room for the names of the series")
+        self._torn = False
+
+
+def _bits(values: Mapping[str, Any]) -> Array:
+    """The values as float32 bits, exclusive-or ``MISSING``."""
+    wide = np.fromiter(values.values(), np.float64, len(values))
+    with np.errstate(all="ignore"):
+        row = wide.astype(np.float32)
+    bits = row.view(np.uint32)
+    bits ^= MISSING
+    if np.isnan(wide).any():
+        for i, value in enumerate(values.values()):
+            if value is None:
+                bits[i] = 0
+    return bits
