@@ -185,6 +185,7 @@ def handlers() -> dict[Any, Callable[..., Any]]:
         sqlite3.Error: lambda _, e: _error(f"the run's store cannot be read: {e}", 422),
         FileNotFoundError: lambda _, e: _error(f"the run is gone: {e.filename or e}", 410),
         OSError: lambda _, e: _error(f"the run cannot be read: {e.strerror or e}", 410),
+        Exception: lambda _, e: _error(f"a fault of this server: {type(e).__name__}", 500),
     }
 
 

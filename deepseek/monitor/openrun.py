@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import errno
 import time
 from pathlib import Path
 from threading import RLock
@@ -15,6 +15,7 @@ from deepseek.monitor.eventlog import EventLog
 from deepseek.monitor.history import EVENTS_FILE, EventDict
 from deepseek.monitor.replay import Replay
 from deepseek.monitor.runs import status_of
+from deepseek.monitor.series import Latest, SeriesReader, Window
 from deepseek.monitor.units import finite
 
 STORE = "monitor"  #: the directory in a run that holds its store
@@ -38,29 +39,56 @@ class OpenRun:
         self.log = EventLog(path / EVENTS_FILE)
         self._refreshed = -FRESH
         self._spark: tuple[int, list[float | None]] = (-1, [])
-        self._reader: Any = None
+        self._replay: Replay | None = None
+        self._reader: SeriesReader | None = None
 
     @property
-    def reader(self) -> Any:
-        """The run's series."""
+    def reader(self) -> SeriesReader:
+        """The run's series; those of a run that keeps none are rebuilt from its events."""
         with self.lock:
-            if self._reader is None:
-                self._reader = Replay(self.path / EVENTS_FILE)
+            if self._reader is None or (self._replay is not None and _has_series(self.path / STORE)):
+                self._open()
+            assert self._reader is not None
             return self._reader
 
+    def _open(self) -> None:
+        own = self.path / STORE
+        if _has_series(own) or not (self.path / EVENTS_FILE).exists():
+            self._close_replay()
+            self._reader = SeriesReader(own)
+        else:
+            self._replay = Replay(self.path / EVENTS_FILE, self.cache)
+            self._replay.catch_up()
+            self._reader = SeriesReader(self._replay.directory)
+
     def refresh(self) -> None:
-        """Look at the files again, unless that was a moment ago."""
+        """Look at the files again, unless that was a moment ago.
+
+        Raises:
+            FileNotFoundError: the run is gone.
+        """
         with self.lock:
             if time.monotonic() - self._refreshed < FRESH:
                 return
+            if not self.path.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "no such run", str(self.path))
             with contextlib.suppress(FileNotFoundError):
                 self.log.refresh()
-            self.reader.refresh()
+            reader = self.reader
+            if self._replay is not None:
+                self._replay.catch_up()
+            reader.refresh()
             self._refreshed = time.monotonic()
 
     def close(self) -> None:
         with self.lock:
+            self._close_replay()
             self._reader = None
+
+    def _close_replay(self) -> None:
+        if self._replay is not None:
+            self._replay.close()
+            self._replay = None
 
     def facts(self) -> EventDict:
         """Every field ever given by a ``run`` event, the latest value of each."""
@@ -73,21 +101,21 @@ class OpenRun:
         """The row of this run in the list of runs. ``loss`` in nats per token, times as Unix seconds."""
         with self.lock:
             self.refresh()
-            facts, train, last = self.facts(), self.log.last("train"), self.reader.last()
+            facts, train, latest = self.facts(), self.log.last("train"), self.reader.latest()
             rare = self.log.rare
-            times = [
-                t for t in (finite(e.get("time")) for e in [*rare[:1], *rare[-1:], train]) if t is not None
-            ]
+            seen = [finite(e.get("time")) for e in [*rare[:1], *rare[-1:], train]]
+            times = [t for t in seen if t is not None]
+            times += [latest["train/loss"].time] if "train/loss" in latest else []
             updated = max(times, default=None)
-            _, step = self.reader.steps()
+            step = self.step
             return {
                 "id": self.name,
                 "name": self.name.replace("~", "/"),
                 "status": status_of(rare, train, self.log.last("run"), updated),
                 "step": step,
                 "total_steps": facts.get("total_steps"),
-                "loss": last.get("train/loss"),
-                "tokens_per_second": last.get("train/tokens_per_second"),
+                "loss": _value(latest, "train/loss"),
+                "tokens_per_second": _value(latest, "train/tokens_per_second"),
                 "started": min(times, default=None),
                 "updated": updated,
                 "incidents_open": sum(i.get("status") == "open" for i in self.incidents()),
@@ -107,15 +135,17 @@ class OpenRun:
             "breaks": [e for e in self.log.rare if e["event"] in ("interrupted", "resume", "done")],
         }
 
+    @property
+    def step(self) -> int | None:
+        """The newest step, ``None`` before the first."""
+        first, last = self.reader.steps()
+        return last if last >= first else None
+
     def series(self) -> list[dict[str, Any]]:
         """Every series with its group, unit, description, newest value and the step of it."""
         with self.lock:
             self.refresh()
-            last, (_, step) = self.reader.last(), self.reader.steps()
-            return [
-                {"name": n, "group": n.split("/")[0], "unit": "", "description": {}, "last": last.get(n), "step": step}
-                for n in self.reader.names()
-            ]  # fmt: skip
+            return [_described(name, newest) for name, newest in self.reader.latest().items()]
 
     def window(self, name: str, start: int | None, stop: int | None, points: int) -> dict[str, Any]:
         """One series between two steps at no more than ``points`` points, as the page draws it."""
@@ -193,20 +223,24 @@ class OpenRun:
         return found + (["inspect"] if self._checkpoints() else [])
 
 
-def window_dict(window: Any) -> dict[str, Any]:
+def _has_series(directory: Path) -> bool:
+    return any(directory.glob("*.journal"))
+
+
+def _described(name: str, newest: Latest) -> dict[str, Any]:
+    """A row of the list of series."""
+    group = name.split("/")[0]
+    value = np.float32(newest.value)
+    return {"name": name, "group": group, "unit": "", "description": {}, "last": value, "step": newest.step}
+
+
+def _value(latest: dict[str, Any], name: str) -> Any:
+    return np.float32(latest[name].value) if name in latest else None
+
+
+def window_dict(window: Window) -> dict[str, Any]:
     """A ``Window`` for the page: arrays, and ``nonfinite`` as ``[[step, "nan" | "inf" | "-inf"], …]``."""
     low, high, mean = (np.ascontiguousarray(a) for a in (window.low, window.high, window.mean))
-    return {
-        "step": np.ascontiguousarray(window.step), "low": low, "high": high, "mean": mean, "raw": bool(window.raw),
-        "nonfinite": _nonfinite(window.step, low, high, mean),
-    }  # fmt: skip
-
-
-def _nonfinite(step: Any, low: Any, high: Any, mean: Any) -> list[list[Any]]:
-    odd = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high) & np.isfinite(mean)))
-    found = []
-    for i in odd.tolist():
-        kinds = {str(float(v)) for v in (low[i], high[i], mean[i]) if not math.isfinite(v)}
-        infinite = kinds - {"nan"}
-        found += [[int(step[i]), kind] for kind in sorted(infinite or kinds)]
-    return found
+    bad = [[step, str(value)] for step, value in zip(window.bad_steps.tolist(), window.bad_values.tolist())]
+    return {"step": np.ascontiguousarray(window.step), "low": low, "high": high, "mean": mean, "raw": window.raw,
+            "nonfinite": bad, "nonfinite_total": window.bad}  # fmt: skip

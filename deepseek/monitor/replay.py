@@ -1,97 +1,195 @@
-"""``Replay``: the series of a run that has only ``events.jsonl``, rebuilt in memory."""
+"""``Replay``: a series store for a run that has only ``events.jsonl``, kept in a cache beside no run.
+
+Runs from before there were stores, and runs that keep none, are read once; what their file grows by is added. The
+cache is a directory of the user's, named after the run's path. A process that dies in the middle costs nothing: what
+it had read is read again, and of a step that is there twice the later counts.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import logging
 import math
+import os
+import shutil
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from deepseek.errors import DeepseekError
+from deepseek.files import InUse, claimed, write_atomic
 from deepseek.monitor.history import EventDict, parse_line
-from deepseek.monitor.units import number
+from deepseek.monitor.series import SeriesWriter
+from deepseek.monitor.units import finite, number
+
+CHUNK = 4 << 20
+AT_ONCE = 4 << 20  #: bytes that are read while somebody waits; more are read by a thread
+STATE, LOCK = "replayed.json", ".replaying"
+HUGE = 3e38
+
+log = logging.getLogger(__name__)
 
 
-class Window(NamedTuple):
-    step: Any
-    low: Any
-    high: Any
-    mean: Any
-    raw: bool
+def cache_root() -> Path:
+    """Where rebuilt stores are kept: ``$XDG_CACHE_HOME/deepseek/monitor``, or a temporary place if that is closed."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(base) / "deepseek" / "monitor"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK):
+            return root
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir()) / f"deepseek-monitor-{os.getuid() if hasattr(os, 'getuid') else 0}"
 
 
 class Replay:
-    def __init__(self, path: Path) -> None:
-        self.path, self._offset = path, 0
-        self._rows: dict[int, dict[str, float]] = {}
-        self._names: dict[str, None] = {}
+    """Keeps ``directory``, a store, up to date with the events at ``path``. One process at a time writes it."""
 
-    def refresh(self) -> None:
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        for line in data[:end].splitlines():
-            event = parse_line(line)
-            if event is not None and isinstance(event.get("step"), int):
-                row = dict(flatten(event))
-                if row:
-                    self._rows.setdefault(event["step"], {}).update(row)
-                    self._names.update(dict.fromkeys(row))
+    def __init__(self, path: Path, cache: Path | None = None) -> None:
+        self.path = path
+        digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=12).hexdigest()
+        self.directory = (cache or cache_root()) / digest
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._writer: SeriesWriter | None = None
+        self._held, self._closing = contextlib.ExitStack(), False
 
-    def names(self) -> list[str]:
-        return list(self._names)
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is still reading the file."""
+        return self._thread is not None and self._thread.is_alive()
 
-    def steps(self) -> tuple[int | None, int | None]:
-        return (min(self._rows), max(self._rows)) if self._rows else (None, None)
+    def catch_up(self) -> None:
+        """Take in what is new. A long file is read by a thread: look again later.
 
-    def last(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for step in sorted(self._rows)[-200:]:
-            found.update(self._rows[step])
-        return found
+        Raises:
+            OSError: the file is gone, or the cache cannot be written.
+        """
+        if self.busy:
+            return
+        state = self._state()
+        status = self.path.stat()
+        fresh = state.get("inode") == status.st_ino and state.get("offset", 0) <= status.st_size
+        start = int(state["offset"]) if fresh else 0
+        if start == status.st_size:
+            return
+        if status.st_size - start <= AT_ONCE:
+            self._replay(start, status.st_ino)
+        else:
+            self._thread = threading.Thread(target=self._quietly, args=(start, status.st_ino), daemon=True)
+            self._thread.start()
 
-    def raw(self, name: str, start: int | None = None, stop: int | None = None) -> tuple[Any, Any]:
-        steps = sorted(
-            s for s, row in self._rows.items()
-            if name in row and (start is None or s >= start) and (stop is None or s < stop)
-        )  # fmt: skip
-        return np.array(steps, np.int64), np.array([self._rows[s][name] for s in steps], np.float32)
+    def _quietly(self, start: int, inode: int) -> None:
+        try:
+            self._replay(start, inode)
+        except (OSError, DeepseekError) as error:
+            log.warning("the series of %s cannot be rebuilt: %s", self.path.parent, error)
 
-    def read(
-        self, name: str, start: int | None = None, stop: int | None = None, points: int = 1500
-    ) -> Window:
-        steps, values = self.raw(name, start, stop)
-        if len(steps) <= points:
-            return Window(steps, values, values, values, True)
-        edges = np.linspace(0, len(steps), points + 1).astype(int)[:-1]
-        low, high = np.minimum.reduceat(values, edges), np.maximum.reduceat(values, edges)
-        mean = np.add.reduceat(values, edges) / np.diff(np.append(edges, len(values)))
-        return Window(steps[edges], low, high, mean.astype(np.float32), False)
+    def _replay(self, start: int, inode: int) -> None:
+        with self._lock:
+            writer = self._own(anew=start == 0)
+            if writer is None:  # another dashboard does it
+                return
+            for end, lines in _lines(self.path, start):
+                for line in lines:
+                    log_event(writer, parse_line(line))
+                state = {"run": str(self.path.parent), "inode": inode, "offset": end}
+                write_atomic(self.directory / STATE, json.dumps(state))
+                if self._closing:
+                    return
+
+    def _own(self, anew: bool) -> SeriesWriter | None:
+        """The one writer of the cache, which this process keeps; ``None`` if another process has it."""
+        if self._writer is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self._held.enter_context(claimed(self.directory / LOCK))
+            except InUse:
+                return None
+            self._writer = self._held.enter_context(SeriesWriter(self.directory, label="replay"))
+        if anew:
+            self._writer.close()
+            for old in self.directory.glob("[!.]*"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        return self._writer
+
+    def close(self) -> None:
+        """Seal what was read, and let other processes go on."""
+        self._closing = True
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            self._writer = None
+            self._held.close()
+            self._held = contextlib.ExitStack()
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.directory / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and isinstance(found.get("offset"), int) else {}
+
+
+def log_event(writer: SeriesWriter, event: EventDict | None) -> None:
+    """Log what an event says in numbers; a run that went back makes the later steps void."""
+    if event is None or (step := finite(event.get("step"))) is None:
+        return
+    name = event["event"]
+    if name == "resume" or (name == "run" and finite(event.get("resumed_from")) is not None):
+        writer.rewind(int(step))
+    row = dict(flatten(event))
+    if row:
+        writer.log(int(step), row, finite(event.get("time")))
 
 
 def flatten(event: EventDict) -> Iterator[tuple[str, float]]:
+    """The numbers of a 'train' or 'evaluate' event under the names of the catalogue."""
     name = event["event"]
-    if name == "train":
-        yield from _numbers("train", event)
-        yield from _numbers("time", event.get("seconds"))
-        for layer, loads in enumerate(event.get("load") or []):
-            yield from ((f"expert/{layer}/{e}/load", float(v)) for e, v in enumerate(loads))
-        for layer, heads in (event.get("gates") or {}).items():
-            yield from ((f"attention/{layer}/{h}/gate", float(v)) for h, v in enumerate(heads))
-    elif name == "evaluate":
+    if name == "evaluate":
         yield from _numbers("eval", event)
+    if name != "train":
+        return
+    yield from _numbers("train", event)
+    yield from _numbers("time", event.get("seconds"))
+    for layer, loads in enumerate(event.get("load") or []):
+        if isinstance(loads, list):
+            yield from _listed(f"expert/{layer}/{{}}/load", loads)
+    gates = event.get("gates")
+    for layer, heads in gates.items() if isinstance(gates, dict) else ():
+        if isinstance(heads, list):
+            yield from _listed(f"attention/{layer}/{{}}/gate", heads)
+
+
+def _listed(pattern: str, values: list[Any]) -> Iterator[tuple[str, float]]:
+    for i, value in enumerate(values):
+        found = number(value)
+        if found is not None:
+            yield pattern.format(i), found
 
 
 def _numbers(group: str, values: Any) -> Iterator[tuple[str, float]]:
-    for key, value in (values or {}).items():
+    for key, value in values.items() if isinstance(values, dict) else ():
         if key in ("step", "time", "event"):
             continue
         found = float(value) if isinstance(value, bool) else number(value)
         if found is not None:
-            yield (
-                f"{group}/{key}",
-                found if abs(found) < 1e38 or math.isnan(found) else math.copysign(math.inf, found),
-            )
+            yield f"{group}/{key}", math.copysign(math.inf, found) if abs(found) > HUGE else found
+
+
+def _lines(path: Path, start: int) -> Iterator[tuple[int, list[bytes]]]:
+    """Whole lines from ``start`` on, in chunks, each with the offset at which it ends."""
+    with path.open("rb") as file:
+        file.seek(start)
+        rest = b""
+        while chunk := file.read(CHUNK):
+            whole = rest + chunk
+            cut = whole.rfind(b"\n") + 1
+            rest = whole[cut:]
+            if cut:
+                yield file.tell() - len(rest), whole[:cut].splitlines()

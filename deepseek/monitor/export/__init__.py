@@ -1,0 +1,1 @@
+"""Series for other tools: Prometheus, TensorBoard, CSV and Parquet."""

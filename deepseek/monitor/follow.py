@@ -1,0 +1,52 @@
+"""``RowFollower``: the rows that other processes log, as they appear."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deepseek.monitor.series import Row, SeriesReader
+
+MOST = 1000
+
+
+class News(NamedTuple):
+    """What is new: rows in the order of their steps, and whether older ones became void."""
+
+    rows: list[Row]
+    rewound: bool
+
+
+class RowFollower:
+    """Rows of ``reader`` that are new since the last ``look``; the first look only finds out where the run is.
+
+    The newest row may still grow when it is seen, so it comes again, whole, if it did.
+
+    Args:
+        most: rows of one look; of more, the newest.
+    """
+
+    def __init__(self, reader: SeriesReader, *, most: int = MOST) -> None:
+        self.reader, self.most = reader, most
+        self._version = -1
+        self._newest: Row | None = None
+        self._started = False
+
+    def look(self) -> News:
+        """Raises what reading the run's files raises."""
+        self.reader.refresh()
+        version = self.reader.version
+        if version == self._version:
+            return News([], False)
+        self._version = version
+        first, last = self.reader.steps()
+        if last < first:  # nothing yet, so that all that comes is new
+            self._started, self._newest = True, None
+            return News([], False)
+        before, self._newest = self._newest, None
+        rewound = before is not None and last < before.step
+        start = last if not self._started or rewound else before.step if before is not None else first
+        rows = self.reader.rows(start, self.most)
+        self._newest = rows[-1] if rows else before
+        fresh = [row for row in rows if row != before] if self._started else []
+        self._started = True
+        return News(fresh, rewound)
