@@ -129,9 +129,9 @@ class Loader:
         self._stores = held
         self._planner_of = lambda: Planner(found, shares, seed, length, shuffle=shuffle, epochs=epochs)
         self._maker = _Maker(self._planner_of(), held, rows, length, rank, world, token_bytes, pin)
-        content = [[s.fingerprint for s in held], dict(zip(names, shares)), shuffle]
-        corpus = hashlib.blake2b(json.dumps(content[0]).encode(), digest_size=16).hexdigest()
-        mixture = hashlib.blake2b(json.dumps(content[1:], sort_keys=True).encode(), digest_size=8).hexdigest()
+        order = json.dumps([dict(zip(names, shares)), shuffle], sort_keys=True)
+        mixture = hashlib.blake2b(order.encode(), digest_size=8).hexdigest()
+        corpus = corpus_identity([s.fingerprint for s in held])
         self._identity = {"corpus": corpus, "mixture": mixture, "seed": seed, "length": length}
         self._at = self._first = self._maker.planner.start()
         self._prefetch = prefetch
@@ -357,6 +357,11 @@ class Loader:
         window, row, batch = (int(v) for v in numbers if v is not None)
         self._maker.planner.check(Cursor(epoch, position, drawn))
         return Position(window, Cursor(epoch, position, drawn), row, batch)
+
+
+def corpus_identity(fingerprints: Sequence[str]) -> str:
+    """What a loader's state calls its corpus: a hash of its stores' fingerprints."""
+    return hashlib.blake2b(json.dumps(list(fingerprints)).encode(), digest_size=16).hexdigest()
 
 
 def _natural(value: Any) -> bool:

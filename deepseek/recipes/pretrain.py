@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 
-from deepseek.assemble import Run, build, load_weights
+from deepseek.assemble import TRAINER, Run, build, load_weights
 from deepseek.batch import Batch
 from deepseek.config import replace, to_dict, to_toml
 from deepseek.data import Loader, prepare
+from deepseek.data.quarantine import FILE as QUARANTINE
+from deepseek.data.quarantine import bring_forward, read_quarantine
 from deepseek.dist import comm
 from deepseek.errors import CheckpointError, ConfigError, RunError, TrainingError
 from deepseek.events import JsonlSink, Sink, attached, emit
@@ -33,6 +35,8 @@ from deepseek.models import ModelConfig, count
 from deepseek.ops.jit import compile_blocks
 from deepseek.parallel.memory import activation_checkpoint
 from deepseek.precision import lower
+from deepseek.recipes import rollback
+from deepseek.recipes.control import Controller
 from deepseek.recipes.observe import Observer
 from deepseek.recipes.plan import (
     EvaluateConfig,
@@ -69,7 +73,6 @@ FREE_TO_CHANGE = (
     "max_length", "init_std", "moe.entropy_weight", "moe.bias_rate", "moe.bias_step", "moe.token_floor",
     "moe.default_decay", "moe.backend",
 )  # fmt: skip
-LOCK = ".training"  #: the file in a run directory that its one trainer holds
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def pretrain(
     run: Path | str = "runs/pretrain",
     *,
     resume: Path | None = None,
+    skip: tuple[int, int] | None = None,
     sinks: Sequence[Sink] = (),
     stop: Stop | None = None,
 ) -> PretrainResult:
@@ -94,6 +98,7 @@ def pretrain(
 
     Args:
         resume: the checkpoint to go on from; ``None`` starts a new run.
+        skip: first and last step of the run so far whose batches are left out (``recipes.rollback``).
         sinks: who else hears the events (they are always kept in ``run/events.jsonl``).
         stop: ask it to end early; a checkpoint is written. SIGINT and SIGTERM ask, too.
 
@@ -113,7 +118,7 @@ def pretrain(
         observer = Observer(config.monitor, path, rank)
         try:
             with attached(*own, *observer.sinks), stop.on_signals():
-                return _Pretraining(config, path, rank, world, stop, observer).run(resume)
+                return _Pretraining(config, path, rank, world, stop, observer).run(resume, skip)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -126,7 +131,7 @@ def _alone(path: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(claimed(path / LOCK))
+            held.enter_context(claimed(path / TRAINER))
         except InUse as error:
             raise RunError(
                 f"process {error} is training in {path}; wait for it, stop it, or choose another --run"
@@ -152,18 +157,18 @@ def resume_run(
     config: PretrainConfig | None = None,
     *,
     step: int | None = None,
+    skip: tuple[int, int] | None = None,
     sinks: Sequence[Sink] = (),
     stop: Stop | None = None,
 ) -> PretrainResult:
-    """Go on with a run from its newest checkpoint, or from ``step``, with its own config or a changed one."""
+    """Go on with a run from its newest checkpoint, or from ``step``, with its own config or a changed one.
+
+    With ``skip``, the first and last of the steps whose batches are left out, from the newest checkpoint before them.
+    """
     found = Run.open(run)
     config = config or read_config(found.config_path)
-    at = found.path / f"step-{step:06d}" if step is not None else checkpoint.latest(found.path)
-    if at is None:
-        raise RunError(
-            f"{found.path} has no checkpoint to resume from; start it again with `deepseek pretrain`"
-        )
-    return pretrain(config, found.path, resume=at, sinks=sinks, stop=stop)
+    at = rollback.resume_point(found.path, step, skip)
+    return pretrain(config, found.path, resume=at, skip=skip, sinks=sinks, stop=stop)
 
 
 class _Pretraining:
@@ -178,7 +183,7 @@ class _Pretraining:
         self.evaluation: Evaluation | None = None
         self.evaluated_at = -1
 
-    def run(self, resume: Path | None) -> PretrainResult:
+    def run(self, resume: Path | None, skip: tuple[int, int] | None) -> PretrainResult:
         seed_everything(self.config.train.seed, self.config.train.deterministic)
         self.corpus = prepare(self.config.data, self.config.data.cache or self.path.parent / ".corpora")
         self.plan = derive(self.config, self.corpus.tokenizer.vocab_size)
@@ -198,9 +203,8 @@ class _Pretraining:
         self.clip = build_clip(self.config.train.clip, self.config.train.grad_clip_threshold, self.model)
         self.optimizer.extras["clip"] = self.clip.state
         with self._loader() as self.loader:
-            start = self._restore(found) if found is not None else 0
+            start = self._begin(found, skip)
             if self.rank == 0:
-                checkpoint.rewind(self.path, start)
                 self.corpus.tokenizer.save(self.path / "tokenizer")
             with self._written_config():
                 self._announce(start)
@@ -235,7 +239,32 @@ class _Pretraining:
 
     def _loader(self) -> Loader:
         length = self.config.train.length
-        return self.corpus.loader(rows=self.plan.rows, length=length, rank=self.rank, world=self.world)
+        loader = self.corpus.loader(rows=self.plan.rows, length=length, rank=self.rank, world=self.world)
+        loader.exclude(comm.from_first(read_quarantine(self.path / QUARANTINE)), missing_ok=True)
+        return loader
+
+    def _begin(self, found: checkpoint.Checkpoint | None, skip: tuple[int, int] | None) -> int:
+        """The first step's number less one: of a new run, or where a resumed one goes on."""
+        if found is not None:
+            return self._go_to(found, rollback.resumed(self.path, found, skip) if skip else None)
+        if self.rank == 0:
+            rollback.forget(self.path)
+            checkpoint.rewind(self.path, 0)
+            bring_forward(self.path / QUARANTINE, 1)
+        return 0
+
+    def _go_to(self, found: checkpoint.Checkpoint, rewind: rollback.Rewind | None = None) -> int:
+        """Take everything from a checkpoint, and leave out what is to be; the checkpoints after it are set aside."""
+        if self.rank == 0 and rewind is not None:
+            rollback.write_rewind(self.path, rewind)
+        start = self._restore(found)
+        self.loader.skip(comm.from_first(rollback.skips_of(self.path)))
+        if self.rank == 0:
+            checkpoint.rewind(self.path, start)
+            bring_forward(self.path / QUARANTINE, start + 1)
+            rollback.settle(self.path)
+        self.evaluated_at = -1
+        return start
 
     def _restore(self, found: checkpoint.Checkpoint) -> int:
         load_weights(self.model, found)
@@ -272,6 +301,19 @@ class _Pretraining:
         activation_checkpoint(self.model, c.train.activation_checkpoint)
         if c.train.compile:
             compile_blocks(self.model.blocks)
+        with Controller(self) as self.control:
+            done = self._train(start)
+            while (rewind := self.control.rewind) is not None and self.control.found is not None:
+                start = self._go_to(self.control.found, rewind)
+                self.checkpointer.parent = start
+                self.control.rewound()
+                done = self._train(start)
+            self._end(start, done)
+        return done
+
+    def _train(self, start: int) -> int:
+        """Train on from step ``start``; the last step done."""
+        c = self.config
         step = TrainStep(
             self.model, partial(next_token_loss, z_weight=c.train.z_loss), self.optimizer, self.plan.policy,
             micro_rows=c.train.micro_rows, grad_clip=self.clip,
@@ -280,16 +322,25 @@ class _Pretraining:
             step = graphs.GraphedStep(step)
         schedule = Schedule(c.schedule, c.train.steps)
         self.observer.begin(step, self.loader, self.corpus.tokenizer, start)
-        hooks: list[Hook] = [NonFiniteGuard(c.train.max_nonfinite), self.observer, self._after_step]
+        hooks: list[Hook] = [
+            NonFiniteGuard(c.train.max_nonfinite),
+            self.observer,
+            self.control,
+            self._after_step,
+        ]
         ceiling = self.plan.peak_flops * self.world / self.plan.flops_per_token
         done = fit(
             step, self.loader, schedule, steps=c.train.steps, start=start, hooks=hooks, stop=self.stop,
             peak_tokens_per_second=ceiling,
         )  # fmt: skip
         self.observer.end()
+        return done
+
+    def _end(self, start: int, done: int) -> None:
+        c = self.config
         if done < c.train.steps:
             emit("interrupted", done, signal=self.stop.reason)
-            self._save(done, self.last, wait=True)
+            self.save(done, self.last, wait=True)
         elif start < done:
             self._evaluate(done, everything=True)
             if self.evaluation is not None and not math.isfinite(self.evaluation.loss):
@@ -297,9 +348,8 @@ class _Pretraining:
                     f"the weights after step {done} give a held-out loss of {self.evaluation.loss}; no checkpoint was "
                     "written. Lower optim.lr, or resume from an earlier checkpoint with --from"
                 )
-            self._save(done, self.last, wait=True)
+            self.save(done, self.last, wait=True)
             emit("done", done, seconds=time.perf_counter() - self.began)
-        return done
 
     def _after_step(self, step: int, result: StepResult) -> None:
         self.last = result
@@ -309,7 +359,7 @@ class _Pretraining:
         if c.evaluate.every and step % c.evaluate.every == 0:
             self._evaluate(step)
         if c.checkpoint.every and step % c.checkpoint.every == 0:
-            self._save(step, result)
+            self.save(step, result)
 
     def _evaluate(self, step: int, everything: bool = False) -> None:
         if self.corpus.held_out is None:
@@ -330,7 +380,7 @@ class _Pretraining:
             return None
         return evaluate(self.model, itertools.islice(self._held_out(), 1), self.plan.policy).loss
 
-    def _save(self, step: int, result: StepResult, wait: bool = False) -> None:
+    def save(self, step: int, result: StepResult, wait: bool = False) -> None:
         state = {
             "loader": self.loader.state_dict(), "rng": checkpoint.rng_state(), "config": to_dict(self.config),
             "loss": float(result.loss), "world": self.world, "probe": self._probe() if wait else None,

@@ -1,0 +1,128 @@
+"""``Commands``: the queue of actions between whoever watches a run and the process that trains it.
+
+It is the table ``commands`` of ``RUN/monitor/monitor.db`` (SQLite, write-ahead log): written by any number of
+processes, taken by the trainer, each command once.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from deepseek.errors import RunError
+
+Status = Literal["queued", "running", "done", "failed"]
+DATABASE = "monitor/monitor.db"  #: in a run directory
+_TABLE = """CREATE TABLE IF NOT EXISTS commands (
+    id INTEGER PRIMARY KEY, action TEXT NOT NULL, arguments TEXT NOT NULL, by TEXT NOT NULL,
+    status TEXT NOT NULL, result TEXT NOT NULL, created REAL NOT NULL, taken REAL, finished REAL)"""
+_COLUMNS = "id, action, arguments, by, status, result, created, finished"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One request: ``created`` and ``finished`` (``None``: not yet) are Unix times."""
+
+    id: int
+    action: str
+    arguments: dict[str, Any]
+    by: str
+    status: Status
+    result: dict[str, Any]
+    created: float
+    finished: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Commands:
+    """The commands of one run; usable by several threads. Use as a context manager, or ``close`` it.
+
+    Raises (every method):
+        RunError: the database cannot be read or written.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / DATABASE
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
+            self._run("PRAGMA journal_mode=WAL")
+            self._run("PRAGMA synchronous=NORMAL")
+            self._run(_TABLE)
+        except (sqlite3.Error, OSError) as error:
+            raise RunError(f"cannot open {self.path}: {error}") from None
+
+    def enqueue(self, action: str, arguments: dict[str, Any], by: str = "") -> int:
+        """Ask for ``action``; returns the number of the request."""
+        values = (action, json.dumps(arguments), by, "queued", "{}", time.time())
+        found = self._run(
+            "INSERT INTO commands (action, arguments, by, status, result, created) VALUES (?,?,?,?,?,?) RETURNING id",
+            *values,
+        )
+        return int(found[0][0])
+
+    def commands(self, status: str | None = None) -> list[Command]:
+        """All requests, oldest first, or those of one status."""
+        where, values = ("", ()) if status is None else (" WHERE status = ?", (status,))
+        return [
+            _command(row) for row in self._run(f"SELECT {_COLUMNS} FROM commands{where} ORDER BY id", *values)
+        ]
+
+    def take_command(self) -> Command | None:
+        """The oldest request that is still queued, which is then running; ``None`` if there is none."""
+        while waiting := self._run("SELECT id FROM commands WHERE status = 'queued' ORDER BY id LIMIT 1"):
+            taken = self._run(
+                "UPDATE commands SET status = 'running', taken = ? WHERE id = ? AND status = 'queued' "
+                f"RETURNING {_COLUMNS}",
+                time.time(),
+                waiting[0][0],
+            )
+            if taken:
+                return _command(taken[0])
+        return None
+
+    def finish_command(self, number: int, status: Status, result: dict[str, Any]) -> None:
+        """Write down what came of a request."""
+        text = json.dumps(result, default=str)
+        self._run(
+            "UPDATE commands SET status = ?, result = ?, finished = ? WHERE id = ?",
+            status,
+            text,
+            time.time(),
+            number,
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Commands:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, statement: str, *values: Any) -> list[Any]:
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise RunError(f"{self.path}: {error}") from None
+
+
+def open_commands(run: Path) -> Commands:
+    """The commands of a run directory."""
+    return Commands(run)
+
+
+def _command(row: Any) -> Command:
+    number, action, arguments, by, status, result, created, finished = row
+    return Command(number, action, json.loads(arguments), by, status, json.loads(result), created, finished)
