@@ -30,8 +30,6 @@ POINTS, MOST_POINTS = 1500, 20_000  #: of one series in one answer
 MOST_SERIES = 1000  #: in one answer
 BUDGET = 2_000_000  #: points of all series in one answer
 LAST_STEP = 2**53
-ACTIONS = ("rollback_skip", "quarantine", "replay", "checkpoint", "pause", "continue", "stop", "capture")
-INCIDENT_STATES = ("open", "acknowledged", "resolved")
 FOLLOWER_THREADS = 8
 
 
@@ -55,7 +53,6 @@ class Api:
             Route(f"{run}/experts", self.experts),
             Route(f"{run}/events", self.events),
             Route("/api/compare", self.compare),
-            Route("/api/{rest:path}", _nowhere),
         ]
 
     # --- runs -------------------------------------------------------------------------------------------------
@@ -168,7 +165,8 @@ def _matches(name: str, pattern: str) -> bool:
     )  # fmt: skip
 
 
-def _nowhere(request: Request) -> Response:
+def nowhere(request: Request) -> Response:
+    """The answer to every path below ``/api`` that is none of ours."""
     raise BadRequest(f"nothing at {request.url.path[:LONGEST]!r}", 404)
 
 

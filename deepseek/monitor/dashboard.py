@@ -91,10 +91,15 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
         from starlette.routing import Route
     except ImportError as error:
         raise MissingExtraError(error.name or "starlette", "web", "the dashboard") from error
-    from deepseek.monitor.api import Api, handlers
+    from deepseek.monitor.api import Api, handlers, nowhere
+    from deepseek.monitor.api_export import ExportApi
+    from deepseek.monitor.api_inspect import InspectApi
+    from deepseek.monitor.api_journal import JournalApi
     from deepseek.monitor.library import Library
 
     library, page = Library(root), Page(dist)
+    parts: list[Any] = [Api(library), JournalApi(library), InspectApi(library), ExportApi(library)]
+    routes = [route for part in parts for route in part.routes()]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -102,7 +107,7 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
         library.close()
 
     return Starlette(
-        routes=[*Api(library).routes(), Route("/{path:path}", _page_of(page))],
+        routes=[*routes, Route("/api/{rest:path}", nowhere), Route("/{path:path}", _page_of(page))],
         middleware=[
             Middleware(Guard, access=access or Access()),
             Middleware(GZipMiddleware, minimum_size=1400, compresslevel=2),

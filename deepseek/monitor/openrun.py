@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from deepseek.monitor.commands import DATABASE
 from deepseek.monitor.eventlog import EventLog
+from deepseek.monitor.export.prometheus import Described
 from deepseek.monitor.history import EVENTS_FILE, EventDict
 from deepseek.monitor.replay import Replay
 from deepseek.monitor.runs import status_of
 from deepseek.monitor.series import Latest, SeriesReader, Window
+from deepseek.monitor.store import RunStore
 from deepseek.monitor.units import finite
 
 STORE = "monitor"  #: the directory in a run that holds its store
@@ -39,6 +42,8 @@ class OpenRun:
         self.log = EventLog(path / EVENTS_FILE)
         self._refreshed = -FRESH
         self._spark: tuple[int, list[float | None]] = (-1, [])
+        self._store: RunStore | None = None
+        self._incidents: tuple[tuple[int, ...], list[dict[str, Any]]] = ((), [])
         self._replay: Replay | None = None
         self._reader: SeriesReader | None = None
 
@@ -80,10 +85,25 @@ class OpenRun:
             reader.refresh()
             self._refreshed = time.monotonic()
 
+    def wait(self) -> None:
+        """Until a store that is rebuilt from events is complete."""
+        self.refresh()
+        while self._replay is not None and self._replay.busy:
+            time.sleep(0.05)
+        self._refreshed = -FRESH
+        self.refresh()
+
+    def describe(self, name: str) -> Described | None:
+        """What the catalogue says of a series; ``None`` of one that a user named."""
+        return None
+
     def close(self) -> None:
         with self.lock:
             self._close_replay()
             self._reader = None
+            if self._store is not None:
+                self._store.close()
+                self._store = None
 
     def _close_replay(self) -> None:
         if self._replay is not None:
@@ -186,8 +206,29 @@ class OpenRun:
                 found.append({"index": index, "load": load, "bias": biases, **router, "history": history})
             return found
 
+    @property
+    def store(self) -> RunStore:
+        """What is known of the run beside its series and events. Reading it makes no files."""
+        with self.lock:
+            if self._store is None:
+                self._store = RunStore(self.path)
+            return self._store
+
+    def stamp(self) -> tuple[int, ...]:
+        """Changes whenever another process changes the store's database."""
+        return tuple(x for suffix in ("", "-wal") for x in _stamp(self.path / f"{DATABASE}{suffix}"))
+
     def incidents(self) -> list[dict[str, Any]]:
-        return []
+        """Every incident, by step."""
+        with self.lock:
+            stamp = self.stamp()
+            if stamp != self._incidents[0]:
+                self._incidents = stamp, self.store.incidents()
+            return self._incidents[1]
+
+    def live(self) -> bool:
+        """Whether a process trains in the run's directory now."""
+        return bool(self.summary()["status"] == "running")
 
     def _spark_of(self, step: int | None) -> list[float | None]:
         if step is None or "train/loss" not in self.reader.names():
@@ -220,7 +261,16 @@ class OpenRun:
         starts = {"experts": ("expert/", "router/"), "data": ("data/",), "precision": ("precision/",),
                   "alignment": ("align/",)}  # fmt: skip
         found = [page for page, prefixes in starts.items() if any(n.startswith(prefixes) for n in names)]
+        found += ["lineage"] if self.store.lineage() or self.log.named("rollback") else []
         return found + (["inspect"] if self._checkpoints() else [])
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def _has_series(directory: Path) -> bool:

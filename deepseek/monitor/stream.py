@@ -116,6 +116,8 @@ class Watcher:
     def __init__(self, run: OpenRun) -> None:
         self.run = run
         self._rows_of: RowFollower | None = None
+        self._stamp: tuple[int, ...] = ()
+        self._known: dict[tuple[str, str], bytes] | None = None
         self._status: dict[str, Any] = {}
         self._told = 0.0
         self._lost = ""
@@ -123,13 +125,27 @@ class Watcher:
     def look(self) -> list[tuple[str, Any]]:
         """Raises what reading the run's files raises."""
         summary = self.run.summary()
-        found = self._rows()
+        found = [*self._rows(), *self._journal()]
         status = {k: v for k, v in summary.items() if k != "spark"}
         changed = status["status"] != self._status.get("status") or self._lost
         if status != self._status and (changed or time.monotonic() - self._told >= 1.0):
             self._status, self._told, self._lost = status, time.monotonic(), ""
             found.append(("status", status))
         return found
+
+    def _journal(self) -> list[tuple[str, Any]]:
+        """Incidents and actions that are new or have changed; at the first look, none."""
+        stamp = self.run.stamp()
+        if stamp == self._stamp:
+            return []
+        self._stamp = stamp
+        found: list[tuple[str, Any]] = [("incident", incident) for incident in self.run.incidents()]
+        found += [("action", command.to_dict()) for command in self.run.store.commands()]
+        texts = {(kind, str(content["id"])): encode(content) for kind, content in found}
+        before, self._known = self._known, texts
+        if before is None:
+            return []
+        return [pair for pair, (key, text) in zip(found, texts.items()) if before.get(key) != text]
 
     def lost(self, error: Exception) -> list[tuple[str, Any]]:
         """What to say, once, when the run cannot be read."""
