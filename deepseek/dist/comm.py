@@ -88,11 +88,7 @@ def gather_later(row: Tensor) -> Gathering:
 
 def agree(flag: bool) -> bool:
     """Whether any rank says yes."""
-    if world() == 1:
-        return flag
-    votes: list[Any] = [None] * world()
-    dist.all_gather_object(votes, flag)
-    return any(votes)
+    return any(gather(flag))
 
 
 def gather(value: T) -> list[T]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -94,6 +94,16 @@ def explain(
             found.append((nats / count, nats / total, count, row, sample))
     found.sort(key=lambda f: _order(f[0], f[2]), reverse=True)
     return [_told(mean, share, batch, row, s, tokenizer) for mean, share, _, row, s in found[:samples]]
+
+
+def worst(told: Iterable[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
+    """The worst of what several ranks' ``explain`` returned, worst first."""
+
+    def order(sample: dict[str, Any]) -> tuple[bool, bool, float]:
+        loss = sample["loss"]
+        return _order(math.inf if loss is None else loss, sample["length"])
+
+    return sorted(told, key=order, reverse=True)[:samples]
 
 
 def _order(mean: float, count: int) -> tuple[bool, bool, float]:

@@ -26,6 +26,10 @@ class RankProbe:
     """Emits 'ranks' events: ``seconds``, ``data`` and ``memory`` of every rank, lists ``[R]``.
 
     Call it on every rank after every step. Steps between two gatherings are averaged; how many there are, rank 0 says.
+
+    Attributes:
+        ask: a step number, set on rank 0, that all ranks shall hear of. ``heard``: that number, on every rank at the
+            same step, once; 0 otherwise.
     """
 
     def __init__(self, step: TrainStep, period: float = PERIOD) -> None:
@@ -35,6 +39,7 @@ class RankProbe:
         self._whole: list[float] = []
         self._sent: tuple[int, comm.Gathering] | None = None
         self._marks: Any = None
+        self.ask = self.heard = 0
 
     def __call__(self, step: int, seconds: Mapping[str, float]) -> None:
         """``seconds``: where the step's time went, as the 'train' event says."""
@@ -49,12 +54,9 @@ class RankProbe:
 
     def _send(self, step: int) -> None:
         every = math.ceil(self.period / max(_mean(self._whole), 1e-6))
-        row = [
-            _mean(self._own),
-            _mean(self._data),
-            device_memory(self.step.device),
-            float(min(every, SELDOM)),
-        ]
+        row = [_mean(self._own), _mean(self._data), device_memory(self.step.device)]
+        row += [min(every, SELDOM), self.ask]
+        self.ask = 0
         for values in (self._own, self._data, self._whole):
             values.clear()
         self._sent = step, comm.gather_later(torch.tensor(row, dtype=torch.float64))
@@ -63,11 +65,12 @@ class RankProbe:
 
     def flush(self) -> None:
         """Tell what was gathered; every rank must have sent, or this waits for it."""
+        self.heard = 0
         if self._sent is None:
             return
         (step, gathering), self._sent = self._sent, None
-        own, data, memory, every = torch.stack(gathering.read()).T.tolist()
-        self.every = int(every[0])
+        own, data, memory, every, asked = torch.stack(gathering.read()).T.tolist()
+        self.every, self.heard = int(every[0]), int(asked[0])
         emit("ranks", step, seconds=own, data=data, memory=memory)
 
     def _waited_on_device(self) -> float:

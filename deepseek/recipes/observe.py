@@ -12,6 +12,7 @@ so, asks the run to act. It never ends a run: what fails is told once, as a warn
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 from deepseek.data import Loader, Tokenizer
+from deepseek.dist import comm
 from deepseek.errors import RunError
 from deepseek.events import Event, Sink, emit
 from deepseek.monitor.config import MonitorConfig
-from deepseek.monitor.probe_documents import explain, source_losses
+from deepseek.monitor.probe_documents import explain, source_losses, worst
 from deepseek.monitor.probe_memory import MemoryProbe
 from deepseek.monitor.probe_ranks import RankProbe
 from deepseek.monitor.probes import Cadence, SampledProbe, StepProbe
@@ -56,6 +58,8 @@ class Observer:
         self._failed: set[str] = set()
         self._batches: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
         self._step: TrainStep | None = None
+        self._cost: Cost
+        self._unexplained: deque[dict[str, Any]] = deque()
         if config.enabled:
             store = self._store() if rank == 0 else None
             self.sinks = [self._ear] if store is None else [store, self._ear]
@@ -99,12 +103,14 @@ class Observer:
     def __call__(self, step: int, result: StepResult) -> None:
         if self._step is None:
             return
-        self.ranks(step, self._ear.seconds)
-        if self.rank:
-            return
         began = time.perf_counter()
         if self._loader.last is not None:
             self._batches.append((step, self._loader.last.number))
+        self._safely("the times of ranks", self.ranks, step, self._ear.seconds)
+        if self.ranks.heard:
+            self._explain_together(self.ranks.heard)
+        if self.rank:
+            return
         self._safely("the probes of every step", self._every_step, step, result)
         self._safely("the sampled probes", self._some_steps, step)
         self._safely("what incidents are answered with", self._answer)
@@ -112,8 +118,13 @@ class Observer:
 
     def end(self) -> None:
         """The last step is done; on every rank."""
-        if self._step is not None:
-            self.ranks.flush()
+        if self._step is None:
+            return
+        self.ranks.flush()
+        self._safely("what incidents are answered with", self._answer)
+        while step := self.ranks.heard or comm.from_first(self.ranks.ask):
+            self.ranks.heard = self.ranks.ask = 0
+            self._explain_together(step)
 
     def _every_step(self, step: int, result: StepResult) -> None:
         assert self._step is not None
@@ -173,20 +184,32 @@ class Observer:
         return explain(self._step, delivery, self._loader, self._tokenizer, self.config.samples)
 
     def _answer(self) -> None:
-        """What was found since the last step: name the documents, and do what the config says."""
+        """What was found since the last step: do what the config says, and have the documents named."""
         while self._ear.incidents:
             incident = self._ear.incidents.popleft()
-            if self.config.explain and self.config.samples and incident.get("kind") in OF_DATA:
-                self._safely("the documents behind incidents", self._name_samples, incident)
             if self.config.on_incident != "none" and _severe(incident, self.config.act_from):
                 self._safely("what is done about incidents", self._act, incident)
+            named = incident.get("samples") or incident.get("kind") not in OF_DATA
+            if self.config.explain and self.config.samples and not named:
+                self._unexplained.append(incident)
+        if self._unexplained:
+            self.ranks.ask = int(self._unexplained[0]["step"])
 
-    def _name_samples(self, incident: dict[str, Any]) -> None:
+    def _explain_together(self, step: int) -> None:
+        """Every rank looks at its part of the step's batch; rank 0 puts the worst documents into the incident."""
+        own: list[dict[str, Any]] = []
+        self._safely("the documents behind incidents", lambda: own.extend(self.explain(step)))
+        found = worst(itertools.chain(*comm.gather(own)), self.config.samples)
+        waiting = [i for i in self._unexplained if int(i["step"]) == step]
+        for incident in waiting:
+            self._unexplained.remove(incident)
+            self._safely("the documents behind incidents", self._keep, {**incident, "samples": found})
+        if self._unexplained:
+            self.ranks.ask = int(self._unexplained[0]["step"])
+
+    def _keep(self, incident: dict[str, Any]) -> None:
         from deepseek.monitor.store import RunStore
 
-        if incident.get("samples"):
-            return
-        incident["samples"] = self.explain(int(incident["step"]))
         store = RunStore(self.run)
         try:
             store.put_incident(incident)
