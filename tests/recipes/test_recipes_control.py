@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from action_runs import Asks, with_actions
 from recipe_runs import checkpointed, events, identical, losses, smallest, tensors, write_corpus
 
 from deepseek.config import replace
 from deepseek.errors import ConfigError, RunError
-from deepseek.events import Event, MemorySink
+from deepseek.events import Event
 from deepseek.monitor.commands import Commands
 from deepseek.monitor.control import request, trainer, validate, wait
 from deepseek.recipes import control
@@ -48,37 +48,6 @@ def straight(config: PretrainConfig, corpus: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _look_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "EVERY", 0.0)
-
-
-class Asks(MemorySink):
-    """Asks for actions once a step was told for the ``n``-th time: ``{(step, n): [(action, arguments), ...]}``."""
-
-    def __init__(self, run: Path, asked: dict[tuple[int, int], list[tuple[str, dict[str, Any]]]]) -> None:
-        super().__init__()
-        self.run, self.asked, self.told = run, asked, list[int]()
-        self.ids: list[int] = []
-
-    def write(self, event: Event) -> None:
-        super().write(event)
-        if event.name == "train" and event.step is not None:
-            self.told.append(event.step)
-            torch.rand(3)  # disturbs the generators, as anything in a process may
-            for action, arguments in self.asked.get((event.step, self.told.count(event.step)), []):
-                self.ids.append(request(self.run, action, arguments, by="test"))
-
-    def answers(self) -> list[Any]:
-        return [wait(self.run, number, 1.0) for number in self.ids]
-
-
-def with_actions(
-    config: PretrainConfig,
-    run: Path,
-    asked: dict[Any, list[tuple[str, dict[str, Any]]]],
-    resume: bool = False,
-) -> Asks:
-    sink = Asks(run, {k if isinstance(k, tuple) else (k, 1): v for k, v in asked.items()})
-    resume_run(run, sinks=[sink]) if resume else pretrain(config, run, sinks=[sink])
-    return sink
 
 
 def test_rollback_and_skip_is_the_run_resumed_from_that_checkpoint_without_those_batches(
