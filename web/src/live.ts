@@ -1,0 +1,60 @@
+// What a running run sends by itself. Rows come often; the page redraws its charts at most every two seconds.
+
+import { type Incident, runPath } from "./api";
+import { Cell } from "./cell";
+
+const REDRAW_MS = 2000;
+
+export class Live {
+  readonly last = new Cell<Map<string, number | null>>(new Map());
+  readonly step = new Cell<number | null>(null);
+  readonly beat = new Cell(0); // counts redraws: panels read again when it moves
+  readonly heard = new Cell<number>(0); // ms of the last message
+  readonly incidents = new Cell(0); // counts new incidents
+  readonly actions = new Cell(0); // counts news of actions
+  readonly status = new Cell<Record<string, unknown> | null>(null);
+  readonly connected = new Cell(false);
+  private source: EventSource | null = null;
+  private timer = 0;
+
+  constructor(readonly run: string) {}
+
+  open(): () => void {
+    const source = (this.source = new EventSource(runPath(this.run, "/stream")));
+    source.onopen = () => (this.connected.value = true);
+    source.onerror = () => (this.connected.value = false);
+    source.addEventListener("row", (e) => this.row(JSON.parse((e as MessageEvent).data)));
+    source.addEventListener("status", (e) => (this.status.value = JSON.parse((e as MessageEvent).data)));
+    source.addEventListener("gap", () => this.redraw());
+    source.addEventListener("incident", () => this.incidents.value++);
+    source.addEventListener("action", () => this.actions.value++);
+    return () => {
+      source.close();
+      clearTimeout(this.timer);
+    };
+  }
+
+  get closed(): boolean {
+    return this.source?.readyState === EventSource.CLOSED;
+  }
+
+  private row(message: { step: number; values: Record<string, number | null> }): void {
+    this.heard.value = Date.now();
+    this.step.value = message.step;
+    const next = new Map(this.last.value);
+    for (const [name, value] of Object.entries(message.values ?? {})) next.set(name, value);
+    this.pending = next;
+    if (!this.timer) this.timer = window.setTimeout(() => this.redraw(), REDRAW_MS);
+  }
+
+  private set pending(next: Map<string, number | null>) {
+    this.last.value = next;
+  }
+
+  private redraw(): void {
+    this.timer = 0;
+    if (!document.hidden) this.beat.value++;
+  }
+}
+
+export type IncidentNews = Pick<Incident, "id" | "step" | "title" | "severity">;

@@ -1,0 +1,262 @@
+// The list of incidents, worst and newest first; and one incident: what happened, who moved first, what to do.
+
+import { useEffect, useMemo, useState } from "preact/hooks";
+import { ActionButton, Commands } from "../actions";
+import { type Evidence, type Incident, runPath, type Sample, send } from "../api";
+import { Chart } from "../chart";
+import { useCell } from "../cell";
+import { ago, figures, grouped, measured, percent } from "../format";
+import { Heat } from "../heat";
+import { Icon, severityIcon } from "../icons";
+import { onKey } from "../keys";
+import { line } from "../palette";
+import type { Mark, Trace } from "../plot";
+import { go, link } from "../route";
+import { useGet, useRun, useWindows } from "../run";
+import { t } from "../text";
+
+export function Incidents() {
+  const run = useRun();
+  const order = (x: Incident) => (x.status === "open" ? 0 : x.status === "acknowledged" ? 1 : 2);
+  const list = [...run.incidents].sort((a, b) => order(a) - order(b) || b.step - a.step);
+  return (
+    <section class="incidents" aria-label={t("Incidents")}>
+      {!list.length && (
+        <div class="card calm-card"><Icon name="check" size={28} /><p>{t("No incident. The detectors watch the loss, every gradient, the speed of every rank, the experts, the memory and the data.")}</p></div>
+      )}
+      <ul class="incident-list">
+        {list.map((x) => (
+          <li key={x.id} class={`card incident-row ${x.severity} ${x.status}`}>
+            <a href={link(["run", run.id, "incidents", x.id])}>
+              <span class={`sev ${x.severity}`}><Icon name={severityIcon(x.severity)} /> <span class="sr">{t(x.severity)}</span></span>
+              <span class="incident-title"><b>{x.title}</b><small>{x.summary}</small></span>
+              <Verdict incident={x} />
+              <span class="incident-step">{t("step")} {grouped(x.step)}<small>{x.time ? ago(x.time) : t(x.status)}</small></span>
+            </a>
+          </li>
+        ))}
+      </ul>
+      <Commands />
+    </section>
+  );
+}
+
+const VERDICTS: Record<string, string> = {
+  DATA: "the data did it",
+  MODEL: "the model did it",
+  OPTIMISER: "the optimiser did it",
+  PRECISION: "the number format did it",
+  HARDWARE: "the hardware did it",
+  UNKNOWN: "cause not found",
+};
+
+function Verdict({ incident, large }: { incident: Incident; large?: boolean }) {
+  return (
+    <span class={large ? `verdict large ${incident.verdict}` : `verdict ${incident.verdict}`}>
+      <b>{t(incident.verdict)}</b>
+      {large && <em>{t(VERDICTS[incident.verdict] ?? "")}</em>}
+      <span class="confidence" role="img" aria-label={t("confidence {x}", { x: percent(incident.confidence) })}>
+        <i style={{ width: `${Math.round(incident.confidence * 100)}%` }} />
+      </span>
+      <small>{percent(incident.confidence)}</small>
+    </span>
+  );
+}
+
+export function IncidentPage({ id }: { id: string }) {
+  const run = useRun();
+  const again = useCell(run.live.actions);
+  const { value: incident, error } = useGet<Incident>(runPath(run.id, `/incidents/${encodeURIComponent(id)}`), again);
+  const ordered = [...run.incidents].sort((a, b) => a.step - b.step);
+  const at = ordered.findIndex((x) => String(x.id) === id);
+  const jump = (by: number) => ordered[at + by] && go(link(["run", run.id, "incidents", ordered[at + by].id]));
+  useEffect(() => onKey({ ArrowLeft: () => jump(-1), ArrowRight: () => jump(1), Escape: () => go(link(["run", run.id])) }));
+  if (error) return <p class="failed" role="alert">{error.message}</p>;
+  if (!incident) return <div class="empty tall"><span class="loading" /></div>;
+  return (
+    <article class="incident" aria-label={incident.title}>
+      <header class={`card incident-head ${incident.severity}`}>
+        <div class="incident-what">
+          <span class={`sev ${incident.severity}`}><Icon name={severityIcon(incident.severity)} /> {t(incident.severity)} · {t("step")} {grouped(incident.step)}{incident.time ? ` · ${ago(incident.time)}` : ""} · {t(incident.status)}</span>
+          <h2>{incident.title}</h2>
+          <p>{incident.summary}</p>
+        </div>
+        <Verdict incident={incident} large />
+      </header>
+      <div class="incident-columns">
+        <div class="incident-main">
+          <Movers incident={incident} />
+          <GradientMap incident={incident} />
+          <Samples incident={incident} />
+        </div>
+        <aside class="incident-side">
+          <Act incident={incident} />
+          <EvidenceList evidence={incident.evidence} />
+          <Siblings incident={incident} />
+        </aside>
+      </div>
+    </article>
+  );
+}
+
+function actionNames(incident: Incident): string[] {
+  const named = incident.actions.map((a) => (typeof a === "string" ? a : a.action)).filter(Boolean);
+  return named.length ? named : ["rollback_skip", "quarantine", "replay"];
+}
+
+function Act({ incident }: { incident: Incident }) {
+  const run = useRun();
+  const names = actionNames(incident);
+  const values = (name: string) => {
+    const found = incident.actions.find((a) => typeof a !== "string" && a.action === name) as Record<string, unknown> | undefined;
+    return (found?.arguments as Record<string, unknown>) ?? {};
+  };
+  const mark = async (status: string) => {
+    await send("PATCH", runPath(run.id, `/incidents/${encodeURIComponent(incident.id)}`), { status });
+    run.live.incidents.value++;
+    run.live.actions.value++;
+  };
+  return (
+    <section class="card act" aria-label={t("What to do")}>
+      <h3>{t("What to do")}</h3>
+      <div class="act-buttons">
+        {names.map((name) => <ActionButton key={name} name={name} incident={incident} values={values(name)} />)}
+        {!names.includes("capture") && <ActionButton name="capture" incident={incident} />}
+        {!names.includes("pause") && <ActionButton name="pause" incident={incident} />}
+      </div>
+      <Commands only={(c) => !c.incident || String(c.incident) === String(incident.id)} />
+      <div class="act-marks">
+        {incident.status === "open" && <button type="button" class="link" onClick={() => mark("acknowledged")}>{t("I have seen it")}</button>}
+        {incident.status !== "resolved" && <button type="button" class="link" onClick={() => mark("resolved")}>{t("It is resolved")}</button>}
+        {incident.status === "resolved" && <button type="button" class="link" onClick={() => mark("open")}>{t("Open it again")}</button>}
+      </div>
+    </section>
+  );
+}
+
+function EvidenceList({ evidence }: { evidence: Evidence[] }) {
+  return (
+    <section class="card evidence" aria-label={t("Evidence")}>
+      <h3>{t("Evidence")}</h3>
+      {!evidence.length && <p class="note">{t("No evidence was kept.")}</p>}
+      <ol>
+        {evidence.map((e, i) => (
+          <li key={i}>
+            <p>{e.text}</p>
+            <small>{[e.series, e.step !== undefined && e.step !== null ? `${t("step")} ${grouped(e.step)}` : "", e.score !== undefined && e.score !== null ? `${figures(e.score, 3)} σ` : ""].filter(Boolean).join(" · ")}</small>
+          </li>
+        ))}
+      </ol>
+    </section>
+  );
+}
+
+function Siblings({ incident }: { incident: Incident }) {
+  const list = incident.siblings ?? [];
+  if (!list.length) return null;
+  return (
+    <section class="card" aria-label={t("The same step in sibling runs")}>
+      <h3>{t("The same step in sibling runs")}</h3>
+      <ul class="siblings">
+        {list.map((s) => <li key={s.run}><a href={link(["run", s.run])}>{s.run}</a><span>{s.text ?? figures(s.loss)}</span></li>)}
+      </ul>
+    </section>
+  );
+}
+
+/** Small multiples, earliest mover first, all on the same steps: the order of the columns is the order of events. */
+function Movers({ incident }: { incident: Incident }) {
+  const run = useRun();
+  const [all, setAll] = useState(false);
+  const [a, b] = incident.window?.length === 2 ? incident.window : [incident.step - 200, incident.step + 200];
+  const movers = incident.movers.slice(0, all ? 48 : 9);
+  const names = useMemo(() => ["train/loss", ...movers.map((m) => m.name)].filter((n, i, x) => x.indexOf(n) === i), [incident.id, movers.length]);
+  const { windows } = useWindows(names, { start: Math.max(0, a), stop: b + 1, points: 500 });
+  const marks: Mark[] = [{ step: incident.first_step, kind: "focus" }, { step: incident.step, kind: incident.severity }];
+  const trace = (name: string, i: number): Trace[] => {
+    const window = windows.get(name);
+    return window ? [{ name, label: name, unit: run.series.get(name)?.unit ?? "", color: line(i), window }] : [];
+  };
+  const plain = { log: false, robust: false, smooth: 0, marks, range: [Math.max(0, a), b] as [number, number], sync: `incident-${incident.id}`, small: true };
+  return (
+    <section class="movers" aria-label={t("Who moved first")}>
+      {windows.has("train/loss") && (
+        <div class="card panel wide">
+          <header><h3>{t("Loss around the incident")}<span class="unit">{t("steps {a} – {b}", { a: grouped(a), b: grouped(b) })}</span></h3></header>
+          <Chart title={t("Loss around the incident")} traces={trace("train/loss", 0)} height={190} {...plain} />
+        </div>
+      )}
+      <h3 class="section">{t("Who moved first")}</h3>
+      {!movers.length && <p class="note">{t("No series moved before the incident.")}</p>}
+      <div class="multiples">
+        {movers.map((m, i) => (
+          <figure key={m.name} class="card multiple">
+            <figcaption>
+              <span class="order">{i + 1}</span>
+              <b title={m.name}>{m.name}</b>
+              <small>{lead(m.step - incident.step)}</small>
+            </figcaption>
+            {windows.has(m.name) ? <Chart title={m.name} traces={trace(m.name, i === 0 ? 1 : 0)} height={92} legend={false} {...plain} /> : <div class="empty" style={{ height: "92px" }} />}
+            <p class="before-after">{measured(m.before, run.series.get(m.name)?.unit)} → <b>{measured(m.after, run.series.get(m.name)?.unit)}</b>{m.score !== null && <small>{figures(m.score, 3)} σ</small>}</p>
+          </figure>
+        ))}
+      </div>
+      {incident.movers.length > 9 && <button type="button" class="link" onClick={() => setAll(!all)}>{all ? t("Fewer") : t("All {n} series that moved", { n: incident.movers.length })}</button>}
+    </section>
+  );
+}
+
+function lead(by: number): string {
+  if (by === 0) return t("at the same step");
+  return by < 0 ? t("{n} steps before", { n: -by }) : t("{n} steps after", { n: by });
+}
+
+function GradientMap({ incident }: { incident: Incident }) {
+  const map = incident.gradient_map;
+  const values = useMemo(() => (map ? map.values.map((row) => row.map((v) => (v !== null && v > 0 ? Math.log10(v) : null))) : []), [map]);
+  if (!map?.values.length || !map.values[0].length) return null;
+  const byLayer = map.values.length === map.layers.length;
+  const rows = byLayer ? values : map.layers.map((_, l) => values.map((row) => row[l]));
+  const raw = (r: number, c: number) => (byLayer ? map.values[r][c] : map.values[c][r]);
+  return (
+    <section class="card panel wide" aria-label={t("Gradient norm, layer by step")}>
+      <header><h3>{t("Gradient norm, layer by step")}</h3></header>
+      <Heat
+        title={t("Gradient norm, layer by step")}
+        rows={map.layers.map((l) => (typeof l === "number" ? `${t("layer")} ${l}` : t(l)))}
+        columns={map.steps}
+        values={rows}
+        unit={(v) => figures(10 ** v, 2)}
+        say={(r, c) => `${t("layer")} ${map.layers[r]} · ${t("step")} ${grouped(map.steps[c])}: ${figures(raw(r, c))}`}
+        mark={[{ column: incident.step, severity: incident.severity }]}
+        columnLabel={t("Brighter is larger, on a logarithmic scale.")}
+      />
+    </section>
+  );
+}
+
+function Samples({ incident }: { incident: Incident }) {
+  const [open, setOpen] = useState<number | null>(null);
+  const list = useMemo(() => [...incident.samples].sort((a, b) => (b.loss ?? -Infinity) - (a.loss ?? -Infinity)), [incident]);
+  if (!list.length) return null;
+  const most = Math.max(...list.map((s) => s.loss ?? 0), 1e-9);
+  return (
+    <section class="card samples" aria-label={t("Samples of the batch")}>
+      <h3>{t("Samples of the batch")}<span class="unit">{t("highest loss first")}</span></h3>
+      <ul>
+        {list.map((s, i) => (
+          <li key={i}>
+            <button type="button" class="sample" aria-expanded={open === i} onClick={() => setOpen(open === i ? null : i)}>
+              <span class="sample-loss"><b>{figures(s.loss, 3)}</b><i style={{ width: `${((s.loss ?? 0) / most) * 100}%` }} /></span>
+              <span class="sample-where">{place(s)}<small>{[s.source, s.length ? t("{n} tokens", { n: grouped(s.length) }) : "", `${t("row")} ${s.row}`].filter(Boolean).join(" · ")}</small></span>
+              <span class="sample-text">{(s.text ?? "").slice(0, 160)}</span>
+            </button>
+            {open === i && <pre tabIndex={0}>{s.text || t("The text is not kept.")}</pre>}
+          </li>
+        ))}
+      </ul>
+    </section>
+  );
+}
+
+const place = (s: Sample) => (s.path ? `${s.path.split("/").slice(-2).join("/")}:${s.offset ?? s.start ?? 0}` : t("position unknown"));

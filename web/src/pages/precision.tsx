@@ -1,0 +1,42 @@
+// Number formats: loss scale, values lost, and every switch with its reason.
+
+import { type LineageItem, runPath } from "../api";
+import { clock, grouped } from "../format";
+import { Panel } from "../panel";
+import { useGet, useRun } from "../run";
+import { t } from "../text";
+import { Timeline } from "../timeline";
+
+export function Precision() {
+  const run = useRun();
+  const { value } = useGet<LineageItem[]>(runPath(run.id, "/events?name=precision&limit=500"), 0);
+  const names = [...run.series.keys()].filter((n) => n.startsWith("precision/"));
+  const switches = value ?? [];
+  return (
+    <section class="precision">
+      <Timeline series="train/loss" />
+      <div class="panels two">
+        {names.map((n) => <Panel key={n} names={[n]} log={n.endsWith("scale")} smooth={0} />)}
+        {run.series.has("train/grad_norm") && <Panel names={["train/grad_norm"]} title={t("Gradient norm")} log />}
+      </div>
+      <div class="card table-card" tabIndex={0} role="group" aria-label={t("Switches")}>
+        <table>
+          <thead><tr><th class="n">{t("Step")}</th><th>{t("Time")}</th><th>{t("What")}</th></tr></thead>
+          <tbody>
+            {switches.map((e, i) => (
+              <tr key={i}><td class="n">{grouped(e.step ?? null)}</td><td>{clock(e.time)}</td><td>{said(e)}</td></tr>
+            ))}
+            {!switches.length && <tr><td colSpan={3} class="note">{t("No switch of precision so far.")}</td></tr>}
+          </tbody>
+        </table>
+      </div>
+    </section>
+  );
+}
+
+export function said(item: LineageItem): string {
+  return Object.entries(item)
+    .filter(([k, v]) => !["event", "kind", "step", "time", "id", "name"].includes(k) && v !== null && v !== undefined && v !== "")
+    .map(([k, v]) => `${t(k)} ${typeof v === "object" ? JSON.stringify(v) : String(v)}`)
+    .join(" · ");
+}

@@ -1,0 +1,25 @@
+// English is written where it is used; Chinese is looked up by it. A test checks that no word is missing.
+
+import { Cell, remember, remembered, useCell } from "./cell";
+import { ZH } from "./zh";
+
+export type Lang = "en" | "zh";
+const wished = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
+export const lang = new Cell<Lang>(remembered("lang", wished) as Lang);
+
+export function setLang(next: Lang): void {
+  remember("lang", next);
+  lang.value = next;
+  document.documentElement.lang = next === "zh" ? "zh-CN" : "en";
+}
+document.documentElement.lang = lang.value === "zh" ? "zh-CN" : "en";
+
+/** ``t("{n} runs", {n: 3})``: the text in the reader's language, with its blanks filled. */
+export function t(english: string, blanks: Record<string, string | number> = {}): string {
+  const text = lang.value === "zh" ? (ZH[english] ?? english) : english;
+  return text.replace(/\{(\w+)\}/g, (_, key) => String(blanks[key] ?? ""));
+}
+
+export const useLang = () => useCell(lang);
+export const said = (text: { en: string; zh: string } | string | null | undefined) =>
+  typeof text === "string" ? text : text ? text[lang.value] || text.en : "";
