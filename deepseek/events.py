@@ -63,9 +63,11 @@ def attached(*sinks: Sink) -> Iterator[None]:
     try:
         yield
     finally:
-        with _lock, ExitStack() as closing:
+        with _lock:
             for sink in sinks:
                 _sinks.remove(sink)
+        with ExitStack() as closing:  # without the lock: a sink may wait for a thread of its own that emits
+            for sink in sinks:
                 closing.callback(sink.close)  # every sink is closed, even if another one fails to
 
 
