@@ -42,7 +42,9 @@ def shapes() -> dict[str, ModelConfig]:
     """Six shapes: dense and sparse, window, full and hybrid layers, one to four heads a key, with and without QK-norm."""
     sparse = MoEConfig(experts=8, top_k=2, expert_ffn=64)
 
-    def shape(pattern: str, heads: int, kv: int, layers: int = 4, norm: bool = False, moe: bool = True) -> ModelConfig:
+    def shape(
+        pattern: str, heads: int, kv: int, layers: int = 4, norm: bool = False, moe: bool = True
+    ) -> ModelConfig:
         attention = AttentionConfig(
             heads=heads, kv_heads=kv, head_dim=16, qk_norm=norm, window=32, block=16, stride=16
         )
@@ -78,7 +80,10 @@ def train(work: Path, steps: int) -> None:
         began = time.perf_counter()
         done = pretrain(config, work / name)
         loss = done.evaluation.loss if done.evaluation else float("nan")
-        print(f"{name}: step {done.step}, held-out loss {loss:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"{name}: step {done.step}, held-out loss {loss:.3f}, {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
 
 
 Plant = Callable[[Attention, int, torch.Generator], None]
@@ -93,10 +98,14 @@ def own_rows(attention: Attention, head: int) -> slice:
 def duplicate(attention: Attention, head: int, random: torch.Generator) -> None:
     """The head becomes a copy of another one: of its query, output (and, where it is another, key and value)."""
     c = attention.config
-    others = [h for h in range(c.heads) if h != head and (c.heads == c.kv_heads or _group(c, h) == _group(c, head))]
+    others = [
+        h for h in range(c.heads) if h != head and (c.heads == c.kv_heads or _group(c, h) == _group(c, head))
+    ]
     other = others[int(torch.randint(len(others), (), generator=random))]
     mine, theirs = own_rows(attention, head), own_rows(attention, other)
-    linears = [attention.query] if c.heads != c.kv_heads else [attention.query, attention.key, attention.value]
+    linears = (
+        [attention.query] if c.heads != c.kv_heads else [attention.query, attention.key, attention.value]
+    )
     for linear in linears:
         linear.weight[mine] = linear.weight[theirs].clone()
     attention.output.weight[:, mine] = attention.output.weight[:, theirs].clone()
@@ -131,6 +140,14 @@ def noise(strength: float) -> Plant:
     return plant
 
 
+@torch.no_grad()
+def replaced(attention: Attention, head: int, random: torch.Generator) -> None:
+    """The head's query and output weights become Gaussian noise of the same size."""
+    own = own_rows(attention, head)
+    for part in (attention.query.weight[own], attention.output.weight[:, own]):
+        part.copy_(torch.randn(part.shape, generator=random) * part.square().mean().sqrt())
+
+
 PLANTS: dict[str, Plant] = {
     "duplicated": duplicate,
     "saturated x8": saturate(8.0),
@@ -138,19 +155,26 @@ PLANTS: dict[str, Plant] = {
     "noisy 1": noise(1.0),
     "noisy 2": noise(2.0),
     "noisy 4": noise(4.0),
+    "replaced by noise": replaced,
 }
 
 
-def heads(work: Path, trials: int) -> dict[str, Any]:
+def heads(work: Path, trials: int, kinds: list[str]) -> dict[str, Any]:
     bases = {name: load(work / name) for name in shapes() if (work / name).is_dir()}
     batches = {name: held_out(loaded).batch for name, loaded in bases.items()}
     report: dict[str, Any] = {"unplanted": {}}
     for name, loaded in bases.items():
         ranked = rank_heads(examine(loaded.model, batches[name])[1])
         flagged = [s.to_dict() for s in ranked if s.score >= 1]
-        report["unplanted"][name] = {"heads": len(ranked), "flagged": len(flagged), "worst": ranked[0].to_dict()}
-        print(f"{name}: {len(flagged)} of {len(ranked)} heads flagged; highest {ranked[0].score:.2f} {ranked[0].why}")
-    for kind, plant in PLANTS.items():
+        report["unplanted"][name] = {
+            "heads": len(ranked),
+            "flagged": len(flagged),
+            "worst": ranked[0].to_dict(),
+        }
+        print(
+            f"{name}: {len(flagged)} of {len(ranked)} heads flagged; highest {ranked[0].score:.2f} {ranked[0].why}"
+        )
+    for kind, plant in ((k, PLANTS[k]) for k in (kinds or PLANTS)):
         found, flagged, missed = 0, 0, []
         for seed in range(trials):
             names = [n for n in bases if not (kind.startswith("saturated") and n == "normed")]
@@ -166,25 +190,41 @@ def heads(work: Path, trials: int) -> dict[str, Any]:
             found += place < 3
             flagged += ranked[place].score >= 1
             if place >= 3:
-                missed.append((seed, name, layer, head, place, round(ranked[place].score, 2), round(ranked[0].score, 2), ranked[0].kind))
+                missed.append(
+                    (
+                        seed,
+                        name,
+                        layer,
+                        head,
+                        place,
+                        round(ranked[place].score, 2),
+                        round(ranked[0].score, 2),
+                        ranked[0].kind,
+                    )
+                )
         report[kind] = {"trials": trials, "top3": found, "flagged": flagged, "missed": missed}
-        print(f"{kind}: in the top 3 in {found} of {trials}, flagged in {flagged}; missed {missed}", flush=True)
+        print(
+            f"{kind}: in the top 3 in {found} of {trials}, flagged in {flagged}; missed {missed}", flush=True
+        )
     return report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("train", "heads", "experts", "overhead"))
     parser.add_argument("--work", type=Path, default=Path("runs/inspect"))
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--kinds", nargs="*", default=[], choices=list(PLANTS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "train":
         train(options.work, options.steps)
     if options.what == "heads":
-        report = heads(options.work, options.trials)
+        report = heads(options.work, options.trials, options.kinds)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1))
 

@@ -95,7 +95,8 @@ class Replay:
     def _row_losses(self, hidden_BTC: Tensor) -> Tensor:
         weight = self.model.head_weight
         each = [
-            linear_cross_entropy(h, weight, t)[0].double().cpu() for h, t in zip(hidden_BTC, self.batch.targets)
+            linear_cross_entropy(h, weight, t)[0].double().cpu()
+            for h, t in zip(hidden_BTC, self.batch.targets)
         ]
         return torch.stack(each)
 
@@ -113,7 +114,9 @@ def ablate(
         raise ConfigError("name one part to take out: a head or an expert")
     _check_layer(model, layer)
     without = (
-        head_taken_out(replay, layer, head, mode) if head is not None else _expert(replay, layer, expert, mode)
+        head_taken_out(replay, layer, head, mode)
+        if head is not None
+        else _expert(replay, layer, expert, mode)
     )
     with without:
         rows = replay.losses(layer)

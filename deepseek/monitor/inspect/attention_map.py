@@ -20,7 +20,9 @@ from torch import Tensor
 from deepseek.errors import ConfigError
 from deepseek.monitor.inspect.view import AttentionView
 
-GAMMA = 2.0  #: bytes are ``255 (p / scale)^(1/γ)``: with 2, an entry of 4e-6 of the largest is still not black
+GAMMA = (
+    2.0  #: bytes are ``255 (p / scale)^(1/γ)``: with 2, an entry of 4e-6 of the largest is still not black
+)
 STRIP = 256  #: queries at a time
 LARGEST = 2048  #: cells a side; more than any screen shows
 

@@ -44,6 +44,7 @@ class LayerHeads:
         patterns, outputs, weights: cosine similarities of the heads' attention patterns (against uniform attention),
             of their contributions to the residual stream (against their mean), and of their query and output weights
             (the smaller of the two), ``[H, H]``.
+        size: root mean square of the head's own weights (the geometric mean of query and output), ``[H]``.
     """
 
     index: int
@@ -53,6 +54,7 @@ class LayerHeads:
     patterns: Tensor
     outputs: Tensor
     weights: Tensor
+    size: Tensor
 
 
 def attentions(model: Transformer) -> list[Attention]:
@@ -86,7 +88,9 @@ def examine(
             loss, layers = _look(model, part, queries, gradient)
             total += loss
             found.append((part.rows, layers))
-    return total / max(batch.n_targets, 1), [_merge([(n, ls[i]) for n, ls in found]) for i in range(len(model.blocks))]
+    return total / max(batch.n_targets, 1), [
+        _merge([(n, ls[i]) for n, ls in found]) for i in range(len(model.blocks))
+    ]
 
 
 @contextmanager
@@ -151,6 +155,7 @@ def _layer(
         pattern_similarity(view, weight).cpu(),
         output_similarity(output, weight).cpu(),
         weight_similarity(attention).cpu(),
+        weight_size(attention).cpu(),
     )
 
 
@@ -177,12 +182,23 @@ def output_similarity(output_BRHC: Tensor, counted_BR: Tensor) -> Tensor:
     return cosines(flat @ flat.T)
 
 
-def weight_similarity(attention: Attention) -> Tensor:
-    """Cosines ``[H, H]`` of the heads' weights: the smaller of that of the query and that of the output matrix."""
+def own_weights(attention: Attention) -> tuple[Tensor, Tensor]:
+    """What belongs to each head alone: its rows of the query and its columns of the output matrix, ``[H, D·C]`` each."""
     heads = attention.config.heads
-    query = attention.query.weight.float().view(heads, -1)
     output = attention.output.weight.float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1)
+    return attention.query.weight.float().view(heads, -1), output
+
+
+def weight_similarity(attention: Attention) -> Tensor:
+    """Cosines ``[H, H]`` of the heads' own weights: the smaller of that of the query and that of the output matrix."""
+    query, output = own_weights(attention)
     return torch.minimum(cosines(query @ query.T), cosines(output @ output.T))
+
+
+def weight_size(attention: Attention) -> Tensor:
+    """Geometric mean of the root mean squares of each head's query and output weights, ``[H]``."""
+    query, output = (w.square().mean(1) for w in own_weights(attention))
+    return (query * output).pow(0.25)
 
 
 def cosines(gram_HH: Tensor) -> Tensor:
@@ -201,14 +217,19 @@ def _merge(parts: list[tuple[int, LayerHeads]]) -> LayerHeads:
         return torch.stack([share * v for share, v in zip(shares, values)]).sum(0)
 
     layers = [layer for _, layer in parts]
-    statistics = HeadStatistics(*(mean(list(values)) for values in zip(*(layer.statistics for layer in layers))))
+    statistics = HeadStatistics(
+        *(mean(list(values)) for values in zip(*(layer.statistics for layer in layers)))
+    )
     largest = torch.stack([layer.statistics.max_logit for layer in layers]).amax(0)
     return LayerHeads(
         layers[0].index,
         layers[0].kind,
         statistics._replace(max_logit=largest),
-        torch.stack([layer.removal for layer in layers]).sum(0),  # each is a share of the whole batch's targets
+        torch.stack([layer.removal for layer in layers]).sum(
+            0
+        ),  # each is a share of the whole batch's targets
         mean([layer.patterns for layer in layers]),
         mean([layer.outputs for layer in layers]),
         layers[0].weights,
+        layers[0].size,
     )

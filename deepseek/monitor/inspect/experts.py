@@ -151,7 +151,9 @@ def suspect_experts(layers: list[LayerExperts]) -> list[Suspect]:
 
 def _dead(layer: LayerExperts) -> list[Suspect]:
     experts, middle, found = len(layer.load), float(layer.output_norm.median()), []
-    floor = 0.25 * experts / max(layer.choices, 1)  # an expert that nobody chose: as if a quarter of a token had
+    floor = (
+        0.25 * experts / max(layer.choices, 1)
+    )  # an expert that nobody chose: as if a quarter of a token had
     for e in range(experts):
         share, norm = float(layer.load[e]) * experts, float(layer.output_norm[e])
         if share < DEAD_SHARE:

@@ -133,9 +133,7 @@ def _branch(view: AttentionView, branch: str, counted_BR: Tensor) -> HeadStatist
     means = (_mean(x, counted_BR).float() for x in (entropy, sink, diagonal, previous, p.amax(-1)))
     entropy, sink, diagonal, previous, peak = means
     largest = masked.amax((0, 2, 3)).float()
-    return HeadStatistics(
-        entropy, sink, largest, empty, empty, diagonal, previous, peak, spread.float()
-    )
+    return HeadStatistics(entropy, sink, largest, empty, empty, diagonal, previous, peak, spread.float())
 
 
 def _marks(view: AttentionView) -> list[tuple[Tensor, Tensor]]:

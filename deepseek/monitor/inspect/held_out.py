@@ -33,7 +33,9 @@ class HeldOut:
     source: str
 
 
-def held_out(loaded: Loaded, text: Path | str | None = None, tokens: int = TOKENS, length: int = 0) -> HeldOut:
+def held_out(
+    loaded: Loaded, text: Path | str | None = None, tokens: int = TOKENS, length: int = 0
+) -> HeldOut:
     """About ``tokens`` positions of text that the model was not trained on, as far as that is known.
 
     Args:

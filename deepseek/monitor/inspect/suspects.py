@@ -7,7 +7,8 @@ itself: a head is compared, by robust z-scores, with the other heads of its laye
   another head of the layer.
 * **saturated**: its logits are far larger than those of other heads, and its attention is closer to one-hot.
 * **noisy**: it writes more than the others do, and the loss would fall if it wrote less. In a trained model the loss is
-  stationary in the scale of every head, because that scale is a parameter; a head that was disturbed is not.
+  stationary in the scale of every head, because that scale is a parameter; a head that was disturbed is not. Or its own weights are unusually large, which is what added noise does before it
+  harms.
 * **dead**: it writes almost nothing. **broken**: its figures are not finite.
 
 Shape letters: L layers, H heads.
@@ -41,7 +42,13 @@ class Suspect:
 
     def to_dict(self) -> dict[str, Any]:
         part = {"head": self.head} if self.head is not None else {"expert": self.expert}
-        return {"layer": self.layer, **part, "kind": self.kind, "score": round(self.score, 3), "why": self.why}
+        return {
+            "layer": self.layer,
+            **part,
+            "kind": self.kind,
+            "score": round(self.score, 3),
+            "why": self.why,
+        }
 
 
 def duplicate_score(cosine: float) -> float:
@@ -92,6 +99,7 @@ def _spread(deviations: Tensor, floor: float) -> float:
 
 
 Z_SUSPECT = 4.0  #: robust z-score at which a head becomes suspect
+LOUDEST = 1.25  #: the size of weights alone never makes a head more suspect than this
 MUTE = 20.0  #: a head that writes this many times less than the middle head of its layer is dead
 
 
@@ -116,6 +124,7 @@ def _reasons(layers: Sequence[LayerHeads]) -> list[list[Suspect]]:
     logit = unusual([torch.asinh(x.statistics.max_logit) for x in finite], 0.25)
     sharp = unusual([1 - x.statistics.spread for x in finite], 0.05)
     removal = unusual([-x.removal.nan_to_num(0.0) for x in finite], 5e-4)
+    size = unusual([x.size.clamp(min=1e-12).log() for x in finite], 0.07)
     found = []
     for i, layer in enumerate(layers):
         for h in range(len(layer.removal)):
@@ -123,7 +132,7 @@ def _reasons(layers: Sequence[LayerHeads]) -> list[list[Suspect]]:
                 _broken(layer, h),
                 _duplicated(layer, h),
                 _saturated(finite[i], i, h, logit, sharp),
-                _noisy(finite[i], i, h, norm, removal),
+                _noisy(finite[i], i, h, norm, removal, size),
                 _dead(finite[i], h),
             ])  # fmt: skip
     return found
@@ -143,7 +152,9 @@ def _finite(layer: LayerHeads) -> LayerHeads:
 def _broken(layer: LayerHeads, head: int) -> Suspect:
     s = layer.statistics
     ok = all(bool(x[head].isfinite()) for x in (s.entropy, s.max_logit, s.output_norm))
-    return Suspect(layer.index, head, None, "broken", 0.0 if ok else 99.0, "broken: its figures are not finite")
+    return Suspect(
+        layer.index, head, None, "broken", 0.0 if ok else 99.0, "broken: its figures are not finite"
+    )
 
 
 def _duplicated(layer: LayerHeads, head: int) -> Suspect:
@@ -170,14 +181,20 @@ def _saturated(layer: LayerHeads, i: int, head: int, logit: Unusual, sharp: Unus
     return Suspect(layer.index, head, None, "saturated", score, why)
 
 
-def _noisy(layer: LayerHeads, i: int, head: int, norm: Unusual, removal: Unusual) -> Suspect:
-    harm, loud = removal.both(i, head), norm.both(i, head)
+def _noisy(layer: LayerHeads, i: int, head: int, norm: Unusual, removal: Unusual, size: Unusual) -> Suspect:
+    harm, loud, big = (figure.both(i, head) for figure in (removal, norm, size))
     score = max((harm + max(loud, 0.0)) / 2, 0.75 * harm) / Z_SUSPECT if harm > 0 else 0.0
     slope = -float(layer.removal[head])
     why = (
-        f"noisy: the loss falls by {slope:.2g} nats per unit as its output shrinks (z {harm:.1f}); it writes "
+        f"noisy: as its output shrinks, the loss falls at a rate of {slope:.2g} nats (z {harm:.1f}); it writes "
         f"{float(layer.statistics.output_norm[head]):.3g} (z {loud:.1f})"
     )
+    if big / Z_SUSPECT * 0.75 > score:
+        score = min(0.75 * big / Z_SUSPECT, LOUDEST)
+        why = (
+            f"noisy: its weights are larger than the others' (z {big:.1f}), as if noise had been added; it writes "
+            f"{float(layer.statistics.output_norm[head]):.3g} (z {loud:.1f})"
+        )
     return Suspect(layer.index, head, None, "noisy", score, why)
 
 
