@@ -72,6 +72,7 @@ class Resume:
 
     run: Positional[str]
     step: Annotated[int | None, arg(name="from")] = None  # the step to go on from, instead of the newest
+    skip: str = ""  # FIRST:LAST, steps whose batches are left out; from the newest checkpoint before them
     json: bool = False
     quiet: bool = False
 
@@ -81,8 +82,12 @@ class Resume:
         from deepseek.recipes.pretrain import resume_run
 
         run = Run.open(self.run)
-        config = _overridden(read_config(run.config_path), rest)
-        result = resume_run(run.path, config, step=self.step, sinks=_sinks(self.json, self.quiet))
+        config, skip = _overridden(read_config(run.config_path), rest), None
+        if self.skip:
+            from deepseek.monitor.control import parse_skip
+
+            skip = parse_skip(self.skip)
+        result = resume_run(run.path, config, step=self.step, skip=skip, sinks=_sinks(self.json, self.quiet))
         return _finished(result, self.json)
 
 
@@ -262,6 +267,72 @@ class Monitor:
 
 
 @dataclass(frozen=True)
+class Act:
+    """Ask a run that trains for something: pause, continue, stop, checkpoint, rollback_skip, quarantine, capture."""
+
+    run: Positional[str]
+    action: Positional[str]
+    skip: str = ""  # rollback_skip: FIRST:LAST, steps whose batches are left out
+    to_step: int | None = None  # rollback_skip: the checkpoint to go back to; the newest before `skip` unless told
+    document: tuple[str, ...] = ()  # quarantine: SOURCE:PATH:OFFSET, or SOURCE:PATH for all of a file
+    reason: str = ""  # quarantine: for the record
+    steps: int | None = None  # capture: how many
+    wait: float = 300.0  # seconds to wait for the answer
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.assemble import Run
+        from deepseek.monitor import control
+
+        arguments = {
+            "skip": control.parse_skip(self.skip) if self.skip else None, "to_step": self.to_step, "steps": self.steps,
+            "documents": [control.parse_document(d) for d in self.document] or None, "reason": self.reason or None,
+        }  # fmt: skip
+        given = {name: value for name, value in arguments.items() if value is not None}
+        path = Run.open(self.run).path
+        answer = control.wait(path, control.request(path, self.action, given, by="command line"), self.wait)
+        if self.json:
+            _print_json(answer.to_dict())
+        elif answer.status == "done":
+            print(answer.result.get("text", "done"))
+        else:
+            print(f"error: {answer.result.get('error', answer.status)}", file=sys.stderr)
+        return 0 if answer.status == "done" else 1
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Compute the loss of a step's batch once more, document by document: which sample was it?"""
+
+    run: Positional[str]
+    step: int
+    at: str = "before"  # the weights: of the newest checkpoint 'before' the step, 'current': the newest, or a step's
+    device: str = "auto"
+    top: int = 16  # documents to print
+    json: bool = False
+    answer: int | None = None  # the number of the request that this answers
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.monitor.commands import answering
+        from deepseek.recipes.replay import replay_run
+
+        at = int(self.at) if self.at.isdigit() else self.at
+        with answering(self.run, self.answer) as reply:
+            done = replay_run(self.run, self.step, at, self.device)
+            reply.update(done.to_dict())
+        if self.json:
+            _print_json(done.to_dict())
+        elif self.answer is None:
+            from deepseek.monitor import table
+
+            print(f"step {done.step} with the weights of step {done.weights}: loss {done.loss:.4f}, {done.targets:,} "
+                  f"targets, {len(done.documents)} pieces; the costliest first")  # fmt: skip
+            table([{"loss": f"{d.loss:.3f}", "tokens": d.length, "document": f"{d.source}:{d.path}:{d.offset}",
+                    "text": " ".join(d.text.split())[:60]} for d in done.documents[: self.top]])  # fmt: skip
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """What this machine has, and which path each operation takes on it."""
 
@@ -307,6 +378,8 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Monitor, subcommand("monitor")]
+    | Annotated[Act, subcommand("act")]
+    | Annotated[Replay, subcommand("replay")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Bench, subcommand("bench")]
 )

@@ -6,9 +6,11 @@ processes, taken by the trainer, each command once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,9 +62,9 @@ class Commands:
         except (sqlite3.Error, OSError) as error:
             raise RunError(f"cannot open {self.path}: {error}") from None
 
-    def enqueue(self, action: str, arguments: dict[str, Any], by: str = "") -> int:
-        """Ask for ``action``; returns the number of the request."""
-        values = (action, json.dumps(arguments), by, "queued", "{}", time.time())
+    def enqueue(self, action: str, arguments: dict[str, Any], by: str = "", status: Status = "queued") -> int:
+        """Ask for ``action``; returns the number of the request. 'running': somebody is at it already."""
+        values = (action, json.dumps(arguments), by, status, "{}", time.time())
         found = self._run(
             "INSERT INTO commands (action, arguments, by, status, result, created) VALUES (?,?,?,?,?,?) RETURNING id",
             *values,
@@ -116,6 +118,22 @@ class Commands:
             return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise RunError(f"{self.path}: {error}") from None
+
+
+@contextlib.contextmanager
+def answering(run: Path | str, number: int | None) -> Iterator[dict[str, Any]]:
+    """What is put into the dictionary is the answer to a request, and so is an error; ``None``: nobody asked."""
+    answer: dict[str, Any] = {}
+    try:
+        yield answer
+    except BaseException as error:
+        if number is not None:
+            with open_commands(Path(run)) as commands:
+                commands.finish_command(number, "failed", {"error": str(error) or type(error).__name__})
+        raise
+    if number is not None:
+        with open_commands(Path(run)) as commands:
+            commands.finish_command(number, "done", answer)
 
 
 def open_commands(run: Path) -> Commands:

@@ -4,12 +4,16 @@
     wait("runs/mine", id).result
 
 A request is checked, and lies in the run's store until the trainer takes it between two steps
-(``deepseek.recipes.control``). A run that is not training is told so at once, with the command that does the same;
-a quarantine needs no trainer and is done at once.
+(``deepseek.recipes.control``). Of a run that is not training, a quarantine is written down at once and a replay done
+by a process of its own; for the rest the answer has the command to go on with.
 """
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,9 +54,9 @@ def request(run: Path | str, action: str, arguments: Mapping[str, Any] | None = 
     """
     path, checked = Run.open(run).path, validate(action, arguments or {})
     if trainer(path) is None:
-        if action != "quarantine":
+        if action not in _OFFLINE:
             raise RunError(not_training(path, action, checked))
-        return _quarantine_offline(path, checked, by)
+        return _OFFLINE[action](path, checked, by)
     with open_commands(path) as commands:
         return commands.enqueue(action, checked, by)
 
@@ -136,6 +140,17 @@ def parse_skip(text: str) -> tuple[int, int]:
     return skip
 
 
+def parse_document(text: str) -> dict[str, Any]:
+    """``SOURCE:PATH:OFFSET``, or ``SOURCE:PATH`` for all of a file, as a document. Raises ``ConfigError``."""
+    source, _, rest = text.partition(":")
+    path, _, offset = rest.rpartition(":")
+    if not (path and offset.isdigit()):
+        path, offset = rest, ""
+    if not source or not path:
+        raise ConfigError(f"--document={text!r} is not SOURCE:PATH:OFFSET, such as web:part-3.jsonl:10412")
+    return {"source": source, "path": path, "offset": int(offset) if offset else None}
+
+
 def trainer(run: Path) -> str | None:
     """The id of the process that trains in ``run`` now, ``None`` if there is none."""
     return Run(run).trainer()
@@ -159,14 +174,12 @@ def _way_out(run: Path, action: str, arguments: Mapping[str, Any]) -> str:
         options = f" --from {asked.to_step}" if asked.to_step is not None else ""
         options += f" --skip {asked.skip[0]}:{asked.skip[1]}" if asked.skip else ""
         return f"Do it as you go on: deepseek resume {run}{options}"
-    if action == "replay":
-        return f"Offline: deepseek replay {run} --step {arguments['step']}"
     return f"Go on with: deepseek resume {run}"
 
 
 _VERBS = {
-    "pause": "pause", "continue": "continue", "stop": "stop", "checkpoint": "save", "replay": "replay with",
-    "rollback_skip": "roll back", "quarantine": "tell", "capture": "capture",
+    "pause": "pause", "continue": "continue", "stop": "stop", "checkpoint": "save", "rollback_skip": "roll back",
+    "capture": "capture",
 }  # fmt: skip
 
 
@@ -181,6 +194,37 @@ def _quarantine_offline(path: Path, arguments: Mapping[str, Any], by: str) -> in
         text = f"{len(new)} documents; the run is not training, it leaves them out when it goes on"
         commands.finish_command(number, "done", {"added": len(new), "from_step": step + 1, "text": text})
     return number
+
+
+def _replay_offline(path: Path, arguments: Mapping[str, Any], by: str) -> int:
+    """A process of its own: the weights of a checkpoint do not belong into whoever asks."""
+    with open_commands(path) as commands:
+        number = commands.enqueue("replay", dict(arguments), by, status="running")
+    command = [
+        sys.executable,
+        "-m",
+        "deepseek",
+        "replay",
+        str(path.resolve()),
+        "--step",
+        str(arguments["step"]),
+    ]
+    command += ["--at", str(arguments["at"]), "--answer", str(number)]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    threading.Thread(target=_see_it_end, args=(process, path, number), daemon=True).start()
+    return number
+
+
+def _see_it_end(process: subprocess.Popen[bytes], path: Path, number: int) -> None:
+    """A process that was killed has answered nothing: say so in its place."""
+    status = process.wait()
+    with contextlib.suppress(RunError), open_commands(path) as commands:
+        if any(c.id == number for c in commands.commands("running")):
+            commands.finish_command(number, "failed", {"error": f"the process ended with status {status}"})
+
+
+_OFFLINE = {"quarantine": _quarantine_offline, "replay": _replay_offline}
 
 
 def _count(action: str, name: str, value: Any, least: int) -> int:

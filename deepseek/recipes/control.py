@@ -25,6 +25,7 @@ from deepseek.events import emit
 from deepseek.models import Transformer
 from deepseek.monitor.commands import Command, Commands, Status, open_commands
 from deepseek.monitor.control import Rollback, validate
+from deepseek.monitor.store import RunStore
 from deepseek.recipes.plan import Plan, PretrainConfig
 from deepseek.recipes.provenance import open_data
 from deepseek.recipes.replay import ReplayResult, replay, weights_at, weights_of
@@ -153,8 +154,23 @@ class Controller:
         if self._commands is not None:
             try:
                 self._commands.finish_command(command.id, status, answer)
+                self._note(command, status, answer)
             except RunError as error:
                 emit("warning", self.step, text=f"the answer to {command.action} cannot be written: {error}")
+
+    def _note(self, command: Command, status: Status, answer: Answer) -> None:
+        """Beside the incident that an action answers, write what was done; keep the losses that a replay found."""
+        key = command.arguments.get("incident")
+        with RunStore(self.trainer.path) as store:
+            if command.action == "replay" and status == "done":
+                store.add_samples(answer["step"], answer["documents"])
+            if key is None or all(incident["id"] != str(key) for incident in store.incidents()):
+                return
+            done = {"action": command.action, "status": status, "id": command.id, "by": command.by}
+            done |= {"step": self.step, "text": answer.get("text") or answer.get("error", "")}
+            store.change_incident(key, actions=[*store.incident(key).get("actions", []), done])
+            if command.action == "replay" and status == "done":
+                store.change_incident(key, samples=answer["documents"])
 
     def _do_pause(self, command: Command, arguments: Answer) -> Answer:
         self._paused = True
@@ -188,7 +204,9 @@ class Controller:
         return {"added": added, "from_step": self.step + 1, "text": text}
 
     def _do_replay(self, command: Command, arguments: Answer) -> Answer:
-        return self._replay(arguments["step"], arguments["at"]).to_dict()
+        done = self._replay(arguments["step"], arguments["at"])
+        text = f"step {done.step} with the weights of step {done.weights}: loss {done.loss:.4f}"
+        return {**done.to_dict(), "text": text}
 
     def _replay(self, step: int, at: str | int) -> ReplayResult:
         t, policy = self.trainer, self.trainer.plan.policy

@@ -19,6 +19,7 @@ from deepseek.monitor.commands import Commands
 from deepseek.monitor.control import request, trainer, validate, wait
 from deepseek.recipes import control
 from deepseek.recipes.pretrain import PretrainConfig, pretrain, resume_run
+from deepseek.recipes.replay import replay_run
 from deepseek.recipes.rollback import FILE as SKIPS
 from deepseek.recipes.rollback import read_rewinds
 from deepseek.train import Stop
@@ -263,22 +264,29 @@ def test_a_stop_request_ends_a_pause(config: PretrainConfig, tmp_path: Path) -> 
 def test_a_run_that_has_ended_says_so_with_the_way_out(straight: Path, tmp_path: Path) -> None:
     assert trainer(straight) is None
     way_out = {
-        ("pause", None): f"deepseek resume {straight}",
-        ("replay", 5): f"deepseek replay {straight} --step 5",
-        ("rollback_skip", 5): f"deepseek resume {straight} --skip 5:6",
+        "pause": f"deepseek resume {straight}",
+        "rollback_skip": f"deepseek resume {straight} --skip 5:6",
     }
-    for (action, step), command in way_out.items():
-        arguments: dict[str, Any] = (
-            {} if step is None else {"step": step} if action == "replay" else {"skip": [5, 6]}
-        )
-        with pytest.raises(RunError, match="is not training \\(finished at step 12\\)") as refused:
-            request(straight, action, arguments)
+    for action, command in way_out.items():
+        with pytest.raises(RunError, match=r"is not training \(finished at step 12\)") as refused:
+            request(straight, action, {"skip": [5, 6]} if action == "rollback_skip" else {})
         assert command in str(refused.value)
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     number = request(run, "quarantine", {"documents": [{"source": "corpus", "path": "000.txt"}]}, by="me")
     assert wait(run, number).result["from_step"] == STEPS + 1
     assert json.loads((run / "quarantine.jsonl").read_text())["by"] == "me"
+
+
+@pytest.mark.slow
+def test_a_replay_of_a_run_that_has_ended_is_done_all_the_same(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    answer = wait(run, request(run, "replay", {"step": 8}, by="me"), 60)
+    assert answer.status == "done", answer.result
+    assert answer.result["loss"] == pytest.approx(replay_run(run, 8).loss, rel=1e-6)
+    failed = wait(run, request(run, "replay", {"step": 2}), 60)
+    assert "no checkpoint before step 2" in failed.result["error"]
 
 
 def test_commands_left_by_a_dead_trainer_are_answered(
