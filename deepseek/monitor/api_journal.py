@@ -13,7 +13,7 @@ from starlette.routing import Route
 from deepseek.errors import ConfigError, RunError
 from deepseek.monitor import control
 from deepseek.monitor.library import Library
-from deepseek.monitor.openrun import OpenRun
+from deepseek.monitor.openrun import OpenRun, light
 from deepseek.monitor.store import STATUSES
 from deepseek.monitor.wire import BadRequest, Json, body, integer, text
 
@@ -43,9 +43,7 @@ class JournalApi:
 
     def incidents(self, request: Request) -> Response:
         """Every incident, without its gradient map and samples: those come with the one that is opened."""
-        heavy = ("gradient_map", "samples")
-        found = self._run(request).incidents()
-        return Json([{k: v for k, v in incident.items() if k not in heavy} for incident in found])
+        return Json([light(incident) for incident in self._run(request).incidents()])
 
     def incident(self, request: Request) -> Response:
         return Json(_known_incident(self._run(request), request))

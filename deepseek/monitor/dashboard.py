@@ -157,7 +157,7 @@ def bind(host: str, port: int | None) -> socket.socket:
     ports = range(PORT, PORT + TRIES) if port is None else [port]
     problem: OSError | None = None
     for number in ports:
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on
         try:
             if sys.platform != "win32":  # there it would let two servers share a port
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -23,7 +23,8 @@ from deepseek.monitor.units import finite
 
 STORE = "monitor"  #: the directory in a run that holds its store
 SPARK = 48  #: points of the small loss curve in the list of runs
-FRESH = 0.2  #: seconds for which what was read of the files is good
+FRESH = 0.1  #: seconds for which what was read of the files is good
+MOST_KEPT = 1_000_000  #: points of windows that are kept in memory
 MOST_CELLS = 500_000  #: of the heat maps of one answer
 CONFIG_BYTES = 256 << 10
 
@@ -42,6 +43,8 @@ class OpenRun:
         self.log = EventLog(path / EVENTS_FILE)
         self._refreshed = -FRESH
         self._spark: tuple[int, list[float | None]] = (-1, [])
+        self._windows: dict[tuple[Any, ...], Window] = {}
+        self._windows_of, self._windows_size = (0, -1), 0
         self._store: RunStore | None = None
         self._incidents: tuple[tuple[int, ...], list[dict[str, Any]]] = ((), [])
         self._replay: Replay | None = None
@@ -170,14 +173,28 @@ class OpenRun:
     def window(self, name: str, start: int | None, stop: int | None, points: int) -> dict[str, Any]:
         """One series between two steps at no more than ``points`` points, as the page draws it."""
         with self.lock:
-            return window_dict(self.reader.read(name, start, stop, points=points))
+            return window_dict(self._read(name, start, stop, points))
+
+    def _read(self, name: str, start: int | None, stop: int | None, points: int) -> Window:
+        """A window, kept for who asks for the same of the same state: another client, another look."""
+        state = (id(self.reader), self.reader.version)
+        if state != self._windows_of:
+            self._windows_of, self._windows, self._windows_size = state, {}, 0
+        key = (name, start, stop, points)
+        found = self._windows.get(key)
+        if found is None:
+            found = self._windows[key] = self.reader.read(name, start, stop, points=points)
+            self._windows_size += len(found)
+            while self._windows_size > MOST_KEPT and len(self._windows) > 1:
+                self._windows_size -= len(self._windows.pop(next(iter(self._windows))))
+        return found
 
     def table(
         self, names: list[str], label: str, start: int | None, stop: int | None, points: int
     ) -> dict[str, Any]:
         """Several series on one axis: ``{"steps": [n], label: [names][n]}``, the mean of each point."""
         with self.lock:
-            windows = [self.reader.read(name, start, stop, points=points) for name in names]
+            windows = [self._read(name, start, stop, points) for name in names]
         steps = np.unique(np.concatenate([w.step for w in windows])) if windows else np.empty(0, np.int64)
         values = np.full((len(windows), len(steps)), np.nan, np.float32)
         for row, window in zip(values, windows):
@@ -263,6 +280,11 @@ class OpenRun:
         found = [page for page, prefixes in starts.items() if any(n.startswith(prefixes) for n in names)]
         found += ["lineage"] if self.store.lineage() or self.log.named("rollback") else []
         return found + (["inspect"] if self._checkpoints() else [])
+
+
+def light(incident: dict[str, Any]) -> dict[str, Any]:
+    """An incident without what is heavy; that comes when it is opened."""
+    return {key: value for key, value in incident.items() if key not in ("gradient_map", "samples")}
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

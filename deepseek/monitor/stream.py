@@ -23,10 +23,11 @@ import anyio.to_thread
 import numpy as np
 
 from deepseek.monitor.follow import RowFollower
-from deepseek.monitor.openrun import OpenRun
+from deepseek.monitor.openrun import OpenRun, light
 from deepseek.monitor.wire import encode
 
 INTERVAL = 0.2  #: seconds between two looks at the files
+STATUS_INTERVAL = 1.0  #: seconds between two looks at the run as a whole
 RING = 512  #: messages that a slow client may lag behind
 RING_BYTES = 8 << 20
 HEARTBEAT = 15.0  #: seconds of silence after which a comment is sent, so that proxies keep the connection
@@ -119,18 +120,22 @@ class Watcher:
         self._stamp: tuple[int, ...] = ()
         self._known: dict[tuple[str, str], bytes] | None = None
         self._status: dict[str, Any] = {}
-        self._told = 0.0
+        self._told = -STATUS_INTERVAL
         self._lost = ""
 
     def look(self) -> list[tuple[str, Any]]:
         """Raises what reading the run's files raises."""
-        summary = self.run.summary()
         found = [*self._rows(), *self._journal()]
-        status = {k: v for k, v in summary.items() if k != "spark"}
-        changed = status["status"] != self._status.get("status") or self._lost
-        if status != self._status and (changed or time.monotonic() - self._told >= 1.0):
-            self._status, self._told, self._lost = status, time.monotonic(), ""
+        now = time.monotonic()
+        if now - self._told < STATUS_INTERVAL and not self._lost:
+            return found
+        try:
+            status = {k: v for k, v in self.run.summary().items() if k != "spark"}
+        except Exception as error:
+            return found + self.lost(error)  # what was found before is told all the same
+        if status != self._status or self._lost:
             found.append(("status", status))
+        self._status, self._told, self._lost = status, now, ""
         return found
 
     def _journal(self) -> list[tuple[str, Any]]:
@@ -139,7 +144,7 @@ class Watcher:
         if stamp == self._stamp:
             return []
         self._stamp = stamp
-        found: list[tuple[str, Any]] = [("incident", incident) for incident in self.run.incidents()]
+        found: list[tuple[str, Any]] = [("incident", light(incident)) for incident in self.run.incidents()]
         found += [("action", command.to_dict()) for command in self.run.store.commands()]
         texts = {(kind, str(content["id"])): encode(content) for kind, content in found}
         before, self._known = self._known, texts
@@ -155,6 +160,7 @@ class Watcher:
         return [("status", {"id": self.run.name, "status": "gone", "error": str(error)})]
 
     def _rows(self) -> list[tuple[str, Any]]:
+        self.run.refresh()
         reader = self.run.reader
         if self._rows_of is None or self._rows_of.reader is not reader:
             self._rows_of = RowFollower(reader)
