@@ -226,6 +226,31 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Look into a model: suspect heads and experts first, then the figures of all; on a live run too."""
+
+    run: Positional[str]  # a run, one of its checkpoints, or a Hugging Face directory
+    step: int | None = None  # the checkpoint to look at, instead of the newest
+    text: str = ""  # a text file to look with, instead of the run's held-out documents
+    ablate: bool = False  # also measure the loss without each head and each expert
+    device: str = "auto"
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.recipes.inspect import inspect_run, render
+
+        done = inspect_run(
+            self.run, self.step, self.text or None, ablate=self.ablate, device=self.device,
+            progress=None if self.json else _progress("parts taken out"),
+        )  # fmt: skip
+        if self.json:
+            _print_json({**done.found, "ablation": done.ablation})
+        else:
+            render(done)
+        return 0
+
+
+@dataclass(frozen=True)
 class Runs:
     """List the runs below a directory and their state."""
 
@@ -376,6 +401,7 @@ Command = (
     | Annotated[Export, subcommand("export")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Monitor, subcommand("monitor")]
     | Annotated[Act, subcommand("act")]
@@ -525,6 +551,16 @@ def _show_dry_run(facts: dict[str, Any], derived: Sequence[tuple[str, str, str]]
         f"{facts['peak_flops'] / 1e9:,.0f} GFLOP/s",
     }
     table([{"what": name, "value": value} for name, value in rows.items()])
+
+
+def _progress(what: str) -> Any:
+    """``progress(done, of)`` that writes one line again and again on a terminal, and nothing elsewhere."""
+
+    def told(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {of} {what}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    return told
 
 
 def _read_stdin() -> str:

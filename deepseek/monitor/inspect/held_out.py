@@ -15,12 +15,13 @@ import torch
 from deepseek.assemble import Loaded, Run
 from deepseek.batch import Batch
 from deepseek.config import from_dict, load_toml
-from deepseek.data import Tokenizer, prepare
+from deepseek.data import Corpus, Tokenizer, prepare
 from deepseek.data.corpus import DataConfig
 from deepseek.errors import DataError, RunError
 from deepseek.models import ModelConfig
 
 TOKENS = 4096  #: positions a model is looked at with, unless told
+LONG = 8192  #: positions of the row that attention maps show, at most
 LENGTH = 512  #: positions of a row, unless the model or the run is shorter
 
 
@@ -68,6 +69,15 @@ def row_length(run: Path | None, config: ModelConfig) -> int:
 
 def _from_corpus(loaded: Loaded, rows: int, length: int) -> HeldOut | None:
     """The first held-out rows of the run's corpus; ``None`` when it holds none out."""
+    corpus = _corpus(loaded)
+    if corpus.held_out is None:
+        return None
+    batch = next(iter(corpus.eval_batches(rows=rows, length=length)), None)
+    return None if batch is None else HeldOut(batch, corpus.tokenizer, "the run's held-out documents")
+
+
+def _corpus(loaded: Loaded) -> Corpus:
+    """The run's corpus, found again. Raises ``DataError`` when it is not the one the model was trained on."""
     run = Run.open(loaded.path)
     table = load_toml(run.config_path).get("data")
     config = from_dict(DataConfig, table if isinstance(table, dict) else {}, "data")
@@ -77,10 +87,7 @@ def _from_corpus(loaded: Loaded, rows: int, length: int) -> HeldOut | None:
             f"the corpus of {run.path} has changed: its tokenizer is not the one that the model was trained with; "
             "restore the files that data.sources names, or look at the model with --text FILE"
         )
-    if corpus.held_out is None:
-        return None
-    batch = next(iter(corpus.eval_batches(rows=rows, length=length)), None)
-    return None if batch is None else HeldOut(batch, corpus.tokenizer, "the run's held-out documents")
+    return corpus
 
 
 def read_text(path: Path) -> str:
@@ -124,3 +131,25 @@ def _standard_library() -> str:
     if not texts:
         raise RunError("this Python has no sources of its standard library; give a text with --text FILE")
     return "\n".join(texts)
+
+
+def long_row(loaded: Loaded, text: Path | str | None = None, longest: int = LONG) -> torch.Tensor:
+    """One document, as long as the model takes and at most ``longest`` positions: int64 ``[1, T]``.
+
+    From the run's held-out documents the longest is taken; else ``text``, or the standard library's sources.
+    """
+    limit = min(longest, loaded.model.config.max_length)
+    if text is None and (loaded.path / "config.toml").is_file():
+        found = _longest_document(loaded, limit)
+        if found is not None:
+            return found
+    words = read_text(Path(text)) if text is not None else _standard_library()
+    return text_batch(loaded, words, 1, limit).tokens
+
+
+def _longest_document(loaded: Loaded, limit: int) -> torch.Tensor | None:
+    corpus = _corpus(loaded)
+    if corpus.held_out is None or not len(corpus.held_out):
+        return None
+    longest = int(corpus.held_out.records["length"].argmax())
+    return torch.tensor([corpus.held_out.tokens(longest, 0, limit).tolist()])
