@@ -1,0 +1,459 @@
+"""The detectors: each looks at one row against the baselines and says what is wrong, in a sentence with numbers.
+
+They are small and independent; ``detect.Watch`` runs all of them and merges what they say. A detector keeps what it
+has to remember in ``memory``, a dictionary that JSON can hold, so that a resumed run goes on where it stopped.
+
+Thresholds were set on the tuning half of the public curves and on the tuning seeds of injected faults
+(benchmarks/bench_detect.py); the figures in LOG.md come from the other half and the other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deepseek.config import configclass
+from deepseek.errors import ConfigError
+from deepseek.monitor.baseline import FIRST, Baselines, Floats, Ints, Scores
+
+NUMBERS, CLOCK, MEMORY = "numbers", "clock", "memory"  #: families: alarms of one family make one incident
+
+
+@configclass
+class DetectConfig:
+    """How much evidence an alarm needs. Sums are in standard deviations, see ``baseline``."""
+
+    loss_sum: float = 22.0  # cumulative sum of the loss above its forecast
+    loss_drop_sum: float = 22.0  # below it: repeated or leaked data
+    gradient_sum: float = 16.0
+    habit: float = 2.0  # a sum must also exceed what the series has done before, by this factor
+    growth: float = 10.0  # the gradient norm over its level, when it grows three rows in a row
+    settled: int = 100  # step from which growth counts: at the start of training norms are wild
+    slow_ratio: float = 1.03  # of the usual step time
+    lost_seconds: float = 2.0  # time lost to slow steps before it is worth an alarm
+    rank_ratio: float = 1.05  # of the other ranks' step time
+    idle_factor: float = 8.0  # step times without a row: a hang
+    idle_seconds: float = 10.0  # and at least so long
+    dead_rows: int = 10  # rows without tokens before an expert is called dead
+    psi: float = 0.25  # population stability index: the customary bound of a major shift
+    merge_rows: int = 100  # alarms this close belong to one incident
+    window: int = 200  # steps before and after that an incident shows
+    rows: int = 512  # rows kept for looking back
+
+    def check(self) -> None:
+        for name in ("loss_sum", "loss_drop_sum", "gradient_sum", "habit", "growth", "lost_seconds", "psi"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"detect.{name}={getattr(self, name)} must be positive")
+        if self.rows < 2 * self.window:
+            raise ConfigError(f"detect.rows={self.rows} must hold both sides of detect.window={self.window}")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a detector found in a row. ``score`` is in standard deviations, or another figure the text names."""
+
+    kind: str
+    series: str
+    step: int
+    value: float
+    score: float
+    text: str
+    severity: str = "warning"
+    family: str = NUMBERS
+
+
+class Groups:
+    """Places of series by pattern, such as ``layer/*/grad_norm``; looked up again only when series were added."""
+
+    def __init__(self, base: Baselines) -> None:
+        self._base, self._known = base, dict[str, tuple[int, list[str], Ints]]()
+
+    def __call__(self, head: str, tail: str) -> tuple[list[str], Ints]:
+        """The middle parts and places of every ``{head}/{middle}/{tail}``."""
+        key, size = f"{head}/*/{tail}", len(self._base.names)
+        found = self._known.get(key)
+        if found is None or found[0] != size:
+            names = [n for n in self._base.names if n.startswith(f"{head}/") and n.endswith(f"/{tail}")]
+            labels = [n[len(head) + 1 : -len(tail) - 1] for n in names]
+            places = np.array([self._base.place[n] for n in names], np.int64)
+            found = self._known[key] = (size, labels, places)
+        return found[1], found[2]
+
+
+@dataclass(frozen=True)
+class View:
+    """A row with everything known about it. ``before`` is the slot of the previous row, ``now`` of this one."""
+
+    step: int
+    time: float
+    row: Mapping[str, float]
+    scores: Scores
+    base: Baselines
+    groups: Groups
+
+    @property
+    def now(self) -> int:
+        return (self.base.seen - 1) % self.base.rows
+
+    def place(self, name: str) -> int | None:
+        return self.base.place.get(name) if name in self.row else None
+
+    def values(self, index: Ints) -> Floats:
+        """This row's values of some series; ``nan`` where the row lacks one."""
+        return self.base.values[self.now, index].astype(np.float64)
+
+    def z(self, index: Ints) -> Floats:
+        return self.base.z[self.now, index].astype(np.float64)
+
+
+class Detector(ABC):
+    """``check(view)`` yields alarms."""
+
+    def __init__(self, config: DetectConfig) -> None:
+        self.config = config
+        self.memory: dict[str, Any] = {}
+
+    @abstractmethod
+    def check(self, view: View) -> Iterator[Alarm]: ...
+
+
+class Excess(Detector):
+    """The loss or the gradient norm has been too high for too long, or far too high at once: a cumulative sum."""
+
+    WATCHED: ClassVar[tuple[tuple[str, str, str, str], ...]] = (
+        ("train/loss", "up", "loss_spike", "loss_sum"),
+        ("train/loss", "down", "data_drift", "loss_drop_sum"),
+        ("train/grad_norm", "up", "gradient_spike", "gradient_sum"),
+    )
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        for series, side, kind, bound in self.WATCHED:
+            place = view.place(series)
+            if place is None:
+                continue
+            sums = view.base.up if side == "up" else view.base.down
+            total, least = float(sums[place]), getattr(self.config, bound)
+            habit = self.memory.get(f"{series} {side}", 0.0)
+            if total > max(least, self.config.habit * habit):
+                sums[place] = 0.0
+                z, value = float(view.base.z[view.now, place]), view.row[series]
+                yield Alarm(
+                    kind, series, view.step, value, total, self._text(view, series, side, z, value, place)
+                )
+            else:
+                self.memory[f"{series} {side}"] = max(habit * 0.9995, total)
+
+    @staticmethod
+    def _text(view: View, series: str, side: str, z: float, value: float, place: int) -> str:
+        name = {"train/loss": "loss", "train/grad_norm": "gradient norm"}[series]
+        where = "above" if side == "up" else "below"
+        return f"{name} {value:.4g}, {abs(z):.1f} standard deviations {where} {view.base.expected(place):.4g}"
+
+
+class Growth(Detector):
+    """The gradient norm multiplies row after row: the lead of a blow-up, however short the history.
+
+    In BLOOM-176B's spike it went 0.24, 0.95, 2.4, 16 while the loss was still near its level.
+    """
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        place = view.place("train/grad_norm")
+        if place is None or view.step < self.config.settled or view.base.seen < 4:
+            return
+        last = view.base.values[view.base.recent(4), place]
+        if not (np.isfinite(last).all() and last[0] > 0 and (last[1:] > 1.3 * last[:-1]).all()):
+            return
+        steps = view.base.steps[view.base.recent(4)]
+        ratio = float(last[3] / last[0])
+        if steps[3] - steps[0] == 3 * (steps[3] - steps[2]) and ratio >= self.config.growth:
+            yield Alarm(
+                "gradient_spike",
+                "train/grad_norm",
+                view.step,
+                float(last[3]),
+                math.log(ratio) / 0.3,
+                f"gradient norm grew {ratio:.0f} times in three steps: "
+                + ", ".join(f"{v:.3g}" for v in last),
+            )
+
+
+class NonFinite(Detector):
+    """NaN or infinity in the loss, the gradient norm or a layer's activations.
+
+    A single infinite gradient norm beside a loss scale is how dynamic loss scaling works, and left to ``Precision``.
+    """
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        if len(view.scores.index) == len(view.row):
+            return
+        scaled = "precision/loss_scale" in view.row and math.isfinite(view.row.get("train/loss", 0.0))
+        for name, value in view.row.items():
+            if math.isfinite(value) or not name.startswith(("train/loss", "train/grad_norm", "layer/")):
+                continue
+            if scaled and "grad" in name:
+                continue
+            if view.step - self.memory.get("step", -(10**9)) > self.config.merge_rows:
+                yield Alarm("nan", name, view.step, value, math.inf, f"{name} is {value}", "critical")
+            self.memory["step"] = view.step
+            return
+
+
+class Divergence(Detector):
+    """The loss has left its best level and does not come back."""
+
+    ROWS = 40
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        place = view.place("train/loss")
+        if (
+            place is None
+            or view.base.count[place] < 2 * self.ROWS
+            or not math.isfinite(view.row["train/loss"])
+        ):
+            return
+        level, spread = float(view.base.level[place]), float(view.base.spread[place])
+        best = self.memory.get("best", level)
+        margin = max(3 * self.memory.get("spread", spread), 0.04 * abs(best))
+        above = self.memory.get("above", 0) + 1 if level > best + margin else 0
+        self.memory.update(above=above)
+        if level <= best:
+            self.memory.update(best=level, spread=spread)
+        if above == self.ROWS:
+            text = f"loss level {level:.4g}, for {above} steps above its best {best:.4g} by more than {margin:.2g}"
+            score = (level - best) / self.memory.get("spread", spread)
+            yield Alarm(
+                "divergence", "train/loss", view.step, view.row["train/loss"], score, text, "critical"
+            )
+
+
+class Precision(Detector):
+    """The number format is too small: the loss scale collapses, or steps are skipped again and again."""
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        yield from self._scale(view)
+        lost = view.row.get("train/skipped", 0.0) > 0 or view.row.get("precision/nonfinite", 0.0) > 0
+        history = [*self.memory.get("lost", []), int(lost)][-20:]
+        self.memory["lost"] = history
+        if lost and sum(history) == 3 and sum(history[-6:]) >= 2:
+            yield Alarm(
+                "precision", "precision/nonfinite", view.step, 3.0, 3.0,
+                f"{sum(history)} of the last {len(history)} steps had non-finite gradients",
+            )  # fmt: skip
+
+    def _scale(self, view: View) -> Iterator[Alarm]:
+        scale = view.row.get("precision/loss_scale")
+        if scale is None or not scale > 0:
+            return
+        recent = [*self.memory.get("scale", []), scale][-30:]
+        self.memory["scale"] = recent
+        fall = max(recent) / scale
+        if fall >= 8:
+            self.memory["scale"] = [scale]
+            yield Alarm(
+                "precision", "precision/loss_scale", view.step, scale, math.log2(fall),
+                f"loss scale fell {fall:.0f} times within {len(recent)} steps, to {scale:.4g}",
+            )  # fmt: skip
+
+
+class Experts(Detector):
+    """Experts that get no tokens any more, and routers that send everything to a few of them.
+
+    Layers with as many experts as each other are looked at together: arrays are ``[L, E]``.
+    """
+
+    ROWS = 5
+
+    def __init__(self, config: DetectConfig) -> None:
+        super().__init__(config)
+        self._size, self._found = -1, dict[int, tuple[list[str], Ints]]()
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        for size, (layers, places) in self._layers(view).items():
+            load = view.values(places)
+            total = load.sum(1, keepdims=True)
+            if np.isfinite(total).all() and (total > 0).all():
+                load = load / total
+                yield from self._dead(view, size, layers, load)
+                yield from self._collapse(view, size, layers, load)
+
+    def _layers(self, view: View) -> dict[int, tuple[list[str], Ints]]:
+        """Layers and places ``[L, E]`` by the number of experts."""
+        if self._size != len(view.base.names):
+            self._size, by_layer = len(view.base.names), dict[str, list[int]]()
+            labels, places = view.groups("expert", "load")
+            for label, place in zip(labels, places, strict=True):
+                by_layer.setdefault(label.split("/")[0], []).append(int(place))
+            sizes = sorted({len(p) for p in by_layer.values() if len(p) > 1})
+            self._found = {
+                n: ([x for x, p in by_layer.items() if len(p) == n],
+                    np.array([p for p in by_layer.values() if len(p) == n], np.int64))
+                for n in sizes
+            }  # fmt: skip
+        return self._found
+
+    def _recall(self, key: str, start: Floats) -> Floats:
+        """What was kept under ``key``, if it still has the shape of ``start``."""
+        kept = self.memory.get(key)
+        kept = start if kept is None else np.asarray(kept, float)
+        return kept if kept.shape == start.shape else start
+
+    def _dead(self, view: View, size: int, layers: list[str], load: Floats) -> Iterator[Alarm]:
+        fair = 1 / size
+        run, mean = self._recall(f"run {size}", np.zeros_like(load)), self._recall(f"mean {size}", load)
+        low = load < np.minimum(0.05 * fair, 0.2 * mean)
+        run = np.where(low, run + 1, 0.0)
+        mean = np.where(low, mean, 0.95 * mean + 0.05 * load)
+        self.memory[f"run {size}"], self.memory[f"mean {size}"] = run, mean
+        if run.max() < self.config.dead_rows:
+            return
+        for k, e in np.argwhere((run == self.config.dead_rows) & (mean > 0.15 * fair)).tolist():
+            name = view.base.names[self._found[size][1][k, e]]
+            yield Alarm(
+                "dead_expert", name, view.step, float(load[k, e]), float(mean[k, e] / fair),
+                f"expert {name.split('/')[2]} of layer {layers[k]} got no tokens for {int(run[k, e])} steps "
+                f"(its share was {mean[k, e]:.1%})",
+            )  # fmt: skip
+
+    def _collapse(self, view: View, size: int, layers: list[str], load: Floats) -> Iterator[Alarm]:
+        entropy = -(load * np.log(np.maximum(load, 1e-12))).sum(1) / math.log(size)
+        usual = self._recall(f"entropy {size}", entropy)
+        low, n = self._recall(f"low {size}", np.zeros(len(layers))), self.memory.get(f"n {size}", 0)
+        falls = (entropy < np.minimum(0.75 * usual, usual - 0.15)) & (n >= 20)
+        low = np.where(falls, low + 1, 0.0)
+        usual = np.where(falls, usual, usual + max(0.03, 1 / (n + 1)) * (entropy - usual))
+        for k in np.nonzero(low == self.ROWS)[0]:
+            top = int(load[k].argmax())
+            name = view.base.names[self._found[size][1][k, top]]
+            yield Alarm(
+                "router_collapse", name, view.step, float(load[k, top]), float(usual[k] - entropy[k]) * 20,
+                f"layer {layers[k]} sends {load[k, top]:.0%} of its tokens to expert {name.split('/')[2]}; entropy of "
+                f"the load {entropy[k]:.2f} of 1, usually {usual[k]:.2f}", "critical",
+            )  # fmt: skip
+        settled = low >= 10 * self.ROWS  # it has become the usual
+        usual, low = np.where(settled, entropy, usual), np.where(settled, 0.0, low)
+        self.memory.update({f"entropy {size}": usual, f"low {size}": low, f"n {size}": n + 1})
+
+
+class Sources(Detector):
+    """A source of data changes: its loss, length, entropy, duplicates, or the stability index of its tokens."""
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        for metric in ("loss", "length", "entropy", "duplicates"):
+            labels, places = view.groups("data", metric)
+            if not len(places):
+                continue
+            up, down = view.base.up[places], view.base.down[places]
+            bound = self.config.loss_sum
+            for k in np.nonzero((up > bound) | ((down > bound) & (metric != "duplicates")))[0]:
+                view.base.forget(places[k : k + 1])
+                yield self._alarm(view, f"data/{labels[k]}/{metric}", float(max(up[k], down[k])))
+        yield from self._psi(view)
+
+    def _psi(self, view: View) -> Iterator[Alarm]:
+        for source in view.groups("data", "psi")[0]:
+            name = f"data/{source}/psi"
+            value = view.row.get(name)
+            if value is None:
+                continue
+            run = self.memory.get(name, 0) + 1 if value > self.config.psi else 0
+            self.memory[name] = run
+            if run == 3:
+                yield self._alarm(view, name, value / self.config.psi)
+
+    @staticmethod
+    def _alarm(view: View, name: str, score: float) -> Alarm:
+        value, usual = view.row.get(name, math.nan), view.base.expected(view.base.place[name])
+        source, metric = name.split("/", 1)[1].rsplit("/", 1)
+        text = f"source {source}: {metric} {value:.4g}, expected {usual:.4g}"
+        return Alarm("data_drift", name, view.step, value, score, text)
+
+
+class Weights(Detector):
+    """A weight norm changed by more than the update that was made: the optimizer did not write that.
+
+    By the triangle inequality the norm of ``w + d`` differs from that of ``w`` by at most ``|d|``, the update ratio
+    times ``|w|``. What is left over came from elsewhere: a flipped bit, a bad copy, a bug that writes.
+    """
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        labels, places = view.groups("layer", "weight_norm")
+        if not len(places):
+            return
+        now = view.values(places)
+        last = np.asarray(self.memory.get("norm", []), float)
+        gap = view.step - self.memory.get("step", view.step)
+        if np.isfinite(now).any():
+            self.memory.update(norm=[v if math.isfinite(v) else 0.0 for v in now.tolist()], step=view.step)
+        if len(last) != len(now) or gap < 1:
+            return
+        change = np.abs(now - last) / np.maximum(last, 1e-30)
+        allowed = self._allowed(view, labels) * gap
+        odd = (change > 3 * allowed + 0.01) & (last > 0) & (change > 10 * np.nanmedian(change))
+        for k in np.nonzero(odd)[0][:3]:
+            yield Alarm(
+                "corruption", f"layer/{labels[k]}/weight_norm", view.step, float(now[k]),
+                float(min(change[k] / (allowed[k] + 1e-3), 1e6)),
+                f"weights of layer {labels[k]} went from norm {last[k]:.4g} to {now[k]:.4g}, {change[k]:.2%}, while an "
+                f"update changes them by {allowed[k]:.2%} at most", "critical",
+            )  # fmt: skip
+
+    @staticmethod
+    def _allowed(view: View, labels: list[str]) -> Floats:
+        """The most that an update may change each layer by, relative to its weights."""
+        known, places = view.groups("layer", "update_ratio")
+        ratio = np.full(len(labels), np.nan)
+        if len(places):
+            at = {label: k for k, label in enumerate(known)}
+            where = np.array([at.get(label, -1) for label in labels])
+            now, usual = view.values(places), np.exp(np.minimum(view.base.level[places], 700.0))
+            # An update that holds the corruption itself says nothing: no more than a few times the usual one.
+            limit = np.where(view.base.count[places] > FIRST, np.fmin(now, 5 * usual), now)
+            ratio = np.where(where >= 0, limit[where], np.nan)
+        middle = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else 0.02
+        return np.fmax(np.where(np.isfinite(ratio), ratio, 0.02), middle)
+
+
+class Updates(Detector):
+    """Updates of most layers change size at once, in proportion to the weights: learning rate, betas, epsilon."""
+
+    ROWS = 2
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        _, places = view.groups("layer", "update_ratio")
+        if len(places) < 2:
+            return
+        now = view.values(places)
+        if not np.isfinite(now).any() or float(np.nanmax(now)) <= 0 or view.base.count[places].min() < 40:
+            return
+        z = float(np.median(view.z(places)))
+        factor = float(np.nanmedian(now / np.exp(np.minimum(view.base.level[places], 700.0))))
+        reference = self.memory.get("reference")
+        if reference is None:
+            odd = abs(z) > 5 and (factor > 2 or factor < 0.5)
+            self.memory["reference"] = float(np.nanmedian(now) / factor) if odd else None
+            self.memory["run"] = int(odd)
+        else:
+            factor = float(np.nanmedian(now)) / reference
+            odd = factor > 2 or factor < 0.5
+            self.memory["run"] = self.memory["run"] + 1 if odd else 0
+            if not odd or self.memory["run"] > 200:
+                self.memory["reference"] = None
+        if self.memory["run"] == self.ROWS or (self.memory["run"] == 1 and (factor > 8 or factor < 0.1)):
+            yield Alarm(
+                "update", "layer/*/update_ratio", view.step, float(np.nanmedian(now)), abs(z),
+                f"updates of {len(places)} layers are {factor:.2g} times as large as usual",
+            )  # fmt: skip
+            self.memory["run"] = self.ROWS + 1
+
+
+def row_detectors(config: DetectConfig) -> list[Detector]:
+    """One of each of this file."""
+    kinds: tuple[type[Detector], ...] = (
+        Excess, Growth, NonFinite, Divergence, Precision, Experts, Sources, Weights, Updates,
+    )  # fmt: skip
+    return [kind(config) for kind in kinds]
