@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek import data, events, math, models, nn
+    from deepseek import data, events, math, models, monitor, nn
     from deepseek.batch import Batch
     from deepseek.data import DataConfig, SourceConfig, Tokenizer, prepare, train_tokenizer
     from deepseek.errors import (
@@ -90,7 +90,7 @@ _HOMES = {
     "resume": "deepseek.recipes.pretrain:resume_run",
     "train_tokenizer": "deepseek.data",
 }
-_PACKAGES = ("data", "events", "math", "models", "nn")
+_PACKAGES = ("data", "events", "math", "models", "monitor", "nn")
 
 __all__ = [
     "AttentionConfig", "Batch", "CheckpointConfig", "CheckpointError", "Completion", "ConfigError", "DataConfig",
@@ -98,7 +98,7 @@ __all__ = [
     "ModelConfig", "OptimConfig", "ParallelConfig", "PretrainConfig", "RunError", "SamplingConfig", "ScheduleConfig",
     "SourceConfig", "Tokenizer", "TrainingConfig", "TrainingError", "Transformer", "WeightsError", "__version__",
     "activation_checkpoint", "data", "emit", "evaluate", "events", "export", "fit", "jit", "load", "math", "models",
-    "nn", "prepare", "pretrain", "read_config", "register_op", "resume", "train_tokenizer",
+    "monitor", "nn", "prepare", "pretrain", "read_config", "register_op", "resume", "train_tokenizer",
 ]  # fmt: skip
 
 

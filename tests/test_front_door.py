@@ -48,6 +48,7 @@ NAMES = [
     "load",
     "math",
     "models",
+    "monitor",
     "nn",
     "prepare",
     "pretrain",
