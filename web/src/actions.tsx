@@ -7,7 +7,7 @@ import { Dialog } from "./dialog";
 import { ago, grouped } from "./format";
 import { Icon } from "./icons";
 import { useRun } from "./run";
-import { t } from "./text";
+import { t, word } from "./text";
 
 export interface Action {
   action: string;
@@ -44,7 +44,7 @@ export const ACTIONS: Record<string, Action> = {
   capture: { action: "capture", label: "Capture 3 steps", icon: "camera", effect: "The profiler records the next three steps. They run slower while it does; the trace then opens in the viewer with a verdict on the bottleneck." },
 };
 
-export function ActionButton({ name, incident, values, label }: { name: string; incident?: Incident; values?: Record<string, unknown>; label?: string }) {
+export function ActionButton({ name, incident, values, label, detail }: { name: string; incident?: Incident; values?: Record<string, unknown>; label?: string; detail?: string }) {
   const run = useRun();
   const action = ACTIONS[name];
   const [asking, setAsking] = useState(false);
@@ -58,6 +58,7 @@ export function ActionButton({ name, incident, values, label }: { name: string; 
         <Confirm
           action={action}
           incident={incident}
+          detail={detail}
           onClose={() => setAsking(false)}
           onYes={async () => {
             await send<Command>("POST", runPath(run.id, "/actions"), { action: name, incident: incident?.id, arguments: values ?? {} });
@@ -70,7 +71,7 @@ export function ActionButton({ name, incident, values, label }: { name: string; 
   );
 }
 
-function Confirm({ action, incident, onYes, onClose }: { action: Action; incident?: Incident; onYes: () => Promise<void>; onClose: () => void }) {
+function Confirm({ action, incident, detail, onYes, onClose }: { action: Action; incident?: Incident; detail?: string; onYes: () => Promise<void>; onClose: () => void }) {
   const [busy, setBusy] = useState(false);
   const [failed, setFailed] = useState<string | null>(null);
   const press = async () => {
@@ -85,6 +86,7 @@ function Confirm({ action, incident, onYes, onClose }: { action: Action; inciden
   return (
     <Dialog title={`${t(action.label)}?`} onClose={onClose}>
       <p class="effect">{t(action.effect)}</p>
+      {detail && <p class="effect-detail">{detail}</p>}
       {incident && <p class="note">{t("Incident at step {step}: {title}", { step: grouped(incident.step), title: incident.title })}</p>}
       {failed && <p class="failed" role="alert">{failed}</p>}
       <footer>
@@ -124,8 +126,8 @@ export function Commands({ only }: { only?: (c: Command) => boolean }) {
     <ol class="commands" aria-live="polite" aria-label={t("Actions and their results")}>
       {list.map((c) => (
         <li key={c.id} class={`command ${c.status}`}>
-          <span class="command-state">{t(c.status)}</span>
-          <b>{t(ACTIONS[c.action]?.label ?? c.action)}</b>
+          <span class="command-state">{word(c.status)}</span>
+          <b>{word(ACTIONS[c.action]?.label ?? c.action)}</b>
           <span class="command-result">{answered(c.result)}</span>
           <small>{ago(c.time ?? c.created)}</small>
         </li>
@@ -137,8 +139,9 @@ export function Commands({ only }: { only?: (c: Command) => boolean }) {
 export function answered(result: unknown): string {
   if (result === null || result === undefined) return "";
   if (typeof result !== "object") return String(result);
-  const { detail, message, error, ...rest } = result as Record<string, unknown>;
-  const said = detail ?? message ?? error;
+  const { text, detail, message, error, ...rest } = result as Record<string, unknown>;
+  const said = text ?? detail ?? message ?? error;
   const more = Object.entries(rest).filter(([, v]) => typeof v !== "object").map(([k, v]) => `${k} ${v}`).join(" · ");
+  if (typeof said === "string") return said;
   return [typeof said === "object" && said ? answered(said) : said, more].filter(Boolean).join(" · ");
 }

@@ -17,6 +17,7 @@ export interface RunCard {
   device: string | null;
   parameters: number | null;
   spark: (number | null)[];
+  error?: string; // a damaged run has an id, a name, a status and this
 }
 
 export interface Checkpoint {
@@ -93,7 +94,7 @@ export interface Incident {
   samples: Sample[];
   gradient_map: { layers: (number | string)[]; steps: number[]; values: (number | null)[][] } | null;
   status: "open" | "acknowledged" | "resolved";
-  actions: (string | { action: string; [key: string]: unknown })[];
+  actions: { action: string; [key: string]: unknown }[]; // what was done about it
   siblings?: { run: string; step?: number; loss?: number | null; text?: string; [key: string]: unknown }[];
   time?: number;
 }
@@ -105,9 +106,21 @@ export interface Command {
   by?: string;
   time?: number;
   created?: number;
+  finished?: number | null;
   arguments?: Record<string, unknown>;
   result?: unknown;
   incident?: string | null;
+}
+
+/** The server tells the store's lines and the log's events apart; the page wants one list without doubles. */
+export function lineageOf(answer: { lines: Record<string, unknown>[]; events: Record<string, unknown>[] } | LineageItem[] | null): LineageItem[] {
+  if (!answer) return [];
+  if (Array.isArray(answer)) return answer;
+  const lines = answer.lines.map(({ data, ...line }) => ({ ...(data as object), ...line }) as LineageItem);
+  const kind = (x: LineageItem) => x.kind ?? x.event;
+  const told = (e: LineageItem) =>
+    lines.some((x) => kind(x) === kind(e) && x.step === e.step && Math.abs((x.time ?? 0) - (e.time ?? 0)) < 5);
+  return [...lines, ...(answer.events as LineageItem[]).filter((e) => !told(e))];
 }
 
 export interface LineageItem {

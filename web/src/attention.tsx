@@ -9,34 +9,36 @@ import { Legend } from "./heat";
 import { Icon } from "./icons";
 import { dark, table } from "./palette";
 import { useGet, useRun } from "./run";
-import { t } from "./text";
+import { t, word } from "./text";
 
 const PIXELS = 512;
 const CLOSEST = 24; // tokens a side at the deepest zoom
 const NAMED = 48; // up to so many tokens a side are named
 
 interface Tile {
-  size: number; // rows and columns of `values`
-  length?: number; // tokens of the whole map
-  start?: number;
-  stop?: number;
-  span?: number;
-  tokens: string[];
-  values: string | number[] | number[][];
+  start: number;
+  size: number; // tokens shown, on both axes
+  length: number; // tokens of the whole row
+  tokens: { id: number; text: string }[]; // of the window
+  values: string; // bytes in base64, row by row: weight = scale · (byte / 255)^gamma
   scale: number;
+  gamma: number;
+  branch?: string;
+  branches?: string[];
 }
 
 export function Attention({ layer, head, step }: { layer: number; head: number; step?: number }) {
   const run = useRun();
   const [view, setView] = useState<{ start: number; size: number } | null>(null);
   const [gamma, setGamma] = useState(0.4);
+  const [branch, setBranch] = useState("");
   const [at, setAt] = useState<[number, number] | null>(null);
   useEffect(() => setView(null), [layer, head, step]);
-  const { value, error, busy } = useGet<Tile>(runPath(run.id, `/inspect/attention${search({ layer, head, step, start: view?.start, size: view?.size, pixels: PIXELS })}`));
+  const { value, error, busy } = useGet<Tile>(runPath(run.id, `/inspect/attention${search({ layer, head, step, start: view?.start, size: view?.size, pixels: PIXELS, branch })}`));
   const kept = useRef<Tile | null>(null);
   if (value) kept.current = value;
   const tile = value ?? kept.current;
-  const length = tile?.length ?? tile?.tokens.length ?? 0;
+  const length = tile?.length ?? 0;
   const start = view?.start ?? 0;
   const size = view?.size ?? length;
   const zoom = (factor: number, centre = start + size / 2) => {
@@ -49,7 +51,7 @@ export function Attention({ layer, head, step }: { layer: number; head: number; 
   const matrix = useMemo(() => (tile ? unpack(tile) : null), [tile]);
   if (error) return <p class="failed" role="alert">{error.message}</p>;
   if (!tile || !matrix) return <div class="empty tall"><span class="loading" /></div>;
-  const token = (i: number) => tile.tokens[tile.tokens.length > size ? i : i - start] ?? "";
+  const token = (i: number) => tile.tokens[i - tile.start]?.text ?? "";
   const weight = at ? matrix.at(at[0], at[1]) : null;
   const [q, k] = at ? [start + Math.floor(at[0] * size), start + Math.floor(at[1] * size)] : [0, 0];
   const keys = (e: KeyboardEvent) => {
@@ -64,6 +66,11 @@ export function Attention({ layer, head, step }: { layer: number; head: number; 
       <div class="attention-tools">
         <span>{t("tokens {a} – {b} of {n}", { a: grouped(start), b: grouped(start + size), n: grouped(length) })}</span>
         {busy && <span class="loading small" />}
+        {(tile.branches?.length ?? 0) > 1 && (
+          <div class="segments" role="group" aria-label={t("Branch")}>
+            {["", ...tile.branches!].map((b) => <button key={b} type="button" aria-pressed={branch === b} onClick={() => setBranch(b)}>{word(b || "both")}</button>)}
+          </div>
+        )}
         <button type="button" class="icon-button" aria-label={t("Zoom in")} onClick={() => zoom(0.5)}><Icon name="plus" /></button>
         <button type="button" class="icon-button" aria-label={t("Zoom out")} onClick={() => zoom(2)}><Icon name="minus" /></button>
         <button type="button" class="icon-button" aria-label={t("Show all tokens")} onClick={() => setView(null)}><Icon name="reset" /></button>
@@ -101,13 +108,9 @@ interface Matrix {
   at: (row: number, column: number) => number; // of shares 0..1
 }
 
-/** Bytes 0–255 in base64, or plain numbers; ``scale`` is the weight that 255 (or 1) stands for. */
 function unpack(tile: Tile): Matrix {
-  let values: Float32Array;
-  if (typeof tile.values === "string") {
-    const bytes = Uint8Array.from(atob(tile.values), (c) => c.charCodeAt(0));
-    values = Float32Array.from(bytes, (b) => (b / 255) * (tile.scale || 1));
-  } else values = Float32Array.from(tile.values.flat() as number[]);
+  const bytes = Uint8Array.from(atob(tile.values), (c) => c.charCodeAt(0));
+  const values = Float32Array.from(bytes, (b) => tile.scale * (b / 255) ** tile.gamma);
   const side = Math.round(Math.sqrt(values.length));
   const most = values.reduce((a, b) => Math.max(a, b), 1e-9);
   const clamp = (x: number) => Math.min(side - 1, Math.max(0, Math.floor(x * side)));

@@ -35,7 +35,7 @@ export const RUNNING = ["running", "training", "live"];
 export function Health() {
   const run = useRun();
   const last = useCell(run.live.last);
-  const { windows } = useWindows(TREND.filter((n) => run.series.has(n)), { points: 600, start: Math.max(0, Math.round(run.extent[1] * 0.8)), stop: run.extent[1] });
+  const { windows } = useWindows(TREND.filter((n) => run.series.has(n)), { off: !run.info, points: 600, start: Math.max(0, Math.round(run.extent[1] * 0.8)), stop: run.extent[1] });
   useClock(5000);
   const value = (name: string) => last.get(name) ?? run.series.get(name)?.last ?? null;
   const tiles = [loss, speed, data, memory, experts, precision].map((make) => make(run, value, windows));

@@ -4,7 +4,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { SeriesInfo } from "./api";
 import { Dialog } from "./dialog";
 import { measured } from "./format";
-import { said, t } from "./text";
+import { said, t, word } from "./text";
 
 const SHOWN = 400;
 
@@ -63,7 +63,7 @@ export function Picker({ series, chosen, most = 24, title, onDone, onClose }: {
       <div class="picker-list" tabIndex={0} role="group" aria-label={t("Series")}>
         {groups.map(([group, items]) => (
           <section key={group}>
-            <h3>{t(group)} <small>{items.length}</small></h3>
+            <h3>{word(group)} <small>{items.length}</small></h3>
             {items.map((s) => (
               <label key={s.name} class="pick">
                 <input type="checkbox" checked={picked.includes(s.name)} onChange={() => flip(s.name)} />

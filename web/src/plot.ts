@@ -132,7 +132,7 @@ function columns(traces: Trace[], smooth: number, log: boolean): uPlot.AlignedDa
 
 const equal = (a: number[], b: number[]) => a.length === b.length && a.every((x, i) => x === b[i]);
 
-function ticks(u: uPlot, axis: number, low: number, high: number, room: number): number[] {
+function ticks(u: uPlot, axis: number, low: number, high: number, room: number, binary = false): number[] {
   const scale = u.axes[axis].scale === "y" && u.scales.y.distr === 3;
   if (scale && high / low > 8) {
     const out: number[] = [];
@@ -141,8 +141,9 @@ function ticks(u: uPlot, axis: number, low: number, high: number, room: number):
     return out.filter((x) => x >= low && x <= high);
   }
   const rough = (high - low) / Math.max(room, 2);
-  const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * unit).find((s) => s >= rough)!;
+  const whole = binary ? 1024 ** Math.floor(Math.log2(Math.max(high, 1)) / 10) : 1;
+  const unit = whole * 10 ** Math.floor(Math.log10(rough / whole));
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * unit).find((s) => s >= rough)!;
   const out: number[] = [];
   for (let k = Math.ceil(low / step); k * step <= high * (1 + 1e-12); k++) out.push(Number((k * step).toPrecision(12)));
   return out;
@@ -177,7 +178,7 @@ export class Plot {
     const grid = { stroke: token("grid"), width: 1 };
     const axis = { stroke: token("muted"), font: `11px ${token("font")}`, ticks: { show: false }, grid };
     const unit = this.traces[0]?.unit ?? "";
-    const room = (u: uPlot, at: number) => (at === 0 ? u.bbox.width / devicePixelRatio / 84 : u.bbox.height / devicePixelRatio / 42);
+    const room = (u: uPlot, at: number) => (at === 0 ? u.bbox.width / devicePixelRatio / 84 : u.bbox.height / devicePixelRatio / 36);
     return {
       width: this.host.clientWidth || 300,
       height: o.height,
@@ -200,7 +201,7 @@ export class Plot {
           ...axis,
           size: o.small ? 44 : 54,
           gap: 6,
-          splits: (u, i, a, b) => ticks(u, i, a, b, room(u, 1)),
+          splits: (u, i, a, b) => ticks(u, i, a, b, room(u, 1), unit === "bytes"),
           filter: (_u, v) => v,
           values: (_u, v) => v.map((x) => axisValue(x, unit, v.length > 1 ? Math.abs(v[1] - v[0]) : 0)),
         },
@@ -254,7 +255,7 @@ export class Plot {
   private under(): void {
     this.clip((c, u) => {
       for (const mark of this.options.marks) drawMark(c, u, mark);
-      for (const trace of this.traces) drawSpan(c, u, trace, this.options);
+      for (const trace of this.traces) drawSpan(c, u, trace, this.options, this.traces.length);
     });
   }
 
@@ -286,11 +287,11 @@ function drawMark(c: CanvasRenderingContext2D, u: uPlot, mark: Mark): void {
 }
 
 /** The smallest and largest value of every bucket as one stroke: M4's idea, drawn before the smoothed line. */
-function drawSpan(c: CanvasRenderingContext2D, u: uPlot, trace: Trace, o: PlotOptions): void {
+function drawSpan(c: CanvasRenderingContext2D, u: uPlot, trace: Trace, o: PlotOptions, among: number): void {
   const { step, low, high } = trace.window;
   const floor = o.log ? u.scales.y.min! : -Infinity;
   c.strokeStyle = trace.color;
-  c.globalAlpha = o.smooth ? 0.3 : 0.75;
+  c.globalAlpha = o.smooth ? (among > 3 ? 0.12 : 0.3) : 0.75;
   c.lineWidth = devicePixelRatio;
   c.lineJoin = "round";
   c.beginPath();
@@ -328,6 +329,7 @@ function drawOutliers(c: CanvasRenderingContext2D, u: uPlot, trace: Trace, o: Pl
     const a = low[i];
     const b = high[i];
     if (a === null || b === null || (a >= fence[0] && b <= fence[1]) || (o.log && b <= 0)) continue;
+    if (!alone(high, i, fence[1] - fence[0], 1) && !alone(low, i, fence[1] - fence[0], -1)) continue;
     const x = u.valToPos(step[i], "x", true);
     const y = u.valToPos(b > fence[1] ? b : a, "y", true);
     drawn++;
@@ -344,6 +346,18 @@ function drawOutliers(c: CanvasRenderingContext2D, u: uPlot, trace: Trace, o: Pl
     c.fill();
     c.stroke();
   }
+}
+
+/** Whether a value stands alone: at least a tenth of the fence beyond both sides, two to four buckets away. */
+function alone(values: (number | null)[], i: number, wide: number, way: 1 | -1): boolean {
+  const v = values[i];
+  if (v === null) return false;
+  const side = (from: number, to: number) => {
+    let most = -Infinity;
+    for (let k = from; k <= to; k++) most = Math.max(most, (values[k] ?? -Infinity * way) * way);
+    return most;
+  };
+  return v * way - side(i - 4, i - 2) > wide / 10 && v * way - side(i + 2, i + 4) > wide / 10;
 }
 
 /** A small triangle at the border: a value lies beyond it (only the robust scale hides any). */

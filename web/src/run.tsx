@@ -2,7 +2,7 @@
 
 import { createContext } from "preact";
 import { useCallback, useContext, useEffect, useMemo, useState } from "preact/hooks";
-import { get, type Checkpoint, type Incident, type LineageItem, readSeries, type RunInfo, runPath, type SeriesInfo, type Window } from "./api";
+import { get, type Checkpoint, type Incident, type LineageItem, lineageOf, readSeries, type RunInfo, runPath, type SeriesInfo, type Window } from "./api";
 import { useCell } from "./cell";
 import { Live } from "./live";
 import type { Mark } from "./plot";
@@ -54,7 +54,7 @@ export function useRunState(id: string): RunState {
   const info = useGet<RunInfo>(runPath(id), `${again}.${JSON.stringify(news)}`);
   const list = useGet<SeriesInfo[]>(runPath(id, "/series"), again);
   const incidents = useGet<Incident[]>(runPath(id, "/incidents"), `${again}.${newIncidents}.${actions}`);
-  const lineage = useGet<LineageItem[]>(runPath(id, "/lineage"), `${again}.${actions}`);
+  const lineage = useGet<Parameters<typeof lineageOf>[0]>(runPath(id, "/lineage"), `${again}.${actions}`);
   const series = useMemo(() => new Map((list.value ?? []).map((s) => [s.name, s])), [list.value]);
 
   const number = (key: string) => (query.get(key) ? Number(query.get(key)) : undefined);
@@ -72,7 +72,7 @@ export function useRunState(id: string): RunState {
     error: info.error,
     series,
     incidents: incidents.value ?? [],
-    lineage: lineage.value ?? [],
+    lineage: useMemo(() => lineageOf(lineage.value), [lineage.value]),
     live,
     view: useMemo(() => ({ start, stop }), [start, stop]),
     zoom,

@@ -130,8 +130,11 @@ function silhouette(canvas: HTMLCanvasElement, window: Window | null, [first, la
   canvas.height = h;
   const c = canvas.getContext("2d")!;
   if (!window?.step.length) return;
+  const least = window.low.reduce<number>((m, v) => (v !== null && v < m ? v : m), Infinity);
   const { low, high } = spread(window);
-  const y = (v: number) => h - 3 * ratio - ((v - low) / (high - low || 1)) * (h - 8 * ratio);
+  const scaled = least > 0 && high / low > 3 ? Math.log : (v: number) => v; // a long fall leaves room for the rest
+  const [bottom, top] = [scaled(low), scaled(high)];
+  const y = (v: number) => h - 5 * ratio - ((scaled(v) - bottom) / (top - bottom || 1)) * (h - 11 * ratio);
   c.strokeStyle = line(0);
   c.lineWidth = ratio;
   c.beginPath();

@@ -2,19 +2,22 @@
 
 import { useCell } from "./cell";
 import { runPath } from "./api";
-import { ago, bytes, grouped } from "./format";
+import { ago, duration, grouped, percent } from "./format";
 import { Icon } from "./icons";
 import { useGet, useRun } from "./run";
-import { t } from "./text";
+import { t, word } from "./text";
 
 interface Trace {
-  id: string | number;
+  id: string;
   step?: number;
   steps?: number;
   time?: number;
-  bytes?: number;
-  verdict?: string | { bottleneck?: string; text?: string; advice?: string; [key: string]: unknown };
-  [key: string]: unknown;
+  verdict: string; // 'data-bound', 'host-bound', …
+  reason: string;
+  advice: string;
+  seconds: number;
+  shares: Record<string, number>;
+  top: { name: string; seconds: number; share: number }[];
 }
 
 export function Traces() {
@@ -29,8 +32,11 @@ export function Traces() {
         <li key={x.id}>
           <a class="button" href={viewer(run.id, x)} target="_blank" rel="noopener"><Icon name="out" /> {t("Open the flame chart")}</a>
           <span>
-            <b>{spoken(x.verdict)}</b>
-            <small>{[x.step !== undefined ? `${t("step")} ${grouped(x.step)}` : "", x.bytes ? bytes(x.bytes) : "", x.time ? ago(x.time) : ""].filter(Boolean).join(" · ")}</small>
+            <b>{word(x.verdict)}</b>
+            <span>{x.reason} {x.advice}</span>
+            <small>{[x.step !== undefined ? `${t("step")} ${grouped(x.step)}` : "", `${duration(x.seconds)} ${t("a step")}`, x.time ? ago(x.time) : ""].filter(Boolean).join(" · ")}</small>
+            <small>{Object.entries(x.shares ?? {}).filter(([, v]) => v > 0.005).sort((a, b) => b[1] - a[1]).map(([k, v]) => `${word(k)} ${percent(v)}`).join(" · ")}</small>
+            {x.top?.length > 0 && <small>{x.top.slice(0, 4).map((o) => `${o.name} ${percent(o.share)}`).join(" · ")}</small>}
           </span>
         </li>
       ))}
@@ -41,10 +47,4 @@ export function Traces() {
 function viewer(run: string, trace: Trace): string {
   const profile = new URL(runPath(run, `/traces/${encodeURIComponent(String(trace.id))}`), document.baseURI);
   return `speedscope/index.html#profileURL=${encodeURIComponent(profile.pathname)}&title=${encodeURIComponent(`${run} · ${trace.step ?? trace.id}`)}`;
-}
-
-function spoken(verdict: Trace["verdict"]): string {
-  if (!verdict) return "";
-  if (typeof verdict === "string") return verdict;
-  return [verdict.bottleneck, verdict.text, verdict.advice].filter(Boolean).join(": ");
 }

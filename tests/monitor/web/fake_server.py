@@ -270,38 +270,38 @@ def incidents() -> list[dict[str, Any]]:
         ],
         movers=movers, window=[SPIKE - 200, SPIKE + 200], samples=samples,
         gradient_map=dict(layers=list(range(LAYERS)), steps=steps, values=grid), status="open",
-        actions=["rollback_skip", "quarantine", "replay"], time=NOW - 27_000,
+        actions=[], time=NOW - 27_000,
         siblings=[dict(run="sweep~lr-2e-4", step=SPIKE, loss=7.9), dict(run="sweep~lr-4e-4", step=SPIKE, loss=8.3)],
     )  # fmt: skip
-    rest = dict(evidence=[], samples=[], gradient_map=None, status="open", time=NOW - 9000)
+    rest = dict(evidence=[], samples=[], gradient_map={}, status="open", time=NOW - 9000)
     slow = dict(
         id="4", step=41_003, first_step=41_001, kind="slow_rank", severity="warning", verdict="HARDWARE",
         confidence=0.88, title="Rank 5 is 1.5 times slower than the others",
         summary="Every rank waits for it: 34% of the throughput is gone.", window=[40_800, 41_200],
         movers=[dict(name="rank/5/step_seconds", step=41_001, score=22.1, before=1.39, after=2.08),
                 dict(name="train/tokens_per_second", step=41_001, score=-19.0, before=182_000, after=120_000)],
-        actions=["capture", "checkpoint"], **rest,
+        actions=[], **rest,
     )  # fmt: skip
     drift = dict(
         id="5", step=46_610, first_step=46_501, kind="data_drift", severity="warning", verdict="DATA",
         confidence=0.84, title="The source dialogue has shifted: PSI 0.32",
         summary="Documents are shorter and their bytes more even than in the reference window.",
         window=[46_400, 46_800], movers=[dict(name="data/dialogue/psi", step=46_501, score=38.0, before=0.01, after=0.32)],
-        actions=["quarantine", "pause"], **rest,
+        actions=[], **rest,
     )  # fmt: skip
     return [spike, slow, drift]
 
 
-def lineage() -> list[dict[str, Any]]:
+def lineage() -> dict[str, Any]:
     rows: list[dict[str, Any]] = [dict(kind="start", step=0, time=NOW - 90_000)]
     rows += [dict(kind="checkpoint", step=s, time=NOW - 90_000 + 1.5 * s, bytes=37 * 2**30) for s in CHECKPOINTS[:9]]
     rows.append(dict(kind="interrupted", step=18_640, time=NOW - 60_000, reason="SIGTERM"))
     rows.append(dict(kind="resume", step=18_000, to=18_000, time=NOW - 59_000, by="deepseek pretrain --resume"))
     rows += [dict(kind="checkpoint", step=s, time=NOW - 59_000 + s - 18_000) for s in CHECKPOINTS[9:14]]
     rows.append(dict(kind="config", step=24_500, time=NOW - 52_000, what="train.lr 4e-4 → 3e-4"))
-    rows.append(dict(kind="rollback", step=29_400, to=28_000, time=NOW - 44_000, skipped="29380–29420"))
+    rows.append(dict(kind="rollback", step=28_000, from_step=29_400, time=NOW - 44_000, steps=[29_380, 29_400]))
     rows += [dict(kind="checkpoint", step=s, time=NOW - 43_000 + s - 28_000) for s in CHECKPOINTS[14:]]
-    return rows
+    return {"lines": [{**{k: v for k, v in r.items() if k in ("kind", "step", "time")}, "data": r} for r in rows], "events": []}
 
 
 def ranks() -> dict[str, Any]:
@@ -369,18 +369,25 @@ def attention(query: dict[str, list[str]]) -> dict[str, Any]:
     map_ = np.where(k <= q, near + columns, 0) + 0.02 * np.abs(noise("map", pixels * pixels).reshape(pixels, pixels)) * (k <= q)
     top = float(map_.max())
     words = "the tide rises and the moon pulls water over the old stone quay while ships wait".split()
-    tokens = [f" {words[(i * 7) % len(words)]}" for i in range(start, start + size)]
-    values_ = base64.b64encode((255 * map_ / top).astype(np.uint8).tobytes()).decode()
-    return dict(size=pixels, length=length, start=start, tokens=tokens, values=values_, scale=round(0.31 * top, 4))
+    tokens = [dict(id=i, text=f" {words[(i * 7) % len(words)]}") for i in range(start, start + size)]
+    values_ = base64.b64encode((255 * (map_ / top) ** 0.5).astype(np.uint8).tobytes()).decode()
+    return dict(
+        size=size, length=length, start=start, pixels=pixels, tokens=tokens, values=values_,
+        scale=round(0.31 * top, 4), gamma=2.0, branch="", branches=["window", "pooled"],
+    )  # fmt: skip
 
 
 def histograms() -> dict[str, Any]:
-    edges = np.linspace(-8, 8, 49)
-    rows = []
-    for i in range(LAYERS):
-        counts = np.histogram(noise(f"act{i}") * (1 + 0.12 * i), edges)[0]
-        rows.append(dict(layer=i, edges=edges.round(3).tolist(), counts=counts.tolist(), rms=round(1 + 0.12 * i, 2), saturated=0.0))
-    return dict(layers=rows)
+    def one(name: str, wide: float) -> dict[str, Any]:
+        x = noise(name) * wide
+        low, high = np.quantile(x, [0.001, 0.999])
+        counts = np.histogram(x, np.linspace(low, high, 65))[0].tolist()
+        told = dict(low=low, high=high, counts=counts, below=50, above=50, count=len(x), zeros=0, nonfinite=0)
+        return {**told, "min": x.min(), "max": x.max(), "rms": float(x.std()), "kurtosis": 3.02}
+
+    kinds = dict(activations=("residual", "attention", "feed-forward"), weights=("attention.q", "moe.up"))
+    made = lambda i, kind: {n: one(f"{n}{i}", 1 + 0.12 * i) for n in kinds[kind]}  # noqa: E731
+    return dict(layers=[dict(index=i, **{kind: made(i, kind) for kind in kinds}) for i in range(LAYERS)])
 
 
 SPEEDSCOPE = {
@@ -399,6 +406,7 @@ class State:
         self.commands: list[dict[str, Any]] = []
         self.marks: dict[str, str] = {}
         self.asked: list[str] = []
+        self.posted: list[dict[str, Any]] = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -454,14 +462,18 @@ class Handler(BaseHTTPRequestHandler):
             return self.json(next(x for x in self.marked() if x["id"] == path[3]))
         if rest.startswith("traces/"):
             return self.json(SPEEDSCOPE)
-        verdict = dict(bottleneck="communication", text="31% of the step waits for all-reduce of layer gradients", advice="try larger buckets")
         made = {
             "series": series, "incidents": self.marked, "lineage": lineage, "ranks": ranks, "experts": experts,
             "notes": list, "actions": lambda: self.server.state.commands,
             "events": lambda: [dict(event="precision", step=24_000, time=NOW - 50_000, format="bf16", reason="loss scale fell below 2^10")],
             "inspect": lambda: dict(steps=CHECKPOINTS, layers=[dict(index=i, kind="hybrid", heads=HEADS) for i in range(LAYERS)]),
             "inspect/heads": heads, "inspect/attention": lambda: attention(query), "inspect/histograms": histograms,
-            "traces": lambda: [dict(id="1", step=49_210, steps=3, time=NOW - 600, bytes=4_200_000, verdict=verdict)],
+            "traces": lambda: [
+                dict(id="step-049210", step=49_210, steps=3, time=NOW - 600, verdict="communication-bound", seconds=1.51,
+                     reason="31% of a step waits for the all-reduce of gradients.", advice="Try larger buckets.",
+                     shares=dict(compute=0.58, communication=0.31, memory=0.08, host=0.02, data=0.01),
+                     top=[dict(name="nccl:all_reduce", seconds=0.47, share=0.31), dict(name="aten::mm", seconds=0.4, share=0.27)])
+            ],
         }  # fmt: skip
         return self.json(made[rest]()) if rest in made else self.json({"error": "not found"}, 404)
 
@@ -492,8 +504,11 @@ class Handler(BaseHTTPRequestHandler):
         if path.endswith("/ablate"):
             return self.json(dict(loss=2.113, ablated_loss=2.1144, delta=0.0014))
         if path.endswith("/actions"):
-            result = {"detail": "loaded step-30000; batches 31214-31220 are left out; training goes on"}
-            command = dict(id=len(state.commands) + 1, status="done", time=time.time(), result=result, **body)
+            state.posted.append(body)
+            result = {"text": "went back from step 50000 to 30000; the batches of steps 31214 to 31217 are left out"}
+            arguments = {**body.get("arguments", {}), "incident": body.get("incident")}
+            command = dict(id=len(state.commands) + 1, action=body["action"], arguments=arguments, by="you")
+            command.update(status="done", result=result, created=time.time(), finished=time.time())
             state.commands.append(command)
             return self.json(command)
         state.marks[path.rsplit("/", 1)[1]] = body["status"]

@@ -13,7 +13,7 @@ import { line } from "../palette";
 import type { Mark, Trace } from "../plot";
 import { go, link } from "../route";
 import { useGet, useRun, useWindows } from "../run";
-import { t } from "../text";
+import { t, word } from "../text";
 
 export function Incidents() {
   const run = useRun();
@@ -31,7 +31,7 @@ export function Incidents() {
               <span class={`sev ${x.severity}`}><Icon name={severityIcon(x.severity)} /> <span class="sr">{t(x.severity)}</span></span>
               <span class="incident-title"><b>{x.title}</b><small>{x.summary}</small></span>
               <Verdict incident={x} />
-              <span class="incident-step">{t("step")} {grouped(x.step)}<small>{x.time ? ago(x.time) : t(x.status)}</small></span>
+              <span class="incident-step">{t("step")} {grouped(x.step)}<small>{x.time ? ago(x.time) : word(x.status)}</small></span>
             </a>
           </li>
         ))}
@@ -53,7 +53,7 @@ const VERDICTS: Record<string, string> = {
 function Verdict({ incident, large }: { incident: Incident; large?: boolean }) {
   return (
     <span class={large ? `verdict large ${incident.verdict}` : `verdict ${incident.verdict}`}>
-      <b>{t(incident.verdict)}</b>
+      <b>{word(incident.verdict)}</b>
       {large && <em>{t(VERDICTS[incident.verdict] ?? "")}</em>}
       <span class="confidence" role="img" aria-label={t("confidence {x}", { x: percent(incident.confidence) })}>
         <i style={{ width: `${Math.round(incident.confidence * 100)}%` }} />
@@ -67,6 +67,11 @@ export function IncidentPage({ id }: { id: string }) {
   const run = useRun();
   const again = useCell(run.live.actions);
   const { value: incident, error } = useGet<Incident>(runPath(run.id, `/incidents/${encodeURIComponent(id)}`), again);
+  const [chosen, setChosen] = useState<Sample[]>([]);
+  useEffect(() => {
+    const worst = [...(incident?.samples ?? [])].filter(located).sort(byLoss)[0];
+    setChosen(worst ? [worst] : []);
+  }, [incident?.id, incident?.samples.length]);
   const ordered = [...run.incidents].sort((a, b) => a.step - b.step);
   const at = ordered.findIndex((x) => String(x.id) === id);
   const jump = (by: number) => ordered[at + by] && go(link(["run", run.id, "incidents", ordered[at + by].id]));
@@ -77,7 +82,7 @@ export function IncidentPage({ id }: { id: string }) {
     <article class="incident" aria-label={incident.title}>
       <header class={`card incident-head ${incident.severity}`}>
         <div class="incident-what">
-          <span class={`sev ${incident.severity}`}><Icon name={severityIcon(incident.severity)} /> {t(incident.severity)} · {t("step")} {grouped(incident.step)}{incident.time ? ` · ${ago(incident.time)}` : ""} · {t(incident.status)}</span>
+          <span class={`sev ${incident.severity}`}><Icon name={severityIcon(incident.severity)} /> {t(incident.severity)} · {t("step")} {grouped(incident.step)}{incident.time ? ` · ${ago(incident.time)}` : ""} · {word(incident.status)}</span>
           <h2>{incident.title}</h2>
           <p>{incident.summary}</p>
         </div>
@@ -87,10 +92,10 @@ export function IncidentPage({ id }: { id: string }) {
         <div class="incident-main">
           <Movers incident={incident} />
           <GradientMap incident={incident} />
-          <Samples incident={incident} />
+          <Samples incident={incident} chosen={chosen} onChoose={setChosen} />
         </div>
         <aside class="incident-side">
-          <Act incident={incident} />
+          <Act incident={incident} chosen={chosen} />
           <EvidenceList evidence={incident.evidence} />
           <Siblings incident={incident} />
         </aside>
@@ -99,18 +104,28 @@ export function IncidentPage({ id }: { id: string }) {
   );
 }
 
+/** What helps against which kind of trouble, the most telling first. */
 function actionNames(incident: Incident): string[] {
-  const named = incident.actions.map((a) => (typeof a === "string" ? a : a.action)).filter(Boolean);
-  return named.length ? named : ["rollback_skip", "quarantine", "replay"];
+  if (["slow", "stall", "hang", "slow_rank", "memory"].includes(incident.kind)) return ["capture", "checkpoint", "pause"];
+  if (["dead_expert", "plateau"].includes(incident.kind)) return ["checkpoint", "pause", "capture"];
+  if (incident.kind === "data_drift") return ["quarantine", "pause", "checkpoint"];
+  return ["rollback_skip", "quarantine", "replay", "pause"];
 }
 
-function Act({ incident }: { incident: Incident }) {
+/** The arguments an action needs, from what the incident knows: the steps that moved, the documents that were chosen. */
+function argumentsOf(name: string, incident: Incident, chosen: Sample[]): Record<string, unknown> {
+  const first = Math.max(1, Math.min(incident.first_step, incident.step));
+  if (name === "rollback_skip") return { skip: [first, Math.max(1, incident.step)] };
+  if (name === "replay") return { step: Math.max(1, incident.step) };
+  if (name === "capture") return { steps: 3 };
+  if (name === "quarantine")
+    return { documents: chosen.map(({ source, path, offset }) => ({ source, path, offset })), reason: incident.title };
+  return {};
+}
+
+function Act({ incident, chosen }: { incident: Incident; chosen: Sample[] }) {
   const run = useRun();
-  const names = actionNames(incident);
-  const values = (name: string) => {
-    const found = incident.actions.find((a) => typeof a !== "string" && a.action === name) as Record<string, unknown> | undefined;
-    return (found?.arguments as Record<string, unknown>) ?? {};
-  };
+  const names = actionNames(incident).filter((n) => n !== "quarantine" || incident.samples?.some(located));
   const mark = async (status: string) => {
     await send("PATCH", runPath(run.id, `/incidents/${encodeURIComponent(incident.id)}`), { status });
     run.live.incidents.value++;
@@ -120,11 +135,11 @@ function Act({ incident }: { incident: Incident }) {
     <section class="card act" aria-label={t("What to do")}>
       <h3>{t("What to do")}</h3>
       <div class="act-buttons">
-        {names.map((name) => <ActionButton key={name} name={name} incident={incident} values={values(name)} />)}
-        {!names.includes("capture") && <ActionButton name="capture" incident={incident} />}
-        {!names.includes("pause") && <ActionButton name="pause" incident={incident} />}
+        {names.map((name) => (
+          <ActionButton key={name} name={name} incident={incident} values={argumentsOf(name, incident, chosen)} detail={detail(name, incident, chosen)} />
+        ))}
       </div>
-      <Commands only={(c) => !c.incident || String(c.incident) === String(incident.id)} />
+      <Commands only={(c) => String(c.arguments?.incident ?? c.incident ?? "") === String(incident.id)} />
       <div class="act-marks">
         {incident.status === "open" && <button type="button" class="link" onClick={() => mark("acknowledged")}>{t("I have seen it")}</button>}
         {incident.status !== "resolved" && <button type="button" class="link" onClick={() => mark("resolved")}>{t("It is resolved")}</button>}
@@ -132,6 +147,14 @@ function Act({ incident }: { incident: Incident }) {
       </div>
     </section>
   );
+}
+
+function detail(name: string, incident: Incident, chosen: Sample[]): string {
+  const first = Math.min(incident.first_step, incident.step);
+  if (name === "rollback_skip") return t("Left out: the batches of steps {a} to {b}.", { a: grouped(first), b: grouped(incident.step) });
+  if (name === "replay") return t("The batch of step {step}.", { step: grouped(incident.step) });
+  if (name === "quarantine") return chosen.length ? chosen.map(place).join("\n") : t("Choose documents in the list of samples first.");
+  return "";
 }
 
 function EvidenceList({ evidence }: { evidence: Evidence[] }) {
@@ -169,7 +192,7 @@ function Movers({ incident }: { incident: Incident }) {
   const run = useRun();
   const [all, setAll] = useState(false);
   const [a, b] = incident.window?.length === 2 ? incident.window : [incident.step - 200, incident.step + 200];
-  const movers = incident.movers.slice(0, all ? 48 : 9);
+  const movers = (incident.movers ?? []).slice(0, all ? 48 : 9);
   const names = useMemo(() => ["train/loss", ...movers.map((m) => m.name)].filter((n, i, x) => x.indexOf(n) === i), [incident.id, movers.length]);
   const { windows } = useWindows(names, { start: Math.max(0, a), stop: b + 1, points: 500 });
   const marks: Mark[] = [{ step: incident.first_step, kind: "focus" }, { step: incident.step, kind: incident.severity }];
@@ -213,8 +236,8 @@ function lead(by: number): string {
 
 function GradientMap({ incident }: { incident: Incident }) {
   const map = incident.gradient_map;
-  const values = useMemo(() => (map ? map.values.map((row) => row.map((v) => (v !== null && v > 0 ? Math.log10(v) : null))) : []), [map]);
-  if (!map?.values.length || !map.values[0].length) return null;
+  const values = useMemo(() => (map?.values ? map.values.map((row) => row.map((v) => (v !== null && v > 0 ? Math.log10(v) : null))) : []), [map]);
+  if (!map?.values?.length || !map.values[0].length) return null;
   const byLayer = map.values.length === map.layers.length;
   const rows = byLayer ? values : map.layers.map((_, l) => values.map((row) => row[l]));
   const raw = (r: number, c: number) => (byLayer ? map.values[r][c] : map.values[c][r]);
@@ -223,7 +246,7 @@ function GradientMap({ incident }: { incident: Incident }) {
       <header><h3>{t("Gradient norm, layer by step")}</h3></header>
       <Heat
         title={t("Gradient norm, layer by step")}
-        rows={map.layers.map((l) => (typeof l === "number" ? `${t("layer")} ${l}` : t(l)))}
+        rows={map.layers.map((l) => (typeof l === "number" ? `${t("layer")} ${l}` : word(l)))}
         columns={map.steps}
         values={rows}
         unit={(v) => figures(10 ** v, 2)}
@@ -235,9 +258,12 @@ function GradientMap({ incident }: { incident: Incident }) {
   );
 }
 
-function Samples({ incident }: { incident: Incident }) {
+const located = (s: Sample) => Boolean(s.source && s.path);
+const byLoss = (a: Sample, b: Sample) => (b.loss ?? -Infinity) - (a.loss ?? -Infinity);
+
+function Samples({ incident, chosen, onChoose }: { incident: Incident; chosen: Sample[]; onChoose: (s: Sample[]) => void }) {
   const [open, setOpen] = useState<number | null>(null);
-  const list = useMemo(() => [...incident.samples].sort((a, b) => (b.loss ?? -Infinity) - (a.loss ?? -Infinity)), [incident]);
+  const list = useMemo(() => [...(incident.samples ?? [])].sort(byLoss), [incident]);
   if (!list.length) return null;
   const most = Math.max(...list.map((s) => s.loss ?? 0), 1e-9);
   return (
@@ -246,6 +272,14 @@ function Samples({ incident }: { incident: Incident }) {
       <ul>
         {list.map((s, i) => (
           <li key={i}>
+            <input
+              type="checkbox"
+              aria-label={t("Choose {x} for quarantine", { x: place(s) })}
+              title={t("Choose {x} for quarantine", { x: place(s) })}
+              disabled={!located(s)}
+              checked={chosen.includes(s)}
+              onChange={() => onChoose(chosen.includes(s) ? chosen.filter((x) => x !== s) : [...chosen, s])}
+            />
             <button type="button" class="sample" aria-expanded={open === i} onClick={() => setOpen(open === i ? null : i)}>
               <span class="sample-loss"><b>{figures(s.loss, 3)}</b><i style={{ width: `${((s.loss ?? 0) / most) * 100}%` }} /></span>
               <span class="sample-where">{place(s)}<small>{[s.source, s.length ? t("{n} tokens", { n: grouped(s.length) }) : "", `${t("row")} ${s.row}`].filter(Boolean).join(" · ")}</small></span>

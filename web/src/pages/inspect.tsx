@@ -11,7 +11,7 @@ import { Panel } from "../panel";
 import { byName } from "../picker";
 import { setQuery, useRoute } from "../route";
 import { useGet, useRun } from "../run";
-import { t } from "../text";
+import { t, word } from "../text";
 import { StepTime } from "./overview";
 import { Histograms } from "../histogram";
 import { Traces } from "../traces";
@@ -20,7 +20,8 @@ interface InspectInfo {
   steps: number[];
   layers: { index: number; kind: string; heads: number; experts?: number }[];
 }
-type Head = Record<string, number | null>;
+type Figures = Record<string, number | null>;
+type Head = Figures & { z?: Record<string, number | null>; why?: string; kind?: string };
 interface Suspect {
   layer: number;
   head?: number;
@@ -32,7 +33,7 @@ interface Heads {
   step?: number;
   layers: { index: number; heads: Head[] }[];
   suspects: Suspect[];
-  experts?: { index: number; experts: Head[] }[];
+  experts?: { index: number; experts: Figures[] }[];
   suspects_experts?: Suspect[];
 }
 
@@ -42,7 +43,9 @@ const MEASURES: Record<string, [string, string]> = {
   entropy: ["Entropy", "How widely the head looks: low is one token, high is all of them."],
   sink: ["Sink", "Share of attention on the first token."],
   max_logit: ["Largest logit", "Largest query-key product: very large ones saturate the softmax."],
-  gate: ["Gate γ", "Share of the local branch in a hybrid head."],
+  gate: ["Gate γ", "Share of the pooled branch in a hybrid head."],
+  removal: ["Use", "How much the loss would change without the head, by its gradient: near zero is idle."],
+  similarity: ["Twin", "Largest likeness to another head of the layer: 1 is a copy."],
 };
 
 export function Inspect() {
@@ -87,6 +90,8 @@ function Grid({ heads, chosen, onPick }: { heads: Heads; chosen?: number[]; onPi
   const raw = (r: number, c: number) => heads.layers[r]?.heads[c]?.[measure] ?? null;
   const values = useMemo(() => heads.layers.map((l) => {
     const row = l.heads.map((h) => h[measure] ?? null);
+    const told = l.heads.map((h) => h.z?.[measure]);
+    if (scored && told.some((z) => z !== undefined)) return told.map((z) => z ?? null);
     return scored && measure !== "score" ? standard(row) : row;
   }), [heads, measure, scored]);
   const signed = scored && measure !== "score";
@@ -127,7 +132,7 @@ function Suspects({ title, list, onPick }: { title: string; list: Suspect[]; onP
   return (
     <section class="card suspects" aria-label={t(title)}>
       <h2>{t(title)}</h2>
-      {!list.length && <p class="note">{t("No head stands out.")}</p>}
+      {!list.length && <p class="note">{t("Nothing stands out.")}</p>}
       <ol>
         {list.slice(0, 8).map((s, i) => (
           <li key={i}>
@@ -168,6 +173,7 @@ function HeadCard({ layer, head, step, values }: { layer: number; head: number; 
       <dl class="numbers">
         {Object.keys(MEASURES).filter((m) => found?.[m] !== null && found?.[m] !== undefined).map((m) => <div key={m}><dt>{t(MEASURES[m][0])}</dt><dd>{figures(found![m], 3)}</dd></div>)}
       </dl>
+      {found?.why && <p class="note">{found.why}</p>}
       <Ablate what={{ layer, head, step }} />
       {history.length > 0 && <div class="panels">{history.map((s) => <Panel key={s.name} names={[s.name]} title={s.name.split("/").pop()} height={120} />)}</div>}
         </div>
@@ -223,7 +229,7 @@ function InspectExperts({ heads, step }: { heads: Heads; step?: number }) {
   return (
     <div class="inspect-grid">
       <section class="card panel" aria-label={t("Experts")}>
-        <header><h2>{t("Experts")}<span class="unit">{t("layer × expert")} · {t(key)}</span></h2></header>
+        <header><h2>{t("Experts")}<span class="unit">{t("layer × expert")} · {word(key)}</span></h2></header>
         <Heat
           title={t("Experts")}
           rows={layers.map((l) => `${t("layer")} ${l.index}`)}
@@ -232,7 +238,7 @@ function InspectExperts({ heads, step }: { heads: Heads; step?: number }) {
           cell={22}
           grid
           onPick={(r, c) => setChosen([layers[r].index, c])}
-          say={(r, c) => `${t("layer")} ${layers[r].index} · ${t("expert")} ${c} · ${Object.entries(layers[r].experts[c] ?? {}).map(([k, v]) => `${t(k)} ${figures(v, 3)}`).join(" · ")}`}
+          say={(r, c) => `${t("layer")} ${layers[r].index} · ${t("expert")} ${c} · ${Object.entries(layers[r].experts[c] ?? {}).filter(([k]) => k !== "twin").map(([k, v]) => `${word(k)} ${figures(v, 3)}`).join(" · ")}`}
           columnLabel={t("Click an expert to ablate it.")}
         />
         {chosen && <div class="chosen"><b>{t("layer")} {chosen[0]} · {t("expert")} {chosen[1]}</b> <Ablate what={{ layer: chosen[0], expert: chosen[1], step }} /></div>}

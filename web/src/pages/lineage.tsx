@@ -4,7 +4,7 @@ import type { LineageItem } from "../api";
 import { bytes, clock, grouped } from "../format";
 import { Icon } from "../icons";
 import { checkpoints, useRun } from "../run";
-import { t } from "../text";
+import { t, word } from "../text";
 import { said } from "./precision";
 
 interface Rail {
@@ -17,7 +17,7 @@ const kind = (x: LineageItem) => String(x.kind ?? x.event ?? "");
 
 export function Lineage() {
   const run = useRun();
-  const items = run.lineage.length ? run.lineage : checkpoints(run).map((c): LineageItem => ({ ...c, kind: "checkpoint" }));
+  const items = run.lineage.some((x) => kind(x) === "checkpoint") ? run.lineage : [...run.lineage, ... checkpoints(run).map((c): LineageItem => ({ ...c, kind: "checkpoint" }))];
   const list = [...items].sort((a, b) => (b.time ?? 0) - (a.time ?? 0) || (b.step ?? 0) - (a.step ?? 0));
   return (
     <section class="lineage">
@@ -26,10 +26,10 @@ export function Lineage() {
         <Rails items={items} last={run.extent[1]} />
       </section>
       <ol class="card events">
-        {list.map((x, i) => (
+        {folded(list).map((x, i) => Array.isArray(x) ? <Fold key={i} items={x} /> : (
           <li key={i} class={kind(x)}>
             <span class="event-icon"><Icon name={ICONS[kind(x)] ?? "flag"} size={14} /></span>
-            <b>{t(kind(x))}</b>
+            <b>{word(kind(x))}</b>
             <span class="event-step">{x.step !== null && x.step !== undefined ? `${t("step")} ${grouped(x.step)}` : ""}</span>
             <span class="event-said">{said({ ...x, bytes: typeof x.bytes === "number" ? bytes(x.bytes) : undefined })}</span>
             <small>{clock(x.time)}</small>
@@ -41,6 +41,35 @@ export function Lineage() {
   );
 }
 
+/** Four or more checkpoints in a row become one line that opens. */
+function folded(list: LineageItem[]): (LineageItem | LineageItem[])[] {
+  const out: (LineageItem | LineageItem[])[] = [];
+  for (let i = 0; i < list.length; ) {
+    let k = i;
+    while (k < list.length && kind(list[k]) === "checkpoint") k++;
+    if (k - i >= 4) out.push(list.slice(i, k));
+    else out.push(...list.slice(i, Math.max(k, i + 1)));
+    i = Math.max(k, i + 1);
+  }
+  return out;
+}
+
+function Fold({ items }: { items: LineageItem[] }) {
+  const steps = items.map((x) => x.step ?? 0);
+  return (
+    <li class="checkpoint">
+      <span class="event-icon"><Icon name="save" size={14} /></span>
+      <details>
+        <summary>
+          <b>{t("{n} checkpoints", { n: items.length })}</b>
+          {t("steps {a} – {b}", { a: grouped(Math.min(...steps)), b: grouped(Math.max(...steps)) })}
+        </summary>
+        <ul>{items.map((x, i) => <li key={i}>{t("step")} {grouped(x.step)} · {clock(x.time)}{typeof x.bytes === "number" ? ` · ${bytes(x.bytes)}` : ""}</li>)}</ul>
+      </details>
+    </li>
+  );
+}
+
 /** Each resume or rollback begins a rail at the step it went back to; the one before ends where it was left. */
 export function rails(items: LineageItem[], last: number): Rail[] {
   const out: Rail[] = [{ from: 0, to: last, why: "start" }];
@@ -49,9 +78,9 @@ export function rails(items: LineageItem[], last: number): Rail[] {
     const step = x.step ?? null;
     if (step === null) continue;
     if (["resume", "rollback", "rollback_skip"].includes(kind(x))) {
-      const back = Number(x.to ?? x.checkpoint ?? step);
+      const back = Number(x.to ?? step); // a rollback is told at the step it went back to, with where it came `from_step`
       const rail = out[out.length - 1];
-      rail.to = Math.max(reached, kind(x) === "resume" ? reached : step, back);
+      rail.to = Math.max(reached, Number(x.from_step ?? 0), step, back);
       out.push({ from: Number.isFinite(back) ? back : step, to: last, why: kind(x) });
       reached = back;
     } else reached = Math.max(reached, step);
@@ -71,7 +100,7 @@ function Rails({ items, last }: { items: LineageItem[]; last: number }) {
         <g key={i}>
           {i > 0 && <path class="rail-join" d={`M${x(rail.from)} ${y(i - 1)}C${x(rail.from)} ${y(i) - 6} ${x(rail.from)} ${y(i)} ${x(rail.from) + 14} ${y(i)}`} />}
           <path class={i === all.length - 1 ? "rail on" : "rail"} d={`M${x(rail.from) + (i ? 14 : 0)} ${y(i)}H${Math.max(x(rail.to), x(rail.from) + 15)}`} />
-          <text x={Math.min(x(rail.from) + 16, w - 180)} y={y(i) - 7}>{t(rail.why)} · {grouped(rail.from)} – {grouped(rail.to)}</text>
+          <text x={Math.min(x(rail.from) + 16, w - 180)} y={y(i) - 7}>{word(rail.why)} · {grouped(rail.from)} – {grouped(rail.to)}</text>
         </g>
       ))}
       {marks.slice(-300).map((c, k) => {

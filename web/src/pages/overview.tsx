@@ -161,9 +161,9 @@ function Own() {
   return (
     <section class="group" aria-label={t("My panels")}>
       <div class="group-head">
-        <h2>{t("My panels")}</h2>
-        <button type="button" class="button" id="search" onClick={() => setPicking(true)}>
-          <Icon name="search" /> {t("Any of {n} series", { n: run.series.size || "…" })} <kbd>/</kbd>
+        {panels.length > 0 && <h2>{t("My panels")}</h2>}
+        <button type="button" class="search-button" id="search" onClick={() => setPicking(true)}>
+          <Icon name="search" /> {t("Show any of {n} series", { n: run.series.size || "…" })} <kbd>/</kbd>
         </button>
       </div>
       {panels.length > 0 && (

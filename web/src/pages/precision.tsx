@@ -4,7 +4,7 @@ import { type LineageItem, runPath } from "../api";
 import { clock, grouped } from "../format";
 import { Panel } from "../panel";
 import { useGet, useRun } from "../run";
-import { t } from "../text";
+import { t, word } from "../text";
 import { Timeline } from "../timeline";
 
 export function Precision() {
@@ -37,6 +37,6 @@ export function Precision() {
 export function said(item: LineageItem): string {
   return Object.entries(item)
     .filter(([k, v]) => !["event", "kind", "step", "time", "id", "name"].includes(k) && v !== null && v !== undefined && v !== "")
-    .map(([k, v]) => `${t(k)} ${typeof v === "object" ? JSON.stringify(v) : String(v)}`)
+    .map(([k, v]) => `${word(k)} ${typeof v === "object" ? JSON.stringify(v) : String(v)}`)
     .join(" · ");
 }

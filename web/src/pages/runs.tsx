@@ -8,7 +8,7 @@ import { onKey } from "../keys";
 import { go, link } from "../route";
 import { useGet } from "../run";
 import { Spark } from "../spark";
-import { t } from "../text";
+import { t, word } from "../text";
 
 const ORDERS = { updated: "Latest first", loss: "Lowest loss", incidents: "Most incidents", name: "Name" };
 
@@ -49,25 +49,34 @@ export function Runs() {
       {error && <p class="failed" role="alert">{error.message}</p>}
       {value && !value.length && <p class="empty">{t("No run yet. Start one with `deepseek quickstart`; it appears here by itself.")}</p>}
       <div class="cards" ref={list}>
-        {shown.map((r, i) => <Card key={r.id} run={r} chosen={chosen.includes(r.id)} onChoose={() => flip(r.id)} onFocus={() => setAt(i)} />)}
+        {shown.map((r, i) => r.error !== undefined && !r.spark ? <Damaged key={r.id} run={r} /> : <Card key={r.id} run={r} chosen={chosen.includes(r.id)} onChoose={() => flip(r.id)} onFocus={() => setAt(i)} />)}
         {!value && !error && Array.from({ length: 6 }, (_, i) => <div key={i} class="card run-card ghost" />)}
       </div>
     </main>
   );
 }
 
+function Damaged({ run }: { run: RunCard }) {
+  return (
+    <article class="card run-card">
+      <header><h2>{run.name}</h2><Status status={run.status} /></header>
+      <p class="failed">{run.error || t("This run cannot be read")}</p>
+    </article>
+  );
+}
+
 function Card({ run, chosen, onChoose, onFocus }: { run: RunCard; chosen: boolean; onChoose: () => void; onFocus: () => void }) {
-  const share = run.step !== null && run.total_steps ? Math.min(run.step / run.total_steps, 1) : null;
+  const share = run.step && run.total_steps ? Math.min(run.step / run.total_steps, 1) : null;
   return (
     <article class={chosen ? "card run-card chosen" : "card run-card"}>
       <header>
         <a class="run-link" href={link(["run", run.id])} onFocus={onFocus}><h2>{run.name}</h2></a>
         <Status status={run.status} />
       </header>
-      <Spark values={run.spark} label={t("Loss of {name}", { name: run.name })} />
+      <Spark values={run.spark ?? []} label={t("Loss of {name}", { name: run.name })} />
       <dl>
         <div><dt>{t("Loss")}</dt><dd>{figures(run.loss)}</dd></div>
-        <div><dt>{t("Step")}</dt><dd>{run.step === null ? "–" : short(run.step, 4)}{run.total_steps ? <small> / {short(run.total_steps)}</small> : null}</dd></div>
+        <div><dt>{t("Step")}</dt><dd>{run.step === null || run.step === undefined ? "–" : short(run.step, 4)}{run.total_steps ? <small> / {short(run.total_steps)}</small> : null}</dd></div>
         <div><dt>tok/s</dt><dd>{short(run.tokens_per_second)}</dd></div>
       </dl>
       <div class="progress" role="img" aria-label={share === null ? t("no end known") : `${Math.round(share * 100)} %`}><i style={{ width: `${(share ?? 0) * 100}%` }} /></div>
@@ -85,7 +94,7 @@ function Card({ run, chosen, onChoose, onFocus }: { run: RunCard; chosen: boolea
 }
 
 export function Status({ status }: { status: string }) {
-  return <span class={`status ${status.replace(/\W.*/, "")}`}><i aria-hidden="true" />{t(status)}</span>;
+  return <span class={`status ${status.replace(/\W.*/, "")}`}><i aria-hidden="true" />{word(status)}</span>;
 }
 
 function fits(run: RunCard, text: string): boolean {
