@@ -27,7 +27,8 @@ class MonitorConfig:
         webhook: address that incidents are posted to as JSON; empty: none.
         command: program that incidents are handed to as JSON on its standard input; empty: none.
         on_incident: what the run does by itself: nothing; wait for a person; go back to a checkpoint and skip the data.
-        act_from: the least severity that ``on_incident``, ``webhook`` and ``command`` answer to.
+        alert_from: the least severity that ``webhook`` and ``command`` are told of.
+        act_from: the least severity that ``on_incident`` answers to.
     """
 
     enabled: bool = True
@@ -41,6 +42,7 @@ class MonitorConfig:
     webhook: str = ""
     command: str = ""
     on_incident: OnIncident = "none"
+    alert_from: Severity = "warning"
     act_from: Severity = "critical"
 
     def check(self) -> None:

@@ -116,7 +116,9 @@ class SampledProbe:
         self.step, self.rows, self.queries = step, rows, queries
         self.groups = Groups(step.model, step.parameters)
         self.weights = [step.optimizer.masters.get(p, p.detach()) for p in step.parameters]
-        self._scale = [weight.numel() / _some(weight).numel() for weight in self.weights]
+        # A sample stands for its parameter: n/s times its squared norm estimates the whole one.
+        scale = [math.sqrt(weight.numel() / _some(weight).numel()) for weight in self.weights]
+        self._scale = torch.tensor(scale, dtype=torch.float32, device=step.device)
         self._before: list[Tensor] | None = None
         self._turn = 0
         self._names: tuple[str, ...] = ()
@@ -149,10 +151,8 @@ class SampledProbe:
         if self._before is not None:
             now = [_some(weight) for weight in self.weights]
             moved = each_norm(torch._foreach_sub(now, self._before))
-            # A sample stands for its parameter: n/s times its squared norm estimates the whole one.
-            scale = torch.tensor(self._scale, dtype=torch.float32).sqrt().to(moved.device, non_blocking=True)
-            update = self.groups.joint(moved.float() * scale)
-            size = self.groups.joint(each_norm(self._before).float() * scale)
+            update = self.groups.joint(moved.float() * self._scale)
+            size = self.groups.joint(each_norm(self._before).float() * self._scale)
             names += [f"layer/{name}/update_ratio" for name in self.groups.names]
             values.append(update / size.clamp(min=1e-30))
             self._before = None

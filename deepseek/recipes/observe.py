@@ -26,17 +26,24 @@ from deepseek.data import Loader, Tokenizer
 from deepseek.dist import comm
 from deepseek.errors import RunError
 from deepseek.events import Event, Sink, emit
+from deepseek.monitor.alerts import AlertSink, receivers_of
 from deepseek.monitor.config import MonitorConfig
+from deepseek.monitor.control import request
+from deepseek.monitor.inspect.trace import TraceCapture
 from deepseek.monitor.probe_documents import explain, source_losses, worst
 from deepseek.monitor.probe_memory import MemoryProbe
 from deepseek.monitor.probe_ranks import RankProbe
 from deepseek.monitor.probes import Cadence, SampledProbe, StepProbe
+from deepseek.monitor.sink import StoreSink
+from deepseek.monitor.store import RunStore
 from deepseek.train import StepResult, TrainStep
 
 #: Incidents that a batch may have caused: its documents are named, and leaving it out may help.
 OF_DATA = frozenset({"loss_spike", "gradient_spike", "divergence", "nan", "data_drift"})
 SEVERITY = ("info", "warning", "critical")
 REMEMBERED = 4096  #: steps whose batches can be explained
+MOST_ACTIONS = 3  #: times that a run acts by itself
+STORE = "the series store"
 
 
 class Observer:
@@ -47,6 +54,7 @@ class Observer:
 
     Attributes:
         sinks: to attach while the run goes on.
+        tracer: records some steps when asked; a hook to be put last.
         seconds: that the probes took on the host so far.
     """
 
@@ -54,31 +62,29 @@ class Observer:
         self.config, self.run, self.rank = config, run, rank
         self.seconds = 0.0
         self.sinks: list[Sink] = []
+        self.tracer = TraceCapture(run, rank=rank)
         self._ear = Ear()
-        self._failed: set[str] = set()
+        self._failed: dict[str, Exception | None] = {}
         self._batches: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
+        self._unexplained: deque[dict[str, Any]] = deque()
+        self._acted = 0
         self._step: TrainStep | None = None
         self._cost: Cost
-        self._unexplained: deque[dict[str, Any]] = deque()
         if config.enabled:
-            store = self._store() if rank == 0 else None
-            self.sinks = [self._ear] if store is None else [store, self._ear]
+            self.sinks = [*(self._sinks() if rank == 0 else ()), self._ear]
 
-    def _store(self) -> Sink | None:
-        """The sink that keeps series and incidents."""
-        made: list[Sink] = []
-
-        def open_store() -> None:
-            if importlib.util.find_spec("deepseek.monitor.sink") is None:
-                return  # INTERIM
-            from deepseek.monitor.sink import StoreSink
-
-            made.append(StoreSink(self.run, self._watch() if self.config.detect else None))
-
-        self._safely("the series store", open_store)
-        return Guarded(made[0], "the series store") if made else None
+    def _sinks(self) -> list[Sink]:
+        """Who keeps series and incidents, and who tells people about them."""
+        found: list[Sink] = []
+        c, watch = self.config, self._watch() if self.config.detect else None
+        self._safely(STORE, lambda: found.append(Guarded(StoreSink(self.run, watch), STORE)))
+        if receivers := receivers_of(c.webhook, c.command):
+            found.append(Guarded(AlertSink(self.run, receivers, severity=c.alert_from), "telling people"))
+        return found
 
     def _watch(self) -> Any:
+        if importlib.util.find_spec("deepseek.monitor.detect") is None:
+            return None  # INTERIM
         from deepseek.monitor.detect import Watch
 
         return Watch()
@@ -88,6 +94,12 @@ class Observer:
     ) -> None:
         """Training is about to go on after step ``start`` with these."""
         self._loader, self._tokenizer = loader, tokenizer
+        self.tracer.train_step = step
+        self._ear.acting = False
+        for what, error in self._failed.items():
+            if error is not None:  # before anybody listened
+                _tell(what, error)
+        self._failed = dict.fromkeys(self._failed)
         if not self.config.enabled:
             return
         self._step = step
@@ -207,24 +219,28 @@ class Observer:
         if self._unexplained:
             self.ranks.ask = int(self._unexplained[0]["step"])
 
-    def _keep(self, incident: dict[str, Any]) -> None:
-        from deepseek.monitor.store import RunStore
-
-        store = RunStore(self.run)
-        try:
-            store.put_incident(incident)
-        finally:
-            store.close()
+    def _keep(self, incident: Mapping[str, Any]) -> None:
+        with RunStore(self.run) as store:
+            store.change_incident(incident["id"], samples=incident["samples"])
 
     def _act(self, incident: Mapping[str, Any]) -> None:
-        from deepseek.monitor.control import request
-
+        """Ask the run for what the config says; once at a time, and not for ever."""
         action, arguments = self.config.on_incident, {"incident": incident.get("id")}
         if action == "rollback_skip":
             if incident.get("kind") not in OF_DATA:
                 return
             step = int(incident["step"])
             arguments["skip"] = [max(1, int(incident.get("first_step") or step)), step]
+        if self._ear.acting or self._acted > MOST_ACTIONS:
+            return
+        self._acted += 1
+        if self._acted > MOST_ACTIONS:
+            text = (
+                f"monitor: {MOST_ACTIONS} times on_incident='{action}' did not help; it is off from here on"
+            )
+            emit("warning", int(incident["step"]), text=text)
+            return
+        self._ear.acting = True
         request(self.run, action, arguments, by="monitor.on_incident")
 
     def _safely(self, what: str, do: Callable[..., None], *args: Any) -> None:
@@ -234,20 +250,26 @@ class Observer:
         try:
             do(*args)
         except Exception as error:
-            self._failed.add(what)
-            _tell(what, error)
+            heard = self._step is not None
+            self._failed[what] = None if heard else error
+            if heard:
+                _tell(what, error)
 
 
 class Ear(Sink):
-    """Remembers where the last step's time went, and incidents that nobody has looked at yet."""
+    """Remembers where the last step's time went, incidents that nobody has looked at yet, and whether an action that
+    was asked for is still to be done."""
 
     def __init__(self) -> None:
         self.seconds: Mapping[str, float] = {}
         self.incidents: deque[dict[str, Any]] = deque()
+        self.acting = False
 
     def write(self, event: Event) -> None:
         if event.name == "train":
             self.seconds = event.values.get("seconds", {})
+        elif event.name == "action" and event.values.get("status") in ("done", "failed"):
+            self.acting = False
         elif event.name == "incident":
             self.incidents.append({**event.values, "step": event.values.get("step", event.step)})
 

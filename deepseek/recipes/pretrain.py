@@ -301,7 +301,7 @@ class _Pretraining:
         activation_checkpoint(self.model, c.train.activation_checkpoint)
         if c.train.compile:
             compile_blocks(self.model.blocks)
-        with Controller(self) as self.control:
+        with Controller(self, self.observer.tracer.capture) as self.control:
             done = self._train(start)
             while (rewind := self.control.rewind) is not None and self.control.found is not None:
                 start = self._go_to(self.control.found, rewind)
@@ -327,6 +327,7 @@ class _Pretraining:
             self.observer,
             self.control,
             self._after_step,
+            self.observer.tracer,
         ]
         ceiling = self.plan.peak_flops * self.world / self.plan.flops_per_token
         done = fit(

@@ -11,10 +11,15 @@ from recipe_runs import events, identical, smallest, tensors, write_corpus
 
 from deepseek.config import replace
 from deepseek.errors import ConfigError
-from deepseek.events import Event, MemorySink, Sink
+from deepseek.events import Event, MemorySink, Sink, attached
+from deepseek.monitor.catalogue import describe
 from deepseek.monitor.config import MonitorConfig
+from deepseek.monitor.probe_ranks import RankProbe
 from deepseek.monitor.probes import StepProbe
-from deepseek.recipes.observe import Guarded, Observer
+from deepseek.monitor.sink import StoreSink
+from deepseek.monitor.store import RunStore
+from deepseek.recipes.observe import Observer
+from deepseek.recipes.plan import preset
 from deepseek.recipes.pretrain import PretrainConfig, pretrain
 from deepseek.train import StepResult
 
@@ -67,7 +72,7 @@ def test_training_is_bit_for_bit_the_same_with_the_monitor_and_without(
 
 def test_what_a_run_tells_every_step_and_at_sampled_ones(tmp_path: Path, corpus: Path) -> None:
     sink = MemorySink()
-    pretrain(watched(corpus, {"every": 3}), tmp_path / "run", sinks=[sink])
+    pretrain(watched(corpus, {"every": 3, "detect": False}), tmp_path / "run", sinks=[sink])
     told = series(sink)
     for name in ("layer/embedding/grad_norm", "layer/1/grad_norm", "router/1/entropy", "precision/nonfinite"):
         assert sorted(told[name]) == list(range(1, 9))
@@ -139,21 +144,141 @@ class Broken(Sink):
         raise OSError(28, "No space left on device")
 
 
+def warnings_of(sink: MemorySink) -> list[str]:
+    return [e.values["text"] for e in sink.events if e.name == "warning"]
+
+
 def test_a_broken_store_and_a_broken_probe_are_told_once_and_end_nothing(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = Broken()
-    monkeypatch.setattr(Observer, "_store", lambda self: Guarded(broken, "the series store"))
+    monkeypatch.setattr("deepseek.recipes.observe.StoreSink", lambda run, watch: broken)
     monkeypatch.setattr(StepProbe, "__call__", lambda self, result: 1 / 0)
     sink = MemorySink()
     done = pretrain(watched(corpus, {"every": 2}), tmp_path / "run", sinks=[sink])
     assert done.finished
     assert broken.heard == 1
     assert broken.closed
-    warnings = [e.values["text"] for e in sink.events if e.name == "warning"]
-    assert len(warnings) == 2
-    assert any("No space left" in text for text in warnings)
-    assert any("division by zero" in text for text in warnings)
+    assert len(warnings_of(sink)) == 2
+    assert any("No space left" in text for text in warnings_of(sink))
+    assert any("division by zero" in text for text in warnings_of(sink))
+
+
+def test_a_store_that_cannot_be_opened_is_told_once_and_ends_nothing(tmp_path: Path, corpus: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "monitor").write_text("a file where the store should be")
+    sink = MemorySink()
+    assert pretrain(watched(corpus, {"every": 2}), run, sinks=[sink]).finished
+    assert [t for t in warnings_of(sink) if "monitor" in t]
+    assert len(warnings_of(sink)) <= 3  # the series, the run's history, and what may be asked of it
+    assert series(sink)  # the probes go on
+
+
+class FakeWatch:
+    """Finds one incident, at step 5, in what the sink shows it."""
+
+    def __init__(self, raises: bool = False) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+        self.raises, self.found = raises, 0
+
+    def update(self, step: int, row: dict[str, float], time: float) -> list[Any]:
+        self.rows.setdefault(step, {}).update(row)
+        if self.raises:
+            raise RuntimeError("a detector with a fault")
+        if step != 5 or self.found:
+            return []
+        self.found = 1
+        return [FakeIncident()]
+
+
+class FakeIncident:
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "id": "spike-5", "step": 5, "first_step": 4, "kind": "loss_spike", "severity": "critical", "samples": [],
+        }  # fmt: skip
+
+
+def test_an_incident_names_its_documents_and_the_run_rolls_back_and_skips(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = FakeWatch()
+    monkeypatch.setattr(Observer, "_watch", lambda self: watch)
+    monkeypatch.setattr("deepseek.recipes.control.EVERY", 0.0)
+    monkeypatch.setattr(
+        "deepseek.recipes.observe.StoreSink", lambda run, watch: StoreSink(run, watch, every=1)
+    )
+    sink = MemorySink()
+    options = {"every": 2, "on_incident": "rollback_skip", "samples": 5}
+    config = watched(corpus, options, train={"steps": 60}, checkpoint={"every": 2, "asynchronous": False})
+    assert pretrain(config, tmp_path / "run", sinks=[sink]).finished
+    assert warnings_of(sink) == []
+    with RunStore(tmp_path / "run") as store:
+        (incident,) = store.incidents()
+        names = store.series.names()
+    assert len(incident["samples"]) == 5
+    assert all(s["path"] and s["loss"] > 0 and s["text"] for s in incident["samples"])
+    (back,) = [e for e in sink.events if e.name == "rollback"]
+    assert tuple(back.values["steps"]) == (4, 5)
+    assert {
+        "train/loss",
+        "layer/0/grad_norm",
+        "attention/1/1/gate",
+        "rank/0/step_seconds",
+        "memory/rss",
+    } <= set(names)
+    assert watch.rows[4]["layer/1/activation_rms"] > 0
+
+
+def test_a_detector_with_a_fault_is_told_once_and_ends_nothing(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Observer, "_watch", lambda self: FakeWatch(raises=True))
+    sink = MemorySink()
+    assert pretrain(watched(corpus, {}), tmp_path / "run", sinks=[sink]).finished
+    assert len(warnings_of(sink)) == 1
+    assert "a detector with a fault" in warnings_of(sink)[0]
+    with RunStore(tmp_path / "run") as store:
+        steps, _ = store.series.raw("train/loss", 0, 100)
+    assert steps.tolist() == list(range(1, 9))  # the series go on
+
+
+def test_automatic_actions_end_after_some_that_did_not_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "deepseek.recipes.observe.request",
+        lambda run, action, arguments, by: asked.append((action, arguments)),
+    )
+    observer = Observer(MonitorConfig(on_incident="pause", explain=False), tmp_path, rank=1)
+    ear = observer.sinks[-1]
+    observer.ranks = RankProbe.__new__(RankProbe)
+    sink = MemorySink()
+    with attached(sink):
+        for step in range(10, 20):
+            incident = {"id": step, "kind": "slow", "severity": "warning" if step == 10 else "critical"}
+            ear.write(Event("incident", step, incident))
+            ear.write(Event("incident", step, {**incident, "id": -step}))  # one action at a time
+            observer._answer()
+            ear.write(Event("action", step, {"action": "pause", "status": "done"}))
+    assert asked == [("pause", {"incident": step}) for step in (11, 12, 13)]
+    assert len(warnings_of(sink)) == 1
+    assert "did not help" in warnings_of(sink)[0]
+
+
+def test_the_default_model_tells_more_than_three_hundred_series(tmp_path: Path, corpus: Path) -> None:
+    config = watched(
+        corpus, {"every": 2}, train={"steps": 5}, model={"vocab_size": 320}, data={"vocab_size": 320}
+    )
+    whole = preset("tiny")
+    config = replace(config, model=replace(whole.model, vocab_size=320, hidden=32))
+    pretrain(config, tmp_path / "run")
+    with RunStore(tmp_path / "run") as store:
+        names = store.series.names()
+    assert len(names) >= 300
+    described = [name for name in names if describe(name)]
+    assert described == names  # each has a unit and a meaning
 
 
 @pytest.mark.parametrize(
