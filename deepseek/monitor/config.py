@@ -6,6 +6,7 @@ from typing import Literal
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
+from deepseek.monitor.detectors import DetectConfig
 
 OnIncident = Literal["none", "pause", "rollback_skip"]
 Severity = Literal["info", "warning", "critical"]
@@ -22,6 +23,7 @@ class MonitorConfig:
         rows: rows of the batch that a sampled probe looks at.
         queries: positions of a row whose attention it computes.
         detect: look for incidents.
+        detection: how much evidence an incident needs (``[monitor.detection]``).
         explain: losses per document of an incident's batch, so that the incident names its samples.
         samples: documents that an incident names.
         webhook: address that incidents are posted to as JSON; empty: none.
@@ -37,6 +39,7 @@ class MonitorConfig:
     rows: int = 1
     queries: int = 32
     detect: bool = True
+    detection: DetectConfig = DetectConfig()
     explain: bool = True
     samples: int = 16
     webhook: str = ""

@@ -11,11 +11,11 @@ so, asks the run to act. It never ends a run: what fails is told once, as a warn
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from deepseek.events import Event, Sink, emit
 from deepseek.monitor.alerts import AlertSink, receivers_of
 from deepseek.monitor.config import MonitorConfig
 from deepseek.monitor.control import request
+from deepseek.monitor.detect import Watch
 from deepseek.monitor.inspect.trace import TraceCapture
 from deepseek.monitor.probe_documents import explain, source_losses, worst
 from deepseek.monitor.probe_memory import MemoryProbe
@@ -36,6 +37,8 @@ from deepseek.monitor.probe_ranks import RankProbe
 from deepseek.monitor.probes import Cadence, SampledProbe, StepProbe
 from deepseek.monitor.sink import StoreSink
 from deepseek.monitor.store import RunStore
+from deepseek.recipes.siblings import META as ORDER
+from deepseek.recipes.siblings import data_order, find_siblings
 from deepseek.train import StepResult, TrainStep
 
 #: Incidents that a batch may have caused: its documents are named, and leaving it out may help.
@@ -44,6 +47,7 @@ SEVERITY = ("info", "warning", "critical")
 REMEMBERED = 4096  #: steps whose batches can be explained
 MOST_ACTIONS = 3  #: times that a run acts by itself
 STORE = "the series store"
+MEMORY = "watch"  #: key of the store under which detectors keep what they know
 
 
 class Observer:
@@ -51,6 +55,7 @@ class Observer:
 
     Args:
         run: its directory; the store is in ``run/monitor``. rank: this process's; 0 keeps the store.
+        resumed: the run goes on, and so does what the detectors know of it.
 
     Attributes:
         sinks: to attach while the run goes on.
@@ -58,8 +63,9 @@ class Observer:
         seconds: that the probes took on the host so far.
     """
 
-    def __init__(self, config: MonitorConfig, run: Path, rank: int = 0) -> None:
-        self.config, self.run, self.rank = config, run, rank
+    def __init__(self, config: MonitorConfig, run: Path, rank: int = 0, resumed: bool = False) -> None:
+        self.config, self.run, self.rank, self.resumed = config, run, rank, resumed
+        self.watch = Watch(config.detection) if config.enabled and config.detect and rank == 0 else None
         self.seconds = 0.0
         self.sinks: list[Sink] = []
         self.tracer = TraceCapture(run, rank=rank)
@@ -67,7 +73,8 @@ class Observer:
         self._failed: dict[str, Exception | None] = {}
         self._batches: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
         self._unexplained: deque[dict[str, Any]] = deque()
-        self._acted = 0
+        self._explained: set[Any] = set()
+        self._acted_on: set[Any] = set()
         self._step: TrainStep | None = None
         self._cost: Cost
         if config.enabled:
@@ -75,19 +82,13 @@ class Observer:
 
     def _sinks(self) -> list[Sink]:
         """Who keeps series and incidents, and who tells people about them."""
-        found: list[Sink] = []
-        c, watch = self.config, self._watch() if self.config.detect else None
-        self._safely(STORE, lambda: found.append(Guarded(StoreSink(self.run, watch), STORE)))
+        c, found = self.config, list[Sink]()
+        if self.watch is not None:
+            found.append(Guarded(WatchMemory(self.watch, self.run, self.resumed), "what detectors remember"))
+        self._safely(STORE, lambda: found.append(Guarded(StoreSink(self.run, self.watch), STORE)))
         if receivers := receivers_of(c.webhook, c.command):
             found.append(Guarded(AlertSink(self.run, receivers, severity=c.alert_from), "telling people"))
         return found
-
-    def _watch(self) -> Any:
-        if importlib.util.find_spec("deepseek.monitor.detect") is None:
-            return None  # INTERIM
-        from deepseek.monitor.detect import Watch
-
-        return Watch()
 
     def begin(
         self, step: TrainStep, loader: Loader, tokenizer: Tokenizer | None = None, start: int = 0
@@ -111,6 +112,15 @@ class Observer:
         self._prepared, self._costs = 0, list[Cost]()
         self._nonfinite = torch.zeros((), device=step.device)
         self._policy, self._switches = step.policy.name, 0
+        if self.rank == 0:
+            self._safely("runs with the same data", self._find_siblings)
+
+    def _find_siblings(self) -> None:
+        order = data_order(self._loader)
+        with suppress(RunError), RunStore(self.run) as store:  # a store that is broken says so elsewhere
+            store.set_meta(ORDER, order)
+        if self.watch is not None:
+            self.watch.siblings = tuple(find_siblings(self.run, order))
 
     def __call__(self, step: int, result: StepResult) -> None:
         if self._step is None:
@@ -199,10 +209,12 @@ class Observer:
         """What was found since the last step: do what the config says, and have the documents named."""
         while self._ear.incidents:
             incident = self._ear.incidents.popleft()
+            key = incident.get("id")
             if self.config.on_incident != "none" and _severe(incident, self.config.act_from):
                 self._safely("what is done about incidents", self._act, incident)
-            named = incident.get("samples") or incident.get("kind") not in OF_DATA
+            named = incident.get("samples") or incident.get("kind") not in OF_DATA or key in self._explained
             if self.config.explain and self.config.samples and not named:
+                self._explained.add(key)  # it is told again when more is known of it
                 self._unexplained.append(incident)
         if self._unexplained:
             self.ranks.ask = int(self._unexplained[0]["step"])
@@ -231,10 +243,10 @@ class Observer:
                 return
             step = int(incident["step"])
             arguments["skip"] = [max(1, int(incident.get("first_step") or step)), step]
-        if self._ear.acting or self._acted > MOST_ACTIONS:
+        if self._ear.acting or incident["id"] in self._acted_on or len(self._acted_on) > MOST_ACTIONS:
             return
-        self._acted += 1
-        if self._acted > MOST_ACTIONS:
+        self._acted_on.add(incident["id"])
+        if len(self._acted_on) > MOST_ACTIONS:
             text = (
                 f"monitor: {MOST_ACTIONS} times on_incident='{action}' did not help; it is off from here on"
             )
@@ -272,6 +284,29 @@ class Ear(Sink):
             self.acting = False
         elif event.name == "incident":
             self.incidents.append({**event.values, "step": event.values.get("step", event.step)})
+
+
+class WatchMemory(Sink):
+    """Keeps what a watch has learnt to think usual, from one process of a run to the next.
+
+    To be attached before the sink that feeds the watch: sinks are closed in reverse order.
+    """
+
+    def __init__(self, watch: Watch, run: Path, resumed: bool) -> None:
+        self.watch, self.run, self.waiting = watch, run, resumed
+
+    def write(self, event: Event) -> None:
+        if self.waiting:  # the first event comes before the first row
+            self.waiting = False
+            state = None
+            with suppress(RunError), RunStore(self.run) as store:
+                state = store.meta(MEMORY)
+            if state is not None:
+                self.watch.load_state_dict(state)
+
+    def close(self) -> None:
+        with suppress(RunError), RunStore(self.run) as store:
+            store.set_meta(MEMORY, self.watch.state_dict())
 
 
 class Guarded(Sink):

@@ -115,7 +115,7 @@ def pretrain(
         if resume is None:
             _check_new(path)
         own: list[Sink] = [JsonlSink(path / "events.jsonl", every=5), *sinks] if rank == 0 else []
-        observer = Observer(config.monitor, path, rank)
+        observer = Observer(config.monitor, path, rank, resumed=resume is not None)
         try:
             with attached(*own, *observer.sinks), stop.on_signals():
                 return _Pretraining(config, path, rank, world, stop, observer).run(resume, skip)

@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_runs import events, identical, smallest, tensors, write_corpus
+from recipe_runs import events, identical, losses, smallest, tensors, write_corpus
 
 from deepseek.config import replace
 from deepseek.errors import ConfigError
 from deepseek.events import Event, MemorySink, Sink, attached
 from deepseek.monitor.catalogue import describe
 from deepseek.monitor.config import MonitorConfig
+from deepseek.monitor.detect import Watch
 from deepseek.monitor.probe_ranks import RankProbe
 from deepseek.monitor.probes import StepProbe
 from deepseek.monitor.sink import StoreSink
 from deepseek.monitor.store import RunStore
 from deepseek.recipes.observe import Observer
 from deepseek.recipes.plan import preset
-from deepseek.recipes.pretrain import PretrainConfig, pretrain
+from deepseek.recipes.pretrain import PretrainConfig, pretrain, resume_run
+from deepseek.recipes.siblings import find_siblings
 from deepseek.train import StepResult
 
 
@@ -182,6 +184,9 @@ class FakeWatch:
         self.rows: dict[int, dict[str, float]] = {}
         self.raises, self.found = raises, 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": len(self.rows)}
+
     def update(self, step: int, row: dict[str, float], time: float) -> list[Any]:
         self.rows.setdefault(step, {}).update(row)
         if self.raises:
@@ -203,7 +208,7 @@ def test_an_incident_names_its_documents_and_the_run_rolls_back_and_skips(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = FakeWatch()
-    monkeypatch.setattr(Observer, "_watch", lambda self: watch)
+    monkeypatch.setattr("deepseek.recipes.observe.Watch", lambda config: watch)
     monkeypatch.setattr("deepseek.recipes.control.EVERY", 0.0)
     monkeypatch.setattr(
         "deepseek.recipes.observe.StoreSink", lambda run, watch: StoreSink(run, watch, every=1)
@@ -233,7 +238,7 @@ def test_an_incident_names_its_documents_and_the_run_rolls_back_and_skips(
 def test_a_detector_with_a_fault_is_told_once_and_ends_nothing(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Observer, "_watch", lambda self: FakeWatch(raises=True))
+    monkeypatch.setattr("deepseek.recipes.observe.Watch", lambda config: FakeWatch(raises=True))
     sink = MemorySink()
     assert pretrain(watched(corpus, {}), tmp_path / "run", sinks=[sink]).finished
     assert len(warnings_of(sink)) == 1
@@ -241,6 +246,38 @@ def test_a_detector_with_a_fault_is_told_once_and_ends_nothing(
     with RunStore(tmp_path / "run") as store:
         steps, _ = store.series.raw("train/loss", 0, 100)
     assert steps.tolist() == list(range(1, 9))  # the series go on
+
+
+def test_runs_with_the_same_data_are_siblings_and_a_watch_remembers(tmp_path: Path, corpus: Path) -> None:
+    first = watched(corpus, {"every": 4}, checkpoint={"every": 4})
+    pretrain(first, tmp_path / "a")
+    pretrain(replace(first, optim=replace(first.optim, lr=0.003)), tmp_path / "b")
+    pretrain(replace(first, data=replace(first.data, seed=1)), tmp_path / "other")
+    (tmp_path / "broken" / "monitor").mkdir(parents=True)
+    (tmp_path / "broken" / "monitor" / "monitor.db").write_text("no database")
+    with RunStore(tmp_path / "a") as a, RunStore(tmp_path / "other") as other:
+        order = a.meta("data_order")
+        assert order != other.meta("data_order")
+        remembered = a.meta("watch")
+    (sibling,) = find_siblings(tmp_path / "b", order)
+    assert sibling.path.name == "a"
+    steps, values = sibling.series.raw("train/loss", 0, 100)
+    assert steps.tolist() == list(range(1, 9))
+    assert {int(s): pytest.approx(float(v), rel=1e-6) for s, v in zip(steps, values)} == losses(
+        tmp_path / "a"
+    )
+    seen: list[Any] = []
+    kept = Watch.load_state_dict
+
+    def load(self: Watch, state: Any) -> None:
+        seen.append(state["step"])
+        kept(self, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "load_state_dict", load)
+        longer = replace(first, train=replace(first.train, steps=12))
+        assert resume_run(tmp_path / "a", longer).finished
+    assert seen == [remembered["step"]] == [8]
 
 
 def test_automatic_actions_end_after_some_that_did_not_help(
