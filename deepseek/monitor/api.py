@@ -55,6 +55,11 @@ class Api:
             Route("/api/compare", self.compare),
         ]
 
+    def close(self) -> None:
+        """End every live stream: the server is about to end."""
+        for follower in self._followers.values():
+            follower.close()
+
     # --- runs -------------------------------------------------------------------------------------------------
 
     def runs(self, request: Request) -> Response:

@@ -98,7 +98,8 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
     from deepseek.monitor.library import Library
 
     library, page = Library(root), Page(dist)
-    parts: list[Any] = [Api(library), JournalApi(library), InspectApi(library), ExportApi(library)]
+    api = Api(library)
+    parts: list[Any] = [api, JournalApi(library), InspectApi(library), ExportApi(library)]
     routes = [route for part in parts for route in part.routes()]
 
     @contextlib.asynccontextmanager
@@ -106,7 +107,7 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
         yield
         library.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[*routes, Route("/api/{rest:path}", nowhere), Route("/{path:path}", _page_of(page))],
         middleware=[
             Middleware(Guard, access=access or Access()),
@@ -114,7 +115,9 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
         ],
         exception_handlers=handlers(),
         lifespan=lifespan,
-    )  # fmt: skip
+    )
+    app.state.end_streams = api.close
+    return app
 
 
 def serve(
@@ -134,21 +137,36 @@ def serve(
     """
     access = Access(host, token)
     app = application(root, access)
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise MissingExtraError("uvicorn", "web", "the dashboard") from error
     bound = bind(host, port)
     address = url(bound, token)
     say(f"dashboard of {root}: {address}  (Ctrl-C ends it)")
     if open_browser:
         threading.Timer(0.5, webbrowser.open, [address]).start()
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30, lifespan="on",
-        timeout_graceful_shutdown=1, proxy_headers=False, ws="none", h11_max_incomplete_event_size=64 << 10,
-    )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt), bound:
-        uvicorn.Server(config).run(sockets=[bound])
+        server(app).run(sockets=[bound])
+
+
+def server(app: Any) -> Any:
+    """A uvicorn server of ``app`` that, asked to end, first ends the live streams, which never would.
+
+    Raises:
+        MissingExtraError: without the extra ``web``.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise MissingExtraError("uvicorn", "web", "the dashboard") from error
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.end_streams()
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=30, lifespan="on",
+        timeout_graceful_shutdown=2, proxy_headers=False, ws="none",
+    )  # fmt: skip
+    return Server(config)
 
 
 def bind(host: str, port: int | None) -> socket.socket:
@@ -157,7 +175,9 @@ def bind(host: str, port: int | None) -> socket.socket:
     ports = range(PORT, PORT + TRIES) if port is None else [port]
     problem: OSError | None = None
     for number in ports:
-        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on
+        bound = socket.socket(
+            family, socket.SOCK_STREAM, socket.IPPROTO_TCP
+        )  # named, or asyncio leaves Nagle on
         try:
             if sys.platform != "win32":  # there it would let two servers share a port
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

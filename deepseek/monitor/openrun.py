@@ -41,7 +41,7 @@ class OpenRun:
         self.name, self.path, self.cache = name, path, cache
         self.lock = RLock()
         self.log = EventLog(path / EVENTS_FILE)
-        self._refreshed = -FRESH
+        self._refreshed, self._inodes = -FRESH, (0, 0)
         self._spark: tuple[int, list[float | None]] = (-1, [])
         self._windows: dict[tuple[Any, ...], Window] = {}
         self._windows_of, self._windows_size = (0, -1), 0
@@ -78,8 +78,7 @@ class OpenRun:
         with self.lock:
             if time.monotonic() - self._refreshed < FRESH:
                 return
-            if not self.path.is_dir():
-                raise FileNotFoundError(errno.ENOENT, "no such run", str(self.path))
+            self._look_for_itself()
             with contextlib.suppress(FileNotFoundError):
                 self.log.refresh()
             reader = self.reader
@@ -87,6 +86,17 @@ class OpenRun:
                 self._replay.catch_up()
             reader.refresh()
             self._refreshed = time.monotonic()
+
+    def _look_for_itself(self) -> None:
+        """A directory that is gone, or another one of the same name: nothing known of the old one holds."""
+        try:
+            inodes = (self.path.stat().st_ino, _stamp(self.path / STORE)[2])
+        except OSError:
+            self.close()
+            raise FileNotFoundError(errno.ENOENT, "no such run", str(self.path)) from None
+        if any(old and old != new for old, new in zip(self._inodes, inodes)):
+            self.close()
+        self._inodes = inodes
 
     def wait(self) -> None:
         """Until a store that is rebuilt from events is complete."""
@@ -103,7 +113,7 @@ class OpenRun:
     def close(self) -> None:
         with self.lock:
             self._close_replay()
-            self._reader = None
+            self._reader, self._windows, self._incidents = None, {}, ((), [])
             if self._store is not None:
                 self._store.close()
                 self._store = None

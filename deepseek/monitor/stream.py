@@ -49,7 +49,7 @@ class Follower:
 
     def __init__(self, run: OpenRun, limiter: anyio.CapacityLimiter) -> None:
         self.run, self._limiter = run, limiter
-        self.listeners = 0
+        self.listeners, self.closed = 0, False
         self.status: dict[str, Any] = {}  # the newest, for those who come later
         self._ring: deque[Message] = deque()
         self._bytes, self._number = 0, int(time.time() * 1000)  # numbers of an earlier follower are older
@@ -70,6 +70,11 @@ class Follower:
             if self.listeners == 0 and self._task is not None:
                 self._task.cancel()
 
+    def close(self) -> None:
+        """Let every client's answer end."""
+        self.closed = True
+        self._more.set()
+
     @property
     def newest(self) -> int:
         return self._number
@@ -79,7 +84,7 @@ class Follower:
 
         ``None``: ``number`` has left the ring.
         """
-        if number >= self._number:
+        if number >= self._number and not self.closed:
             more = self._more
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(more.wait(), timeout)
@@ -209,10 +214,12 @@ class EventStream:
             left = asyncio.create_task(_disconnected(receive))
             try:
                 await asyncio.wait({pump, left}, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                pass  # the server ends, and with it this answer
             finally:
-                for task in (pump, left):
-                    task.cancel()
-                await asyncio.gather(pump, left, return_exceptions=True)
+                pump.cancel()
+                left.cancel()
+                await asyncio.wait({pump, left})
 
     async def _pump(self, send: Any) -> None:
         headers = [
@@ -224,7 +231,7 @@ class EventStream:
         data = b"retry: 2000\n: following\n\n"
         if self.follower.status:
             data += b"event: status\ndata: %s\n\n" % encode(self.follower.status)
-        while True:
+        while not self.follower.closed:
             message = {"type": "http.response.body", "body": data, "more_body": True}
             await asyncio.wait_for(send(message), STALLED)
             found = await self.follower.after(at, HEARTBEAT)
@@ -235,6 +242,7 @@ class EventStream:
                 at, data = found[-1].number, b"".join(m.data for m in found)
             else:
                 data = b": beat\n\n"
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _disconnected(receive: Any) -> None:
