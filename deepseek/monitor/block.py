@@ -237,8 +237,15 @@ class Block:
     @property
     def times(self) -> Array:
         """Unix seconds, float64 [R]."""
-        at = self.offset + HEADER.size + self.directory.nbytes + (0 if self.stride else 8 * self.rows)
-        return np.frombuffer(self.read(8 * self.rows, at), "<f8")
+        return np.frombuffer(self.read(8 * self.rows, self._times_at), "<f8")
+
+    def time_at(self, row: int) -> float:
+        """One of ``times``."""
+        return float(np.frombuffer(self.read(8, self._times_at + 8 * row), "<f8")[0])
+
+    @property
+    def _times_at(self) -> int:
+        return self.offset + HEADER.size + self.directory.nbytes + (0 if self.stride else 8 * self.rows)
 
     def find(self, series: int) -> Any | None:
         """The directory entry of a series, or ``None`` if nothing of it was logged here."""

@@ -59,6 +59,9 @@ class Piece(ABC):
     def steps_at(self, positions: Array) -> Array:
         return self.steps()[positions]
 
+    def time_at(self, position: int) -> float:
+        return float(self.times()[position])
+
     def find(self, step: int, after: bool = False) -> int:
         """The first position whose step is at least ``step``, or ``after`` it. Of ordered pieces only."""
         return int(np.searchsorted(self.steps(), step, "right" if after else "left"))
@@ -103,16 +106,21 @@ class BlockPiece(Piece):
     """A column of a block; ``limit`` hides what comes after so many values."""
 
     def __init__(self, block: Block, entry: Any, key: tuple[Any, ...], limit: int | None = None) -> None:
-        self.block, self.entry, self._stored = block, entry, int(entry["count"])
-        self._at, self._flags = block.offset + int(entry["offset"]), int(entry["flags"])
+        self.block, self.entry = block, entry
+        _, self._stored, offset, self.first, self.last, self.bad, self._flags, _, _ = entry.item()
+        self._at = block.offset + offset
         self.count = self._stored if limit is None else limit
-        self.first, self.last, self.bad = int(entry["first"]), int(entry["last"]), int(entry["bad"])
         self.ordered = not self._flags & UNORDERED
         self.first_time, self.last_time = block.first_time, block.last_time
         self.key = (*key, self.count)
         self._rows_read: Array | None = None
         if limit is not None:
             self.last = int(self.steps_at(np.array([limit - 1]))[0])
+
+    @property
+    def even(self) -> bool:
+        """A value for every row, rows evenly spaced, and none hidden."""
+        return not self._flags and self.block.stride > 0 and self.count == self._stored
 
     @property
     def stored(self) -> int:
@@ -143,6 +151,10 @@ class BlockPiece(Piece):
     def times(self) -> Array:
         rows = self._rows()
         return (self.block.times if rows is None else self.block.times[rows])[: self.count]
+
+    def time_at(self, position: int) -> float:
+        rows = self._rows()
+        return self.block.time_at(position if rows is None else int(rows[position]))
 
     def values(self, start: int, stop: int) -> Array:
         return np.frombuffer(self.block.read(4 * (stop - start), self._at + 4 * start), "<f4")
@@ -196,6 +208,23 @@ class ArrayPiece(Piece):
         while len(self._levels) < level:
             self._levels.append(coarsen(self._levels[-1] if self._levels else cells_of(self._values)))
         return self._levels[level - 1]
+
+
+def even_cells(pieces: list[BlockPiece], level: int) -> tuple[Array, Cells]:
+    """The steps at which cells begin, and the cells, of whole ``even`` pieces with the same number of values."""
+    count, size = pieces[0].stored, FACTOR**level
+    sizes = list(level_sizes(count))
+    cells, at = sizes[level - 1], 4 * count + 12 * sum(sizes[: level - 1])
+    data = b"".join([p.block.read(12 * cells, p._at + at) for p in pieces])
+    parts = np.frombuffer(data, "<f4").reshape(len(pieces), 3, cells)
+    first = np.array([p.block.first_step for p in pieces])
+    stride = np.array([p.block.stride for p in pieces])
+    steps = first[:, None] + stride[:, None] * (size * np.arange(cells))
+    weight = np.full(cells, size, np.float32)
+    weight[-1] = count - size * (cells - 1)
+    low, high, mean = (parts[:, k].reshape(-1) for k in range(3))
+    weights = np.where(np.isnan(mean), np.float32(0), np.tile(weight, len(pieces)))
+    return steps.reshape(-1), Cells(low, high, mean, weights)
 
 
 def until(piece: Piece, step: int) -> Piece | None:

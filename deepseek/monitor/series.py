@@ -13,54 +13,19 @@ a window of fewer points than steps has the lowest and the highest value of the 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek.errors import RunError, did_you_mean
-from deepseek.monitor.block import FACTOR, MISSING, Array, Block, Cells, coarsen
+from deepseek.monitor.block import Array, Block
+from deepseek.monitor.newest import Latest, newest
 from deepseek.monitor.piece import ArrayPiece, Piece, in_order, until, without
 from deepseek.monitor.segment import Segment
 from deepseek.monitor.tail import TailView
+from deepseek.monitor.window import Part, Window, cell_window, joined, raw, raw_window
 from deepseek.monitor.writer import SeriesWriter
-
-MOST_BAD = 1000  #: places of NaN and infinities that a window lists
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a series as points.
-
-    Attributes:
-        step: the first step each point stands for, int64 [n], rising.
-        low, high, mean: of the finite values of a point, float32 [n]; NaN where there are none. In a ``raw``
-            window they are all the value itself, NaN and infinities included.
-        raw: every point is one step.
-        bad_steps, bad_values: where NaN or an infinity was logged (the first 1000 places), int64 and float32.
-        bad: how many such places there are.
-    """
-
-    step: Array
-    low: Array
-    high: Array
-    mean: Array
-    raw: bool
-    bad_steps: Array
-    bad_values: Array
-    bad: int
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-
-class Latest(NamedTuple):
-    """The newest value of a series."""
-
-    step: int
-    time: float
-    value: float
 
 
 class Row(NamedTuple):
@@ -129,7 +94,7 @@ class SeriesReader:
         """The newest value of every series, with its step and Unix time."""
         with self._lock:
             if self._latest_state != self._state:
-                self._latest = self._newest()
+                self._latest = newest(self._in_time(), self._rewinds, self._visible)
                 self._latest_state = self._state
                 self._release()
             return dict(self._latest)
@@ -137,17 +102,10 @@ class SeriesReader:
     def steps(self) -> tuple[int, int]:
         """The first and the last step of anything logged; ``(0, -1)`` if nothing was."""
         with self._lock:
-            first, last = [], []
-            for segment in self._in_time():
-                for chunk in segment.chunks():
-                    steps = chunk.steps
-                    for limit in self._limits(segment, chunk.index, chunk.last_time):
-                        steps = steps[steps <= limit]
-                    if len(steps):
-                        first.append(int(steps.min()))
-                        last.append(int(steps.max()))
+            found = [self._kept(s, chunk) for s in self._in_time() for chunk in s.chunks()]
+            found = [steps for steps in found if len(steps)]
             self._release()
-            return (min(first), max(last)) if first else (0, -1)
+            return (min(int(s.min()) for s in found), max(int(s.max()) for s in found)) if found else (0, -1)
 
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, points: int = 1500
@@ -162,7 +120,7 @@ class SeriesReader:
         with self._lock:
             parts = self._range(name, start, stop)
             total = sum(b - a for _, a, b in parts)
-            window = _raw_window(parts) if total <= points else _window(parts, total, points)
+            window = raw_window(parts) if total <= points else cell_window(parts, total, points)
             self._release()
             return window
 
@@ -173,7 +131,7 @@ class SeriesReader:
             RunError: there is no such series.
         """
         with self._lock:
-            steps, values = _raw(self._range(name, start, stop))
+            steps, values = raw(self._range(name, start, stop))
             self._release()
             return steps, values
 
@@ -188,7 +146,7 @@ class SeriesReader:
             steps = [p.steps()[a:b] for p, a, b in parts]
             times = [p.times()[a:b] for p, a, b in parts]
             self._release()
-            return _joined(steps, np.int64), _joined(times, np.float64)
+            return joined(steps, np.int64), joined(times, np.float64)
 
     def rows(self, start: int, limit: int = 1000) -> list[Row]:
         """Rows from step ``start`` on, the last ``limit`` of them, for who follows a run.
@@ -254,14 +212,22 @@ class SeriesReader:
         for segment in self._segments.values():
             segment.release()
 
-    def _limits(self, segment: Segment, index: int, last_time: float) -> list[int]:
-        """The last steps that a chunk may speak of, because the run went back after it was written."""
+    def _rewinds(self, segment: Segment, chunk: Block | TailView) -> list[tuple[int, float]]:
+        """Steps after which what a chunk says is void if it was logged until the time beside it."""
         return [
-            rewind.step
+            (rewind.step, float("inf") if other is segment else rewind.time)
             for other in self._segments.values()
             for rewind in other.rewinds
-            if (index < rewind.block if other is segment else last_time <= rewind.time)
+            if (chunk.index < rewind.block if other is segment else chunk.first_time <= rewind.time)
         ]
+
+    def _kept(self, segment: Segment, chunk: Block | TailView) -> Array:
+        """The steps of a chunk that are not void."""
+        steps = chunk.steps
+        keep = np.ones(len(steps), bool)
+        for step, time in self._rewinds(segment, chunk):
+            keep &= (steps <= step) | (chunk.times > time)
+        return steps[keep]
 
     def _visible(self, segment: Segment, index: int, piece: Piece) -> Piece | None:
         """What is left of a piece when the run went back."""
@@ -293,7 +259,7 @@ class SeriesReader:
         self._pieces_of[name] = self._state, pieces
         return pieces
 
-    def _range(self, name: str, start: int | None, stop: int | None) -> list[tuple[Piece, int, int]]:
+    def _range(self, name: str, start: int | None, stop: int | None) -> list[Part]:
         """The pieces from ``start`` to ``stop``, and which of their values."""
         parts = []
         for piece in self._pieces(name):
@@ -305,73 +271,5 @@ class SeriesReader:
                 parts.append((piece, a, b))
         return parts
 
-    def _newest(self) -> dict[str, Latest]:
-        latest = {}
-        for name in self.names():
-            pieces = self._pieces(name)
-            if pieces:
-                piece, at = pieces[-1], pieces[-1].count - 1
-                value = float(piece.values(at, at + 1)[0])
-                latest[name] = Latest(piece.last, float(piece.times()[at]), value)
-        return latest
 
-
-def _joined(parts: list[Array], kind: Any) -> Array:
-    return np.concatenate(parts).astype(kind, copy=False) if parts else np.zeros(0, kind)
-
-
-def _raw(parts: list[tuple[Piece, int, int]]) -> tuple[Array, Array]:
-    steps = [p.steps()[a:b] for p, a, b in parts]
-    return _joined(steps, np.int64), _joined([p.values(a, b) for p, a, b in parts], np.float32)
-
-
-def _raw_window(parts: list[tuple[Piece, int, int]]) -> Window:
-    steps, values = _raw(parts)
-    places = np.flatnonzero(~np.isfinite(values))
-    shown = places[:MOST_BAD]
-    return Window(steps, values, values, values, True, steps[shown], values[shown], len(places))
-
-
-def _window(parts: list[tuple[Piece, int, int]], total: int, points: int) -> Window:
-    """Cells of the finest level that is coarse enough, put together to at most ``points``."""
-    level = 0
-    while total >= points * FACTOR ** (level + 1):
-        level += 1
-    steps, cells = [], []
-    for piece, a, b in parts:
-        if level:
-            starts, found = piece.cells(a, b, level)
-        else:
-            starts, found = np.arange(a, b), _cells(piece.values(a, b))
-        steps.append(piece.steps_at(starts))
-        cells.append(found)
-    step = np.concatenate(steps)
-    joined = Cells(*(np.concatenate(x) for x in zip(*cells)))
-    group = -(-len(step) // points)
-    joined = coarsen(joined, group) if group > 1 else joined
-    step = step[::group].astype(np.int64, copy=False)
-    return Window(step, *joined[:3], False, *_bad(parts))
-
-
-def _cells(values: Array) -> Cells:
-    finite = np.isfinite(values)
-    shown = np.where(finite, values, np.float32(np.nan))
-    return Cells(shown, shown, shown, finite.astype(np.float32))
-
-
-def _bad(parts: list[tuple[Piece, int, int]]) -> tuple[Array, Array, int]:
-    """Steps and values of the first places that are not finite, and the number of all."""
-    steps, values, total = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], 0
-    for piece, a, b in parts:
-        places = piece.bad_places() if piece.bad else np.zeros(0, np.int64)
-        places = places[(places >= a) & (places < b)]
-        shown = places[: max(MOST_BAD - total, 0)]
-        total += len(places)
-        if len(shown):
-            steps.append(piece.steps_at(shown))
-            found = piece.values(int(shown[0]), int(shown[-1]) + 1)
-            values.append(found[shown - shown[0]])
-    return np.concatenate(steps), np.concatenate(values), total
-
-
-__all__ = ["MISSING", "Block", "Latest", "Row", "SeriesReader", "SeriesWriter", "TailView", "Window"]
+__all__ = ["Latest", "Row", "SeriesReader", "SeriesWriter", "Window"]

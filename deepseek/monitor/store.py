@@ -319,3 +319,6 @@ def _loads(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return {}
+
+
+__all__ = ["DATABASE", "SEVERITIES", "STATUSES", "RunStore"]

@@ -81,6 +81,8 @@ def check_all(
     ranges: list[tuple[int | None, int | None, int]],
 ) -> None:
     assert set(reader.names()) == set(expected)
+    newest = {name: (max(series), series[max(series)]) for name, series in expected.items() if series}
+    np.testing.assert_equal({k: (v.step, np.float32(v.value)) for k, v in reader.latest().items()}, newest)
     for name, series in expected.items():
         steps = np.array(sorted(series), np.int64)
         values = np.array([series[s] for s in steps.tolist()], np.float32)
@@ -210,7 +212,10 @@ def test_a_writer_of_another_process_that_goes_on_is_cut_at_the_moment(tmp_path:
     time.sleep(0.01)
     for step in range(10, 15):
         other.log(step, {"rank/1/step_seconds": 2.0})
-    steps, values = SeriesReader(tmp_path).raw("rank/1/step_seconds")
+    reader = SeriesReader(tmp_path)
+    assert reader.steps() == (0, 14)
+    assert reader.latest()["rank/1/step_seconds"][::2] == (14, 2.0)
+    steps, values = reader.raw("rank/1/step_seconds")
     assert steps.tolist() == list(range(15))
     assert values.tolist() == [1.0] * 10 + [2.0] * 5
 

@@ -1,0 +1,103 @@
+"""The newest value of every series of a run, without looking at the values before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek.monitor.block import MISSING, Array, Block
+from deepseek.monitor.piece import BlockPiece, Piece
+from deepseek.monitor.segment import Segment
+from deepseek.monitor.tail import TailView
+
+NEAR = 64  #: rows at the end of a tail in which most series are found
+NEVER = np.iinfo(np.int64).min
+
+
+class Latest(NamedTuple):
+    """The newest value of a series."""
+
+    step: int
+    time: float
+    value: float
+
+
+#: Steps after which what a chunk says, or a part of it, is void.
+Rewinds = Callable[[Segment, Block | TailView], list[tuple[int, float]]]
+Visible = Callable[[Segment, int, Piece], Piece | None]  #: what is left of a piece
+
+
+def newest(segments: list[Segment], rewinds: Rewinds, visible: Visible) -> dict[str, Latest]:
+    """By name, in the order in which the series appeared; of two values of one step the later."""
+    found: dict[str, Latest] = {}
+    for segment in segments:
+        for name, latest in _of_segment(segment, rewinds, visible):
+            if name not in found or latest[:2] >= found[name][:2]:
+                found[name] = latest
+    names = dict.fromkeys(name for segment in segments for name in segment.names)
+    return {name: found[name] for name in names if name in found}
+
+
+def _of_segment(segment: Segment, rewinds: Rewinds, visible: Visible) -> Iterator[tuple[str, Latest]]:
+    names = {series: name for name, series in segment.names.items()}
+    size = max(names, default=-1) + 1
+    last, where = np.full(size, NEVER), np.full(size, -1)
+    for i, block in enumerate(segment.blocks):
+        entries = block.directory[block.directory["series"] < size]
+        limit = min((step for step, _ in rewinds(segment, block)), default=None)
+        if limit is not None and len(entries) and int(entries["last"].max()) > limit:
+            yield from _piecewise(segment, block.index, names, visible)
+            continue
+        series = entries["series"]
+        later = entries["last"] >= last[series]
+        last[series[later]], where[series[later]] = entries["last"][later], i
+    for number, name in names.items():
+        if where[number] >= 0:
+            block = segment.blocks[int(where[number])]
+            yield name, _end(BlockPiece(block, block.find(number), ()))
+    for index, tail in segment.tails.items():
+        limit = min((step for step, _ in rewinds(segment, tail)), default=None)
+        steps = tail.steps
+        if len(steps) == 0:
+            continue
+        if (limit is not None and int(steps.max()) > limit) or bool(np.any(np.diff(steps) <= 0)):
+            yield from _piecewise(segment, index, names, visible)
+        else:
+            yield from _of_tail(tail, names)
+
+
+def _piecewise(
+    segment: Segment, index: int, names: dict[int, str], visible: Visible
+) -> Iterator[tuple[str, Latest]]:
+    """The slow way, for a chunk of which parts are void."""
+    for name in names.values():
+        for chunk, piece in segment.pieces(name):
+            left = visible(segment, index, piece) if chunk == index else None
+            if left is not None:
+                yield name, _end(left)
+
+
+def _end(piece: Piece) -> Latest:
+    at = piece.count - 1
+    if not piece.ordered:
+        at = int(np.flatnonzero(piece.steps() == piece.last)[-1])
+    return Latest(piece.last, piece.time_at(at), float(piece.values(at, at + 1)[0]))
+
+
+def _of_tail(tail: TailView, names: dict[int, str]) -> Iterator[tuple[str, Latest]]:
+    """A tail whose steps rise: the last row in which each column has a value."""
+    table, seen = tail.table_RC, np.full(tail.columns, -1)
+    for start in (max(tail.rows - NEAR, 0), 0):
+        columns = np.flatnonzero(seen < 0)
+        present: Array = table[start:, columns].view(np.uint32) != MISSING
+        rows = tail.rows - 1 - np.argmax(present[::-1], 0)
+        seen[columns] = np.where(present.any(0), rows, -1)
+    for series in np.flatnonzero(seen >= 0).tolist():
+        if series in names:
+            row = int(seen[series])
+            yield (
+                names[series],
+                Latest(int(tail.steps[row]), float(tail.times[row]), float(table[row, series])),
+            )
