@@ -190,7 +190,9 @@ def execute(
                 study.note(f"{job.name}, seed {job.seed}: not started, the time is over")
                 continue
             try:
-                found = _alone(job, options, device) if len(devices) > 1 else one(job, options, device)
+                left = options.seconds - study.elapsed
+                alone = device.startswith("cuda")
+                found = _alone(job, options, device, left) if alone else one(job, options, device)
             except Exception as error:  # one failing variant must not end a study
                 study.note(f"{job.name}, seed {job.seed}: {type(error).__name__}: {str(error)[-400:]}")
                 continue
@@ -214,14 +216,17 @@ def one(job: Job, options: argparse.Namespace, device: str) -> dict[str, Any]:
     return {"name": job.name, "seed": job.seed, **shares(setting), **found}
 
 
-def _alone(job: Job, options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """One run in a process of its own, which sees one GPU only."""
+def _alone(job: Job, options: argparse.Namespace, device: str, seconds: float) -> dict[str, Any]:
+    """One run in a process of its own, which sees one GPU only; ended after ``seconds``, when the study is over."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     index = device.partition(":")[2]
+    index = mine.split(",")[int(index or 0)] if mine else index or "0"
     command = [sys.executable, __file__, *options.arguments, "--job", job.name, "--job-seed", str(job.seed)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": index, "OMP_NUM_THREADS": "4"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    limit = seconds if seconds < threading.TIMEOUT_MAX else None
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=limit)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-400:])
+        raise RuntimeError(f"exit status {done.returncode}, see above")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

@@ -31,26 +31,33 @@ EPILOGUES = ("cuda",)  #: devices whose matrix product has an activation built i
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
+class Pass:
+    """A pass of TorchInductor whose identity is this file, so that compiled graphs can be cached.
+
+    It lies at the top of a module, and is made known to torch only when asked for: torch pickles it into the key of
+    its cache, and importing torch's compiler takes a second.
+    """
+
+    def __init__(self, change: Callable[[fx.Graph], None]) -> None:
+        self.change = change
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.change(graph)
+
+    def uuid(self) -> bytes:
+        from torch._inductor.custom_graph_pass import get_hash_for_files
+
+        return get_hash_for_files((__file__,), self.change.__name__)
+
+
 def options(patterns: bool = True) -> dict[str, Any]:
     """Options of TorchInductor that switch our passes on; empty where torch lacks the hooks."""
     try:
         from torch._inductor import config
-        from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+        from torch._inductor.custom_graph_pass import CustomGraphPass
     except ImportError:  # pragma: no cover - a torch without these private names
         return {}
-
-    class Pass(CustomGraphPass):
-        """A pass whose identity is this file, so that compiled graphs can be cached."""
-
-        def __init__(self, change: Callable[[fx.Graph], None]) -> None:
-            self.change = change
-
-        def __call__(self, graph: fx.Graph) -> None:
-            self.change(graph)
-
-        def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,), self.change.__name__)
-
+    CustomGraphPass.register(Pass)
     passes = {"pre_grad_custom_pass": merge_linears, "post_grad_custom_pre_pass": fuse_activations}
     return {name: Pass(change) for name, change in passes.items() if patterns and hasattr(config, name)}
 

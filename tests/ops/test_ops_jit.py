@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,6 +172,17 @@ def test_half_the_launches_and_the_same_result() -> None:
         eager = launches(lambda: block(x, context), x.device)
         compiled = launches(lambda: fast(x, context), x.device)
     assert 0 < compiled <= eager / 2
+
+
+def test_a_pass_can_be_part_of_the_key_of_torchs_cache() -> None:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    for made in fusion.options().values():
+        assert isinstance(made, CustomGraphPass)
+        again = pickle.loads(pickle.dumps(made))
+        assert again.change is made.change
+        assert again.uuid() == made.uuid()
+    assert len({made.uuid() for made in fusion.options().values()}) == 2
 
 
 @pytest.mark.slow

@@ -57,6 +57,11 @@ class Tuning:
 #: By padded head size, for 16-bit inputs; before Hopper there is less shared memory, and products cost registers.
 HOPPER = {
     64: Tuning(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
+    128: Tuning(Tiles(64, 64, 4, 3, tma=True), Tiles(64, 64, 4, 2, tma=True), Tiles(64, 32, 4, 3, tma=True)),
+}
+#: The window alone, where own rows as wide as the window read the fewest keys.
+HOPPER_WINDOW = {
+    64: HOPPER[64],
     128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 3)),
 }
 AMPERE = {
@@ -80,14 +85,15 @@ def forced_tuning(tuning: Tuning) -> Iterator[None]:
         _forced = before
 
 
-def tuning_for(q: Tensor) -> Tuning:
-    """The tiles for queries ``[B, H, T, D]`` of this dtype on this device."""
+def tuning_for(q: Tensor, pooled: bool = True) -> Tuning:
+    """The tiles for queries ``[B, H, T, D]`` of this dtype on this device, with pooled slots or for a window alone."""
     if _forced is not None:
         return _forced
     if q.dtype == torch.float32:
         return WIDE
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return (HOPPER if hopper else AMPERE)[_padded(q.shape[-1])]
+    tables = (HOPPER if pooled else HOPPER_WINDOW) if hopper else AMPERE
+    return tables[_padded(q.shape[-1])]
 
 
 def _descriptors(rows: int, DP: int, *tensors: Tensor) -> list[TensorDescriptor] | None:
@@ -286,7 +292,7 @@ def window_forward(
     """Attention ``[B, H, T, D]`` over the last ``window`` positions, and log-sums ``[1, B, H, T]`` for backward."""
     q, k, v = (rows_of(x) for x in (q, k, v))
     B, H, T, D = q.shape
-    tuning, docs = tuning_for(q), doc_start is not None
+    tuning, docs = tuning_for(q, pooled=False), doc_start is not None
     tiles, (tma, (k_loop, v_loop)) = tuning.forward, _read(tuning.forward, k, v)
     out, lse = _new(q), q.new_empty(1, B, H, T, dtype=torch.float32)
     start = doc_start if docs else lse
@@ -319,7 +325,7 @@ def window_backward(
     """Gradients of q, k, v."""
     do, q, k, v = (rows_of(x) for x in (do, q, k, v))
     B, H, T, D = q.shape
-    tuning, docs, limit = tuning_for(q), doc_start is not None, _window_or_row(window, q)
+    tuning, docs, limit = tuning_for(q, pooled=False), doc_start is not None, _window_or_row(window, q)
     dq, dk, dv, delta = _new(q), _new(k), _new(v), torch.empty_like(lse)
     strides = strides_of(q, q, k, v, k, v)
     tiles, (tma, (k_loop, v_loop)) = tuning.queries, _read(tuning.queries, k, v)
