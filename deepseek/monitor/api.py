@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deepseek.errors import DeepseekError
+from deepseek.monitor.catalogue import catalogue
 from deepseek.monitor.library import Library, UnknownRun
 from deepseek.monitor.openrun import OpenRun
 from deepseek.monitor.stream import EventStream, Follower
@@ -53,6 +54,7 @@ class Api:
             Route(f"{run}/experts", self.experts),
             Route(f"{run}/events", self.events),
             Route("/api/compare", self.compare),
+            Route("/api/catalogue", self.catalogue),
         ]
 
     def close(self) -> None:
@@ -111,6 +113,10 @@ class Api:
             run.refresh()
             found[run.name] = run.window(name, **window) if name in run.reader.names() else None
         return Json(found)
+
+    def catalogue(self, request: Request) -> Response:
+        """Every metric that a run may have: its group, unit and meaning, in English and Chinese."""
+        return Json(catalogue())
 
     def stream(self, request: Request) -> Any:
         run = self._run(request)

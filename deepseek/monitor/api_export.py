@@ -54,7 +54,7 @@ class ExportApi:
         alone = run.path == self.library.root
         recent = time.time() - (summary["updated"] or 0.0) < RECENT
         if always or alone or recent or summary["status"] == "running":
-            page.series(run.name, run.reader.last(), run.describe)
+            page.series(run.name, run.reader.last())
 
     def export(self, request: Request) -> Response:
         """The table of the series that ``name=…`` chooses (patterns; all unless told)."""

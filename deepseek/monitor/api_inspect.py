@@ -7,19 +7,21 @@ being answered. ``monitor.inspect`` does it; nothing leaves the machine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from deepseek.errors import DeepseekError
 from deepseek.monitor.library import Library
-from deepseek.monitor.wire import BadRequest, Json, body, integer
+from deepseek.monitor.wire import LONGEST, BadRequest, Json, body, integer, text
 
 MOST = 1 << 20  #: positions, layers, …: what is out of bounds for a model is the inspector's to say
+TRACE_FORMS = ("speedscope", "verdict", "chrome")
 KEPT = 4  #: runs whose inspector, with a model each, is kept
 
 
@@ -36,6 +38,8 @@ class InspectApi:
         return [
             Route(f"{run}/inspect", self.overview),
             Route(f"{run}/inspect/heads", self.heads),
+            Route(f"{run}/inspect/experts", self.experts),
+            Route(f"{run}/inspect/updates", self.updates),
             Route(f"{run}/inspect/attention", self.attention),
             Route(f"{run}/inspect/histograms", self.histograms),
             Route(f"{run}/inspect/ablate", self.ablate, methods=["POST"]),
@@ -50,13 +54,21 @@ class InspectApi:
         step = integer(request, "step", None, 0, 2**53)
         return await self._answer(request, lambda inspector: inspector.heads(step=step))
 
+    async def experts(self, request: Request) -> Response:
+        step = integer(request, "step", None, 0, 2**53)
+        return await self._answer(request, lambda inspector: inspector.experts(step=step))
+
+    async def updates(self, request: Request) -> Response:
+        return await self._answer(request, lambda inspector: inspector.updates())
+
     async def attention(self, request: Request) -> Response:
         names = ("layer", "head", "step", "start", "size", "pixels")
         given = {name: integer(request, name, None, 0, 2**53 if name == "step" else MOST) for name in names}
         if given["layer"] is None or given["head"] is None:
             raise BadRequest("layer=… and head=… say whose attention")
         given = {name: value for name, value in given.items() if value is not None}
-        return await self._answer(request, lambda inspector: inspector.attention(**given))
+        branch = request.query_params.get("branch", "")[:LONGEST]
+        return await self._answer(request, lambda inspector: inspector.attention(**given, branch=branch))
 
     async def histograms(self, request: Request) -> Response:
         step = integer(request, "step", None, 0, 2**53)
@@ -64,9 +76,12 @@ class InspectApi:
 
     async def ablate(self, request: Request) -> Response:
         given = await body(request)
-        unknown = given.keys() - {"layer", "head", "expert", "step"}
-        if unknown:
-            raise BadRequest(f"ablate takes layer, head, expert and step, not {sorted(unknown)[0]!r}"[:200])
+        mode = text(given, "mode", default="zero", limit=20)
+        given.pop("mode", None)
+        if unknown := given.keys() - {"layer", "head", "expert", "step"}:
+            raise BadRequest(
+                f"ablate takes layer, head, expert, mode and step, not {min(unknown)!r}"[:LONGEST]
+            )
         for name, value in given.items():
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53
@@ -74,14 +89,20 @@ class InspectApi:
                 raise BadRequest(f"{name!r} must be a whole number from 0 on")
         if given.get("layer") is None or (given.get("head") is None) == (given.get("expert") is None):
             raise BadRequest("give layer, and either head or expert")
-        return await self._answer(request, lambda inspector: inspector.ablate(**given))
+        return await self._answer(request, lambda inspector: inspector.ablate(**given, mode=mode))
 
     async def traces(self, request: Request) -> Response:
         return await self._answer(request, lambda inspector: inspector.traces())
 
     async def trace(self, request: Request) -> Response:
-        name = request.path_params["trace"]
-        return await self._answer(request, lambda inspector: inspector.trace(name))
+        """A captured trace: ``form=speedscope`` (the default) to look at, ``verdict`` for what it says, or ``chrome``,
+        the profiler's own file."""
+        name, form = request.path_params["trace"], request.query_params.get("form", "speedscope")
+        if form not in TRACE_FORMS:
+            raise BadRequest(f"form={form[:LONGEST]!r} is none of {', '.join(TRACE_FORMS)}")
+        if form == "chrome":
+            return await self._answer(request, lambda inspector: inspector.trace_file(name, form))
+        return await self._answer(request, lambda inspector: inspector.trace(name, form))
 
     async def _answer(self, request: Request, question: Callable[[Any], Any]) -> Response:
         if self._limiter is None:
@@ -97,8 +118,8 @@ class InspectApi:
                 raise BadRequest(str(error), 404 if "no " in str(error)[:40] else 400) from None
 
         found = await anyio.to_thread.run_sync(work, limiter=self._limiter)
-        if isinstance(found, (bytes, str)):
-            return Response(found, media_type="application/json")
+        if isinstance(found, Path):
+            return FileResponse(found, filename=found.name, headers={"cache-control": "no-store"})
         return Json(found)
 
     def _inspector(self, name: str) -> Any:

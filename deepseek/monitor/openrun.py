@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from deepseek.monitor.catalogue import describe, group_of
 from deepseek.monitor.commands import DATABASE
 from deepseek.monitor.eventlog import EventLog
-from deepseek.monitor.export.prometheus import Described
 from deepseek.monitor.history import EVENTS_FILE, EventDict
 from deepseek.monitor.replay import Replay
 from deepseek.monitor.runs import status_of
@@ -105,10 +105,6 @@ class OpenRun:
             time.sleep(0.05)
         self._refreshed = -FRESH
         self.refresh()
-
-    def describe(self, name: str) -> Described | None:
-        """What the catalogue says of a series; ``None`` of one that a user named."""
-        return None
 
     def close(self) -> None:
         with self.lock:
@@ -311,9 +307,13 @@ def _has_series(directory: Path) -> bool:
 
 def _described(name: str, newest: Latest) -> dict[str, Any]:
     """A row of the list of series."""
-    group = name.split("/")[0]
-    value = np.float32(newest.value)
-    return {"name": name, "group": group, "unit": "", "description": {}, "last": value, "step": newest.step}
+    metric = describe(name)
+    return {
+        "name": name, "group": group_of(name), "unit": metric.unit if metric else "",
+        "better": metric.better if metric else "",
+        "description": {"en": metric.en, "zh": metric.zh} if metric else {},
+        "last": np.float32(newest.value), "step": newest.step,
+    }  # fmt: skip
 
 
 def _value(latest: dict[str, Any], name: str) -> Any:

@@ -60,7 +60,7 @@ def export_series(
         last = opened.reader.last()
         page = Exposition()
         page.run(opened.summary(), opened.facts())
-        page.series(opened.name, {name: last[name] for name in names if name in last}, opened.describe)
+        page.series(opened.name, {name: last[name] for name in names if name in last})
         write_atomic(target, page.text())
         return Exported(target, len(names), len(names))
     finally:

@@ -12,19 +12,16 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from deepseek.monitor.catalogue import Metric, describe
+
 PREFIX = "deepseek_"
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
-#: What the numbers in a name count, by its first part.
-INDICES = {
-    "layer": ("layer",), "router": ("layer",), "rank": ("rank",), "attention": ("layer", "head"),
-    "expert": ("layer", "expert"), "data": ("source",),
-}  # fmt: skip
 #: First parts whose last part is a label of one metric.
 ENUMERATED = {"time": ("time_seconds", "phase"), "memory": ("memory_bytes", "kind")}
 #: The catalogue's units as Prometheus names them; what is not here gets no suffix.
-UNITS = {"s": "seconds", "seconds": "seconds", "bytes": "bytes", "byte": "bytes"}
+UNITS = {"s": "seconds", "bytes": "bytes"}
 #: Ends of a name that the format keeps for other kinds of metrics.
 RESERVED = ("_total", "_count", "_sum", "_bucket", "_info", "_created")
 HELP = {
@@ -39,14 +36,7 @@ HELP = {
 }
 
 
-class Described(NamedTuple):
-    """What the catalogue says of a series."""
-
-    unit: str = ""
-    help: str = ""
-
-
-class Metric(NamedTuple):
+class Sample(NamedTuple):
     """A family's name without the prefix, and labels."""
 
     family: str
@@ -74,17 +64,14 @@ class Exposition:
         found = self.families.setdefault(family, Family(help or HELP.get(family, family), unit))
         found.samples[tuple(labels.items())] = value
 
-    def series(self, run: str, values: Mapping[str, float], describe: Any) -> None:
-        """Add the newest ``values`` of a run's series. ``describe(name)`` gives a ``Described``, ``None`` if the
-        catalogue does not know the name."""
+    def series(self, run: str, values: Mapping[str, float]) -> None:
+        """Add the newest ``values`` of a run's series."""
         for name, value in values.items():
-            about = describe(name)
-            metric = metric_of(name, about)
-            help = about.help if about else "Logged by the user; the label 'series' has its name."
-            unit = UNITS.get(about.unit, "") if about else ""
-            if metric.family in HELP:
-                help = HELP[metric.family]
-            self.add(metric.family, {"run": run, **metric.labels}, value, help, unit)
+            metric = describe(name)
+            family, labels = sample_of(name, metric)
+            help = metric.en if metric else "Logged by the user; the label 'series' has its name."
+            unit = UNITS.get(metric.unit, "") if metric else ""
+            self.add(family, {"run": run, **labels}, value, HELP.get(family, help), unit)
 
     def run(self, summary: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Add what is known of a run as a whole."""
@@ -112,20 +99,15 @@ class Exposition:
         return "\n".join([*lines, *(["# EOF"] if open_metrics else []), ""])
 
 
-def metric_of(name: str, about: Described | None) -> Metric:
-    """The metric and the labels (without the run) of a series."""
-    parts = name.split("/")
-    if parts[0] in ENUMERATED and len(parts) == 2 and about is not None:
-        family, label = ENUMERATED[parts[0]]
-        return Metric(family, {label: parts[1]})
-    if about is None:
-        return Metric(_family(parts, ""), {"series": name})
-    names = INDICES.get(parts[0], ())
-    labels = dict(zip(names, parts[1 : 1 + len(names)])) if len(parts) > 1 + len(names) else {}
-    if parts[0] == "data":  # a source may have a path for a name
-        labels = {"source": "/".join(parts[1:-1])}
-        return Metric(_family([parts[0], parts[-1]], about.unit), labels)
-    return Metric(_family([parts[0], *parts[1 + len(labels) :]], about.unit), labels)
+def sample_of(name: str, metric: Metric | None) -> Sample:
+    """The metric and the labels (without the run) of a series; ``metric`` is its entry in the catalogue."""
+    if metric is None:
+        return Sample(_family(name.split("/"), ""), {"series": name})
+    if metric.group in ENUMERATED:
+        family, label = ENUMERATED[metric.group]
+        return Sample(family, {label: name.split("/", 1)[1]})
+    fixed = [part for part in metric.pattern.split("/") if not part.startswith("{")]
+    return Sample(_family(fixed, metric.unit), metric.labels(name))
 
 
 def number_text(value: float) -> str:
