@@ -64,14 +64,17 @@ class Controller:
 
     Args:
         trainer: the run that is acted on.
-        capture: ``capture(steps)`` arms a trace of the next steps and returns what to tell; ``None``: there is none.
+        capture: ``capture(steps, done)`` arms a trace of the next steps; ``done(answer)`` is called, from any thread,
+            when it is written. ``None``: there is none.
 
     Attributes:
         rewind: the rollback that was asked for, and ``found``, the checkpoint it goes back to, already read and
             verified: the caller goes there, then calls ``rewound``.
     """
 
-    def __init__(self, trainer: Trainer, capture: Callable[[int], Answer] | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer, capture: Callable[[int, Callable[[Answer], None]], Answer] | None = None
+    ) -> None:
         self.trainer, self.capture = trainer, capture
         self.rewind: Rewind | None = None
         self.found: Checkpoint | None = None
@@ -137,8 +140,7 @@ class Controller:
         except Exception as error:
             self._answer(command, "failed", {"error": f"{type(error).__name__}: {error}"})
         else:
-            if answer is None:
-                self._pending = command  # answered when it is through
+            if answer is None:  # answered when it is through
                 emit(
                     "action", self.step, action=command.action, status="started", id=command.id, by=command.by
                 )
@@ -184,6 +186,7 @@ class Controller:
         self._paused = False
         self.trainer.stop.request(f"stopped by {command.by}" if command.by else "stopped on request")
         self.trainer.stop.agreed = True
+        self._pending = command
 
     def _do_checkpoint(self, command: Command, arguments: Answer) -> Answer:
         assert self._result is not None
@@ -222,10 +225,16 @@ class Controller:
             with weights_of(t.model, found):
                 return replay(t.model, delivery, data.loader, t.corpus, policy, micro, step, found.step)
 
-    def _do_capture(self, command: Command, arguments: Answer) -> Answer:
+    def _do_capture(self, command: Command, arguments: Answer) -> None:
         if self.capture is None:
             raise RunError("this run cannot capture traces")
-        return self.capture(arguments["steps"])
+        self.capture(arguments["steps"], partial(self._captured, command))
+
+    def _captured(self, command: Command, answer: Answer) -> None:
+        text = answer.get(
+            "error"
+        ) or f"{answer.get('verdict', 'recorded')}: {answer.get('reason', '')}".rstrip(": ")
+        self._answer(command, "failed" if "error" in answer else "done", {**answer, "text": text})
 
     def _do_rollback_skip(self, command: Command, arguments: Answer) -> None:
         """Everything that can fail happens here, before anything has changed."""
@@ -245,7 +254,7 @@ class Controller:
         self.rewind = Rewind(
             found.step, self.step, asked.skip, batches, command.by, command.arguments.get("incident")
         )
-        self._paused = False
+        self._paused, self._pending = False, command
 
     def rewound(self) -> None:
         """The run stands at the checkpoint that ``rewind`` names: tell whoever asked, and forget it."""

@@ -321,7 +321,10 @@ class _Pretraining:
         if c.train.cuda_graph:
             step = graphs.GraphedStep(step)
         schedule = Schedule(c.schedule, c.train.steps)
-        self.observer.begin(step, self.loader, self.corpus.tokenizer, start)
+        self.observer.begin(
+            step, self.loader, self.corpus.tokenizer, start, flops_per_token=self.plan.flops_per_token,
+            peak_flops=self.plan.peak_flops * self.world,
+        )  # fmt: skip
         hooks: list[Hook] = [
             NonFiniteGuard(c.train.max_nonfinite),
             self.observer,
@@ -335,6 +338,7 @@ class _Pretraining:
             peak_tokens_per_second=ceiling,
         )  # fmt: skip
         self.observer.end()
+        self.observer.tracer.finish()
         return done
 
     def _end(self, start: int, done: int) -> None:

@@ -155,7 +155,7 @@ def test_what_cannot_be_done_is_answered_and_the_run_goes_on_untouched(
             5: [("rollback_skip", {"skip": [3, 4]}), ("rollback_skip", {"skip": [5, 5], "to_step": 2})],
             6: [("rollback_skip", {"skip": [11, 12]})],
             7: [("quarantine", {"documents": [{"source": "corpus", "path": "none.txt", "offset": 0}]})],
-            8: [("replay", {"step": 2}), ("replay", {"step": 400}), ("capture", {"steps": 2})],
+            8: [("replay", {"step": 2}), ("replay", {"step": 400})],
         },
     )
     answers = sink.answers()
@@ -243,6 +243,19 @@ def test_pause_continue_checkpoint_and_stop(config: PretrainConfig, straight: Pa
     assert names == [f"step-{s:06d}" for s in (3, 4, 6, 9, 10)]
     assert identical(tensors(run, 6), tensors(straight, 6))
     assert resume_run(run).finished
+    assert identical(tensors(run), tensors(straight))
+
+
+def test_a_trace_is_answered_when_it_is_written(
+    config: PretrainConfig, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (answer,) = with_actions(config, run, {4: [("capture", {"steps": 2})]}).answers()
+    assert answer.status == "done", answer.result
+    assert Path(answer.result["path"], "speedscope.json").is_file()
+    told = [(e["status"], e["step"]) for e in events(run) if e["event"] == "action"]
+    assert told[0] == ("started", 4)
+    assert told[1][0] == "done"
     assert identical(tensors(run), tensors(straight))
 
 
