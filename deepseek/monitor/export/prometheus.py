@@ -22,6 +22,8 @@ OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 ENUMERATED = {"time": ("time_seconds", "phase"), "memory": ("memory_bytes", "kind")}
 #: The catalogue's units as Prometheus names them; what is not here gets no suffix.
 UNITS = {"s": "seconds", "bytes": "bytes"}
+#: Prometheus wants bytes where we say bits; the unit of compression is bits per byte all the same.
+RENAMED = {"bits_per_byte": "bpb"}
 #: Ends of a name that the format keeps for other kinds of metrics.
 RESERVED = ("_total", "_count", "_sum", "_bucket", "_info", "_created")
 HELP = {
@@ -106,7 +108,7 @@ def sample_of(name: str, metric: Metric | None) -> Sample:
     if metric.group in ENUMERATED:
         family, label = ENUMERATED[metric.group]
         return Sample(family, {label: name.split("/", 1)[1]})
-    fixed = [part for part in metric.pattern.split("/") if not part.startswith("{")]
+    fixed = [RENAMED.get(part, part) for part in metric.pattern.split("/") if not part.startswith("{")]
     return Sample(_family(fixed, metric.unit), metric.labels(name))
 
 
