@@ -1,8 +1,8 @@
 """What the loss would be without a head, or without an expert: measured, by taking it out.
 
 Three ways of taking out: ``zero`` (it adds nothing), ``mean`` (it adds what it adds on average over the batch, so that
-only what it says about each token is lost), and for experts ``reroute`` (the router may not choose it, and the next best
-expert answers). The model is given back as it was.
+only what it says about each token is lost), and for experts ``reroute`` (the router may not choose it, and the next
+best expert answers). The model is given back as it was.
 
 The layers below the one that is changed give the same as before, so they are run once: ``Replay`` starts again from the
 input of any block.

@@ -1,9 +1,9 @@
 """Where a step's time goes, and what bounds it: read from a recorded ``Timeline``.
 
 The time of a step is divided without remainder. On a CPU: waiting for data, exchanging with other ranks, operators
-limited by arithmetic (matrix products, attention), operators limited by moving bytes, and the rest, in which no operator
-ran: the host itself. On an accelerator the same, but what counts is the device: kernels, exchanges that no kernel hides,
-and idle time, which is put down to the data while the host waited for it, and else to the host.
+limited by arithmetic (matrix products, attention), operators limited by moving bytes, and the rest, in which no
+operator ran: the host itself. On an accelerator the same, but what counts is the device: kernels, exchanges that no
+kernel hides, and idle time, which is put down to the data while the host waited for it, and else to the host.
 
 Operators are told apart by name, not by counters: 'compute' and 'memory' say which kind of work the time went into.
 """
@@ -29,7 +29,7 @@ from deepseek.monitor.inspect.timeline import (
 STALL = 0.25  #: share of a step from which waiting is what bounds it
 ADVICE = {
     "data": "raise data.prefetch, store the corpus tokenised on a local disk, or use shorter documents per batch",
-    "host": "larger micro-batches, train.compile=true or (on an accelerator) train.cuda_graph=true: fewer and longer operators",
+    "host": "fewer and longer operators: larger micro-batches, train.compile=true, or (on CUDA) train.cuda_graph=true",
     "communication": "larger batches per rank, fewer exchanges (accumulation), or a layout with more local work",
     "compute": "this is what a healthy step looks like; faster means a lower precision, or fewer FLOPs per token",
     "memory": "train.compile=true to fuse element-wise work, larger matrix products (hidden size, micro_rows), "
@@ -49,8 +49,8 @@ class Bottleneck:
         seconds: mean of a recorded step. steps: how many were recorded.
         device: whether the shares are the accelerator's.
         top: the operators (or kernels) with most time of their own: name, seconds per step, share, calls per step.
-        flops: achieved floating-point operations per second, ``None`` when the model's are not known; ``peak_share``: of
-            the measured peak.
+        flops: achieved floating-point operations per second, ``None`` when the model's are not known; ``peak_share``:
+            of the measured peak.
     """
 
     verdict: str
@@ -113,11 +113,11 @@ def _reason(kind: str, shares: dict[str, float], seconds: float, device: bool) -
     told = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda x: -x[1]))
     what = {
         "data": f"the step waits for its batch {shares['data']:.0%} of the time",
-        "host": f"{shares['host']:.0%} of the time no {'kernel' if device else 'operator'} runs: the host prepares the next",
+        "host": f"no {'kernel' if device else 'operator'} runs {shares['host']:.0%} of the time: the host prepares the next",
         "communication": f"{shares['communication']:.0%} of the time goes into exchanges that no computation hides",
         "compute": f"{shares['compute']:.0%} of the time goes into matrix products and attention",
-        "memory": f"{shares['memory']:.0%} of the time goes into operators that move bytes: element-wise, norms, copies, "
-        "optimizer",
+        "memory": f"{shares['memory']:.0%} of the time goes into operators that move bytes: element-wise, norms, "
+        "copies, the optimizer",
     }[kind]  # fmt: skip
     return f"{what} ({told}; {seconds:.3g} s a step)"
 

@@ -183,7 +183,7 @@ def output_similarity(output_BRHC: Tensor, counted_BR: Tensor) -> Tensor:
 
 
 def own_weights(attention: Attention) -> tuple[Tensor, Tensor]:
-    """What belongs to each head alone: its rows of the query and its columns of the output matrix, ``[H, D·C]`` each."""
+    """What is each head's alone: its rows of the query and its columns of the output matrix, ``[H, D·C]`` each."""
     heads = attention.config.heads
     output = attention.output.weight.float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1)
     return attention.query.weight.float().view(heads, -1), output

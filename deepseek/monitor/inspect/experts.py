@@ -40,7 +40,7 @@ class LayerExperts:
         entropy: mean entropy of the router's distribution, nats; ``log E`` is the largest.
         coverage: Σ min(load, 1/E). max_vio: (largest load − mean) / mean. dead: how many experts nobody chose.
         output_norm: root mean square of each expert's answers to the sample, ``[E]``.
-        outputs, weights: cosine similarities of the answers (less their mean over tokens) and of the weights, ``[E, E]``.
+        outputs, weights: cosine similarities of the answers (less their mean over tokens) and the weights, ``[E, E]``.
     """
 
     index: int

@@ -80,15 +80,17 @@ def head_statistics(
 def view_statistics(view: AttentionView, output_BRHC: Tensor | None = None) -> HeadStatistics:
     """``head_statistics`` of a view that exists already, with the heads' contributions if they are known."""
     counted_BR = counted(view)
-    local = _branch(view, view.branches[0], counted_BR)
-    gate = torch.full_like(local.entropy, float("nan"))
-    norm = gate
-    if output_BRHC is not None:
-        norm = _mean(output_BRHC.square().mean(-1).transpose(1, 2), counted_BR).sqrt()
+    seen, logit = _branch(view, view.branches[0], counted_BR)
+    gate = norm = torch.full_like(logit, float("nan"))
     if view.gate_BHR is not None:
-        local = _blend(view, local, _branch(view, "pooled", counted_BR), counted_BR)
-        gate = _mean(view.gate_BHR, counted_BR)
-    return local._replace(output_norm=norm.float(), gate=gate.float())
+        pooled, other = _branch(view, "pooled", counted_BR)
+        share = view.gate_BHR.to(pooled[0].dtype)
+        seen = [share * b + (1 - share) * a for a, b in zip(seen, pooled)]
+        logit, gate = torch.maximum(logit, other), _mean(view.gate_BHR, counted_BR).float()
+    if output_BRHC is not None:
+        norm = _mean(output_BRHC.square().mean(-1).transpose(1, 2), counted_BR).sqrt().float()
+    entropy, sink, diagonal, previous, peak, spread = (_mean(x, counted_BR).float() for x in seen)
+    return HeadStatistics(entropy, sink, logit, norm, gate, diagonal, previous, peak, spread)
 
 
 def counted(view: AttentionView) -> Tensor:
@@ -113,27 +115,23 @@ def _mean(x_BHR: Tensor, counted_BR: Tensor) -> Tensor:
     return (x_BHR * weight).sum((0, 2)) / weight.sum().clamp(min=1)
 
 
-def _branch(view: AttentionView, branch: str, counted_BR: Tensor) -> HeadStatistics:
+def _branch(view: AttentionView, branch: str, counted_BR: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Of one branch: entropy, sink, diagonal, previous, peak and spread of each query ``[B, H, R]``; and the largest
+    logit ``[H]`` of the queries that count."""
     logits = view.logits(branch)
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
-    seen = view.visible(branch).sum(-1).expand_as(entropy)
-    alone = (seen < 2) | (counted_BR[:, None] == 0)
-    spread = (entropy / seen.clamp(min=2).log()).masked_fill(alone, 0.0)
-    spread = spread.sum((0, 2)) / (~alone).sum((0, 2)).clamp(min=1)
-    masked = logits.masked_fill(counted_BR[:, None, :, None] == 0, float("-inf"))
-    empty = torch.full_like(spread, float("nan"))
+    slots = view.visible(branch).sum(-1)
+    spread = entropy / slots.clamp(min=2).log()  # a query that sees one slot has no choice: 0
     if branch == "pooled":
         sink, diagonal, previous = p[..., 0], torch.zeros_like(entropy), torch.zeros_like(entropy)
     else:
         sink, diagonal, previous = (
             p.gather(-1, at.expand_as(entropy)[..., None])[..., 0] * ok for at, ok in _marks(view)
         )
-    means = (_mean(x, counted_BR).float() for x in (entropy, sink, diagonal, previous, p.amax(-1)))
-    entropy, sink, diagonal, previous, peak = means
-    largest = masked.amax((0, 2, 3)).float()
-    return HeadStatistics(entropy, sink, largest, empty, empty, diagonal, previous, peak, spread.float())
+    largest = logits.masked_fill(counted_BR[:, None, :, None] == 0, float("-inf")).amax((0, 2, 3))
+    return [entropy, sink, diagonal, previous, p.amax(-1), spread], largest.float()
 
 
 def _marks(view: AttentionView) -> list[tuple[Tensor, Tensor]]:
@@ -147,13 +145,3 @@ def _marks(view: AttentionView) -> list[tuple[Tensor, Tensor]]:
     new = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
     first = torch.where(new, view.index, 0).cummax(1).values[:, view.rows][:, None]
     return [(first, yes), (rows, yes), ((rows - 1).clamp(min=0), (rows > first).long())]
-
-
-def _blend(
-    view: AttentionView, local: HeadStatistics, whole: HeadStatistics, counted_BR: Tensor
-) -> HeadStatistics:
-    """Both branches of a hybrid, weighted by the mean gate; the largest logit is the larger one."""
-    assert view.gate_BHR is not None
-    gate = _mean(view.gate_BHR, counted_BR).float()
-    mixed = [gate * b + (1 - gate) * a for a, b in zip(local, whole)]
-    return HeadStatistics(*mixed)._replace(max_logit=torch.maximum(local.max_logit, whole.max_logit))

@@ -6,9 +6,9 @@ itself: a head is compared, by robust z-scores, with the other heads of its laye
 * **duplicated**: its attention pattern *and* its contribution to the residual stream, or its weights, are those of
   another head of the layer.
 * **saturated**: its logits are far larger than those of other heads, and its attention is closer to one-hot.
-* **noisy**: it writes more than the others do, and the loss would fall if it wrote less. In a trained model the loss is
-  stationary in the scale of every head, because that scale is a parameter; a head that was disturbed is not. Or its own weights are unusually large, which is what added noise does before it
-  harms.
+* **noisy**: it writes more than the others do, and the loss would fall if it wrote less. In a trained model the loss
+  is stationary in the scale of every head, because that scale is a parameter; a head that was disturbed is not. Or its
+  own weights are unusually large, which is what added noise does before it harms.
 * **dead**: it writes almost nothing. **broken**: its figures are not finite.
 
 Shape letters: L layers, H heads.
