@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from deepseek.config import configclass
+from deepseek.data.quality import QualityConfig
 from deepseek.errors import ConfigError
 from deepseek.monitor.detectors import DetectConfig
 
@@ -24,6 +25,7 @@ class MonitorConfig:
         queries: positions of a row whose attention it computes.
         detect: look for incidents.
         detection: how much evidence an incident needs (``[monitor.detection]``).
+        data: look at the data that are trained on, source by source, and whether they drift (``[monitor.quality]``).
         explain: losses per document of an incident's batch, so that the incident names its samples.
         samples: documents that an incident names.
         webhook: address that incidents are posted to as JSON; empty: none.
@@ -34,12 +36,14 @@ class MonitorConfig:
     """
 
     enabled: bool = True
-    overhead: float = 0.005
+    overhead: float = 0.004
     every: int = 0
     rows: int = 1
     queries: int = 32
     detect: bool = True
     detection: DetectConfig = DetectConfig()
+    data: bool = True
+    quality: QualityConfig = QualityConfig()
     explain: bool = True
     samples: int = 16
     webhook: str = ""

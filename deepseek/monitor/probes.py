@@ -14,6 +14,7 @@ Shape letters: P parameters, G groups (embedding, blocks, head), L expert layers
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -188,6 +189,36 @@ def _some(weight: Tensor) -> Tensor:
     return flat[::stride]
 
 
+class Cost:
+    """What a part of a step costs: the host's time or, where it is more, that of the accelerator's queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._host = 0.0
+        self._marks: list[tuple[torch.Event, torch.Event]] = []
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        if self.device.type != "cpu":
+            self._start = self._mark()
+
+    def __exit__(self, *error: object) -> None:
+        self._host += time.perf_counter() - self._began
+        if self.device.type != "cpu":
+            self._marks.append((self._start, self._mark()))
+
+    def _mark(self) -> torch.Event:
+        mark = torch.Event(self.device, enable_timing=True)
+        mark.record()
+        return mark
+
+    def read(self) -> float:
+        """Seconds, once they are known; 0 until then. Waits for nothing."""
+        if any(not end.query() for _, end in self._marks):
+            return 0.0
+        return max(self._host, sum(start.elapsed_time(end) for start, end in self._marks) / 1e3)
+
+
 class Cadence:
     """How many steps lie between two sampled probes, so that they take ``overhead`` of the time.
 
@@ -235,4 +266,4 @@ class Cadence:
         self._last = step
 
 
-__all__ = ["Cadence", "Groups", "Look", "Reading", "SampledProbe", "StepProbe"]
+__all__ = ["Cadence", "Cost", "Groups", "Look", "Reading", "SampledProbe", "StepProbe"]

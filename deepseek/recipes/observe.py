@@ -23,31 +23,30 @@ import torch
 from torch import Tensor
 
 from deepseek.data import Loader, Tokenizer
+from deepseek.data.quality import DriftAlert
 from deepseek.dist import comm
 from deepseek.errors import RunError
 from deepseek.events import Event, Sink, emit
 from deepseek.monitor.alerts import AlertSink, receivers_of
 from deepseek.monitor.config import MonitorConfig
-from deepseek.monitor.control import request
 from deepseek.monitor.detect import Watch
+from deepseek.monitor.guard import Guarded, tell_failure
 from deepseek.monitor.inspect.trace import TraceCapture
+from deepseek.monitor.probe_data import DataProbe, drift_incident
 from deepseek.monitor.probe_documents import explain, source_losses, worst
 from deepseek.monitor.probe_memory import MemoryProbe
 from deepseek.monitor.probe_ranks import RankProbe
-from deepseek.monitor.probes import Cadence, SampledProbe, StepProbe
+from deepseek.monitor.probes import Cadence, Cost, SampledProbe, StepProbe
 from deepseek.monitor.sink import StoreSink
 from deepseek.monitor.store import RunStore
+from deepseek.monitor.watch_memory import WatchMemory
+from deepseek.recipes.respond import Responder
 from deepseek.recipes.siblings import META as ORDER
 from deepseek.recipes.siblings import data_order, find_siblings
 from deepseek.train import StepResult, TrainStep
 
-#: Incidents that a batch may have caused: its documents are named, and leaving it out may help.
-OF_DATA = frozenset({"loss_spike", "gradient_spike", "divergence", "nan", "data_drift"})
-SEVERITY = ("info", "warning", "critical")
 REMEMBERED = 4096  #: steps whose batches can be explained
-MOST_ACTIONS = 3  #: times that a run acts by itself
-STORE = "the series store"
-MEMORY = "watch"  #: key of the store under which detectors keep what they know
+STORE, DATA = "the series store", "what the data are like"
 
 
 class Observer:
@@ -69,16 +68,15 @@ class Observer:
         self.seconds = 0.0
         self.sinks: list[Sink] = []
         self.tracer = TraceCapture(run, rank=rank)
-        self._ear = Ear()
+        self.responder = Responder(config, run)
+        self._ear = Ear(self.close)
         self._failed: dict[str, Exception | None] = {}
         self._batches: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
-        self._unexplained: deque[dict[str, Any]] = deque()
-        self._explained: set[Any] = set()
-        self._acted_on: set[Any] = set()
         self._step: TrainStep | None = None
+        self.data: DataProbe | None = None
         self._cost: Cost
         if config.enabled:
-            self.sinks = [*(self._sinks() if rank == 0 else ()), self._ear]
+            self.sinks = [*(self._sinks() if rank == 0 else ()), self.responder, self._ear]
 
     def _sinks(self) -> list[Sink]:
         """Who keeps series and incidents, and who tells people about them."""
@@ -91,15 +89,27 @@ class Observer:
         return found
 
     def begin(
-        self, step: TrainStep, loader: Loader, tokenizer: Tokenizer | None = None, start: int = 0
+        self,
+        step: TrainStep,
+        loader: Loader,
+        tokenizer: Tokenizer | None = None,
+        start: int = 0,
+        *,
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
     ) -> None:
-        """Training is about to go on after step ``start`` with these."""
+        """Training is about to go on after step ``start`` with these.
+
+        Args:
+            flops_per_token, peak_flops: of the model and of all devices, for the verdict on a trace; 0: unknown.
+        """
         self._loader, self._tokenizer = loader, tokenizer
         self.tracer.train_step = step
-        self._ear.acting = False
+        self.tracer.flops_per_token, self.tracer.peak_flops = flops_per_token, peak_flops
+        self.responder.begin()
         for what, error in self._failed.items():
             if error is not None:  # before anybody listened
-                _tell(what, error)
+                tell_failure(what, error)
         self._failed = dict.fromkeys(self._failed)
         if not self.config.enabled:
             return
@@ -114,6 +124,32 @@ class Observer:
         self._policy, self._switches = step.policy.name, 0
         if self.rank == 0:
             self._safely("runs with the same data", self._find_siblings)
+            self._safely(DATA, self._watch_data)
+
+    def _watch_data(self) -> None:
+        self._stop_data()
+        if self.config.data:
+            self.data = DataProbe(
+                self._loader, self._tokenizer, self.run, self._drifted, lambda error: tell_failure(DATA, error),
+                self.config.quality, self.resumed,
+            )  # fmt: skip
+        self.resumed = True  # should this process go back to a checkpoint
+
+    def _stop_data(self) -> None:
+        if self.data is not None:
+            found, self.data = self.data, None
+            found.close()
+
+    def _drifted(self, step: int, alert: DriftAlert) -> None:
+        """Keep a drift: in the incident that detectors made of it, or in one of its own."""
+        new = drift_incident(step, alert).to_dict()
+        with RunStore(self.run) as store:
+            for known in store.incidents("open"):
+                if known.get("kind") == "data_drift" and alert.source in str(known.get("evidence")):
+                    store.change_incident(known["id"], samples=new["samples"])
+                    return
+            store.put_incident(new)
+        emit("incident", step, **{k: v for k, v in new.items() if k != "step"})
 
     def _find_siblings(self) -> None:
         order = data_order(self._loader)
@@ -134,6 +170,8 @@ class Observer:
         if self.rank:
             return
         self._safely("the probes of every step", self._every_step, step, result)
+        if self.data is not None and self._loader.last is not None:
+            self.data(step, self._loader.last)
         self._safely("the sampled probes", self._some_steps, step)
         self._safely("what incidents are answered with", self._answer)
         self.seconds += time.perf_counter() - began
@@ -142,11 +180,17 @@ class Observer:
         """The last step is done; on every rank."""
         if self._step is None:
             return
+        self._safely(DATA, self._stop_data)
         self.ranks.flush()
         self._safely("what incidents are answered with", self._answer)
         while step := self.ranks.heard or comm.from_first(self.ranks.ask):
             self.ranks.heard = self.ranks.ask = 0
             self._explain_together(step)
+
+    def close(self) -> None:
+        """End what works beside the training."""
+        self._safely(DATA, self._stop_data)
+        self._safely("traces", self.tracer.finish)
 
     def _every_step(self, step: int, result: StepResult) -> None:
         assert self._step is not None
@@ -207,53 +251,16 @@ class Observer:
 
     def _answer(self) -> None:
         """What was found since the last step: do what the config says, and have the documents named."""
-        while self._ear.incidents:
-            incident = self._ear.incidents.popleft()
-            key = incident.get("id")
-            if self.config.on_incident != "none" and _severe(incident, self.config.act_from):
-                self._safely("what is done about incidents", self._act, incident)
-            named = incident.get("samples") or incident.get("kind") not in OF_DATA or key in self._explained
-            if self.config.explain and self.config.samples and not named:
-                self._explained.add(key)  # it is told again when more is known of it
-                self._unexplained.append(incident)
-        if self._unexplained:
-            self.ranks.ask = int(self._unexplained[0]["step"])
+        self.responder.respond(data_watched=self.data is not None)
+        self.ranks.ask = self.responder.wanted
 
     def _explain_together(self, step: int) -> None:
         """Every rank looks at its part of the step's batch; rank 0 puts the worst documents into the incident."""
         own: list[dict[str, Any]] = []
         self._safely("the documents behind incidents", lambda: own.extend(self.explain(step)))
         found = worst(itertools.chain(*comm.gather(own)), self.config.samples)
-        waiting = [i for i in self._unexplained if int(i["step"]) == step]
-        for incident in waiting:
-            self._unexplained.remove(incident)
-            self._safely("the documents behind incidents", self._keep, {**incident, "samples": found})
-        if self._unexplained:
-            self.ranks.ask = int(self._unexplained[0]["step"])
-
-    def _keep(self, incident: Mapping[str, Any]) -> None:
-        with RunStore(self.run) as store:
-            store.change_incident(incident["id"], samples=incident["samples"])
-
-    def _act(self, incident: Mapping[str, Any]) -> None:
-        """Ask the run for what the config says; once at a time, and not for ever."""
-        action, arguments = self.config.on_incident, {"incident": incident.get("id")}
-        if action == "rollback_skip":
-            if incident.get("kind") not in OF_DATA:
-                return
-            step = int(incident["step"])
-            arguments["skip"] = [max(1, int(incident.get("first_step") or step)), step]
-        if self._ear.acting or incident["id"] in self._acted_on or len(self._acted_on) > MOST_ACTIONS:
-            return
-        self._acted_on.add(incident["id"])
-        if len(self._acted_on) > MOST_ACTIONS:
-            text = (
-                f"monitor: {MOST_ACTIONS} times on_incident='{action}' did not help; it is off from here on"
-            )
-            emit("warning", int(incident["step"]), text=text)
-            return
-        self._ear.acting = True
-        request(self.run, action, arguments, by="monitor.on_incident")
+        self._safely("the documents behind incidents", self.responder.explained, step, found)
+        self.ranks.ask = self.responder.wanted
 
     def _safely(self, what: str, do: Callable[..., None], *args: Any) -> None:
         """Do it; what fails is told, and not done again."""
@@ -265,111 +272,19 @@ class Observer:
             heard = self._step is not None
             self._failed[what] = None if heard else error
             if heard:
-                _tell(what, error)
+                tell_failure(what, error)
 
 
 class Ear(Sink):
-    """Remembers where the last step's time went, incidents that nobody has looked at yet, and whether an action that
-    was asked for is still to be done."""
+    """Remembers where the last step's time went; ``closing`` is called when the run ends, however it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, closing: Callable[[], None]) -> None:
         self.seconds: Mapping[str, float] = {}
-        self.incidents: deque[dict[str, Any]] = deque()
-        self.acting = False
+        self._closing = closing
 
     def write(self, event: Event) -> None:
         if event.name == "train":
             self.seconds = event.values.get("seconds", {})
-        elif event.name == "action" and event.values.get("status") in ("done", "failed"):
-            self.acting = False
-        elif event.name == "incident":
-            self.incidents.append({**event.values, "step": event.values.get("step", event.step)})
-
-
-class WatchMemory(Sink):
-    """Keeps what a watch has learnt to think usual, from one process of a run to the next.
-
-    To be attached before the sink that feeds the watch: sinks are closed in reverse order.
-    """
-
-    def __init__(self, watch: Watch, run: Path, resumed: bool) -> None:
-        self.watch, self.run, self.waiting = watch, run, resumed
-
-    def write(self, event: Event) -> None:
-        if self.waiting:  # the first event comes before the first row
-            self.waiting = False
-            state = None
-            with suppress(RunError), RunStore(self.run) as store:
-                state = store.meta(MEMORY)
-            if state is not None:
-                self.watch.load_state_dict(state)
 
     def close(self) -> None:
-        with suppress(RunError), RunStore(self.run) as store:
-            store.set_meta(MEMORY, self.watch.state_dict())
-
-
-class Guarded(Sink):
-    """A sink whose failures end nothing: the first is told, then it hears no more."""
-
-    def __init__(self, inner: Sink, name: str) -> None:
-        self.inner, self.name, self.failed = inner, name, False
-
-    def write(self, event: Event) -> None:
-        if self.failed:
-            return
-        try:
-            self.inner.write(event)
-        except Exception as error:
-            self._fail(error)
-
-    def close(self) -> None:
-        try:
-            self.inner.close()
-        except Exception as error:
-            if not self.failed:
-                self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self.failed = True
-        _tell(self.name, error)
-
-
-class Cost:
-    """What a part of a step costs: the host's time or, where it is more, that of the accelerator's queue."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._host = 0.0
-        self._marks: list[tuple[torch.Event, torch.Event]] = []
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-        if self.device.type != "cpu":
-            self._start = self._mark()
-
-    def __exit__(self, *error: object) -> None:
-        self._host += time.perf_counter() - self._began
-        if self.device.type != "cpu":
-            self._marks.append((self._start, self._mark()))
-
-    def _mark(self) -> torch.Event:
-        mark = torch.Event(self.device, enable_timing=True)
-        mark.record()
-        return mark
-
-    def read(self) -> float:
-        """Seconds, once they are known; 0 until then. Waits for nothing."""
-        if any(not end.query() for _, end in self._marks):
-            return 0.0
-        return max(self._host, sum(start.elapsed_time(end) for start, end in self._marks) / 1e3)
-
-
-def _severe(incident: Mapping[str, Any], least: str) -> bool:
-    severity = str(incident.get("severity", ""))
-    return severity in SEVERITY and SEVERITY.index(severity) >= SEVERITY.index(least)
-
-
-def _tell(what: str, error: Exception) -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
-    emit("warning", text=f"monitor: {what} failed and is off from here on ({text}); training goes on")
+        self._closing()

@@ -284,8 +284,8 @@ class _Pretraining:
         c, parameters = self.config, count.parameters(self.config.model)
         report = self.corpus.report
         emit(
-            "run", start, run=self.path.name, device=str(self.plan.device), dtype=self.plan.policy.name,
-            parameters=parameters.total, active_parameters=parameters.active,
+            "run", start, run=self.path.name, directory=str(self.path), device=str(self.plan.device),
+            dtype=self.plan.policy.name, parameters=parameters.total, active_parameters=parameters.active,
             flops_per_token=self.plan.flops_per_token, peak_flops=self.plan.peak_flops,
             peak_source=f"measured {self.plan.policy.name} matrix product", total_steps=c.train.steps,
             batch_tokens=c.train.batch_tokens, resumed_from=start or None,

@@ -11,17 +11,17 @@ from recipe_runs import events, identical, losses, smallest, tensors, write_corp
 
 from deepseek.config import replace
 from deepseek.errors import ConfigError
-from deepseek.events import Event, MemorySink, Sink, attached
+from deepseek.events import Event, MemorySink, Sink, attached, emit
 from deepseek.monitor.catalogue import describe
 from deepseek.monitor.config import MonitorConfig
 from deepseek.monitor.detect import Watch
-from deepseek.monitor.probe_ranks import RankProbe
 from deepseek.monitor.probes import StepProbe
 from deepseek.monitor.sink import StoreSink
 from deepseek.monitor.store import RunStore
 from deepseek.recipes.observe import Observer
 from deepseek.recipes.plan import preset
 from deepseek.recipes.pretrain import PretrainConfig, pretrain, resume_run
+from deepseek.recipes.respond import Responder
 from deepseek.recipes.siblings import find_siblings
 from deepseek.train import StepResult
 
@@ -285,21 +285,21 @@ def test_automatic_actions_end_after_some_that_did_not_help(
 ) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(
-        "deepseek.recipes.observe.request",
+        "deepseek.recipes.respond.request",
         lambda run, action, arguments, by: asked.append((action, arguments)),
     )
-    observer = Observer(MonitorConfig(on_incident="pause", explain=False), tmp_path, rank=1)
-    ear = observer.sinks[-1]
-    observer.ranks = RankProbe.__new__(RankProbe)
+    responder = Responder(MonitorConfig(on_incident="pause", explain=False), tmp_path)
     sink = MemorySink()
-    with attached(sink):
+    with attached(sink, responder):
         for step in range(10, 20):
             incident = {"id": step, "kind": "slow", "severity": "warning" if step == 10 else "critical"}
-            ear.write(Event("incident", step, incident))
-            ear.write(Event("incident", step, {**incident, "id": -step}))  # one action at a time
-            observer._answer()
-            ear.write(Event("action", step, {"action": "pause", "status": "done"}))
+            emit("incident", step, **incident)
+            emit("incident", step, **incident)  # told again
+            emit("incident", step, **{**incident, "id": -step})  # one action at a time
+            responder.respond()
+            emit("action", step, action="pause", status="done")
     assert asked == [("pause", {"incident": step}) for step in (11, 12, 13)]
+    assert responder.wanted == 0
     assert len(warnings_of(sink)) == 1
     assert "did not help" in warnings_of(sink)[0]
 

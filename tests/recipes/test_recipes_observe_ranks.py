@@ -36,7 +36,13 @@ def micro(self, *args, **kwargs):
 TrainStep.micro = micro
 
 kept = []
-observe.Observer._keep = lambda self, incident: kept.append(incident)
+from deepseek.recipes.respond import Responder
+def explained(self, step, samples):
+    found = [i for i in self._unexplained if i["step"] == step]
+    for incident in found:
+        self._unexplained.remove(incident)
+        kept.append({**incident, "samples": samples})
+Responder.explained = explained
 
 class Alarm(Sink):
     def write(self, event):
