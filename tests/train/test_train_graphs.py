@@ -14,6 +14,7 @@ from deepseek.batch import IGNORE, Batch
 from deepseek.errors import ConfigError, TrainingError
 from deepseek.models import Transformer
 from deepseek.models.config import tiny
+from deepseek.monitor.probes import SampledProbe, StepProbe
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.precision import Policy, lower
@@ -149,6 +150,60 @@ def test_other_shapes_go_through_the_ordinary_step() -> None:
 
     x, y = run(ordinary, range(6), mixed), run(graphed, range(6), mixed)
     compare(ordinary, graphed, x, y, {"rtol": 1e-3, "atol": 1e-4})
+
+
+def probed(step: TrainStep, recorded: TrainStep, moved: Callable[[int], Batch]) -> list[list[float]]:
+    """Figures of the probes of six steps, looking closer at every other one."""
+    each, closer, told = StepProbe(step), SampledProbe(recorded), []
+    schedule = Schedule(ScheduleConfig(warmup=0.5), 12)
+    for i in range(6):
+        schedule.apply(step.optimizer, i)
+        if i % 2:
+            closer.prepare()
+        told.append(each(step(moved(i))).values.tolist())
+        if i % 2:
+            told.append(closer(moved(i))[0].values.tolist())
+    return told
+
+
+def test_probes_between_replayed_steps_see_what_they_see_between_ordinary_ones() -> None:
+    ordinary, captured = step_of(FP32, 2), step_of(FP32, 2)
+    graphed = GraphedStep(captured, warmup=2, record=Rerun(captured))
+    wanted, found = probed(ordinary, ordinary, batch), probed(graphed, captured, batch)
+    assert graphed._captured is not None
+    for a, b in zip(wanted, found, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("policy", [FP32, BF16])
+def test_probes_between_replayed_steps_on_a_gpu(policy: Policy) -> None:
+    def moved(i: int) -> Batch:
+        return batch(i, rows=4, length=128).to("cuda")
+
+    ordinary, captured = step_of(policy, 2, device="cuda"), step_of(policy, 2, device="cuda")
+    graphed = GraphedStep(captured, warmup=2)
+    wanted, found = probed(ordinary, ordinary, moved), probed(graphed, captured, moved)
+    assert graphed._captured is not None
+    for a, b in zip(wanted, found, strict=True):
+        assert b == pytest.approx(a, rel=5e-2, abs=5e-2)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_probes_on_a_gpu_wait_for_nothing() -> None:
+    step, part = step_of(BF16, 2, device="cuda"), batch(0, rows=4, length=128).to("cuda")
+    each, closer = StepProbe(step), SampledProbe(step)
+    for _ in range(2):
+        closer.prepare()
+        each(step(part))
+        closer(part)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        closer.prepare()
+        each(step(part))
+        closer(part)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_that_cannot_be_captured_says_so() -> None:
