@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -46,6 +47,8 @@ class Pretrain:
     explain: bool = False  # print every derived value and why, then train
     dry_run: bool = False  # print parameters, FLOPs, memory and tokens, and stop
     options: bool = False  # list every option of the config, and stop
+    monitor: bool = False  # serve the dashboard of this run while it trains
+    tensorboard: str = ""  # a directory for TensorBoard files, written as the run goes
     json: bool = False  # print results as JSON lines, for machines
     quiet: bool = False
 
@@ -62,7 +65,9 @@ class Pretrain:
             _show_derived(recipe.derive(config).derived)
         name = self.run or Path(self.config).stem
         path = Path(name) if Path(name).name != name else Path("runs") / name
-        result = recipe.pretrain(config, path, sinks=_sinks(self.json, self.quiet))
+        sinks = _sinks(self.json, self.quiet)
+        with _watched(path, self.monitor, self.tensorboard, sinks):
+            result = recipe.pretrain(config, path, sinks=sinks)
         return _finished(result, self.json)
 
 
@@ -73,6 +78,8 @@ class Resume:
     run: Positional[str]
     step: Annotated[int | None, arg(name="from")] = None  # the step to go on from, instead of the newest
     skip: str = ""  # FIRST:LAST, steps whose batches are left out; from the newest checkpoint before them
+    monitor: bool = False  # serve the dashboard of this run while it trains
+    tensorboard: str = ""  # a directory for TensorBoard files, written as the run goes
     json: bool = False
     quiet: bool = False
 
@@ -87,7 +94,9 @@ class Resume:
             from deepseek.monitor.control import parse_skip
 
             skip = parse_skip(self.skip)
-        result = resume_run(run.path, config, step=self.step, skip=skip, sinks=_sinks(self.json, self.quiet))
+        sinks = _sinks(self.json, self.quiet)
+        with _watched(run.path, self.monitor, self.tensorboard, sinks):
+            result = resume_run(run.path, config, step=self.step, skip=skip, sinks=sinks)
         return _finished(result, self.json)
 
 
@@ -278,6 +287,7 @@ class Monitor:
     host: str = "127.0.0.1"  # anything else can be reached from other machines, and needs a token
     token: str = ""  # 'auto' makes one; or in the environment as DEEPSEEK_MONITOR_TOKEN
     open: bool = False  # open the browser
+    ends_with_stdin: bool = False  # end when the standard input ends: for a program that starts this one
 
     def go(self, rest: Sequence[str]) -> int:
         import os
@@ -287,7 +297,31 @@ class Monitor:
 
         token = self.token or os.environ.get("DEEPSEEK_MONITOR_TOKEN", "")
         token = new_token() if token == "auto" else token
-        serve(_run_or_root(self.root), host=self.host, port=self.port, token=token, open_browser=self.open)
+        serve(
+            _run_or_root(self.root), host=self.host, port=self.port, token=token, open_browser=self.open,
+            ends_with=sys.stdin if self.ends_with_stdin else None,
+        )  # fmt: skip
+        return 0
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Write a run's series for other programs: csv, parquet, tensorboard or prometheus."""
+
+    run: Positional[str]
+    format: str = "csv"
+    to: str = ""  # a file, for tensorboard a directory; in the run unless told
+    name: tuple[str, ...] = ()  # series to write; * and ? stand for any text. All unless told
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.monitor.export.formats import export_series
+
+        done = export_series(_run_or_root(self.run), self.format, self.to or None, self.name)
+        if self.json:
+            _print_json({"path": str(done.path), "series": done.series, "rows": done.rows})
+        else:
+            print(f"{done.path}: {done.series} series, {done.rows:,} {done.unit}")
         return 0
 
 
@@ -298,7 +332,9 @@ class Act:
     run: Positional[str]
     action: Positional[str]
     skip: str = ""  # rollback_skip: FIRST:LAST, steps whose batches are left out
-    to_step: int | None = None  # rollback_skip: the checkpoint to go back to; the newest before `skip` unless told
+    to_step: int | None = (
+        None  # rollback_skip: the checkpoint to go back to; the newest before `skip` unless told
+    )
     document: tuple[str, ...] = ()  # quarantine: SOURCE:PATH:OFFSET, or SOURCE:PATH for all of a file
     reason: str = ""  # quarantine: for the record
     steps: int | None = None  # capture: how many
@@ -404,6 +440,7 @@ Command = (
     | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Monitor, subcommand("monitor")]
+    | Annotated[Metrics, subcommand("metrics")]
     | Annotated[Act, subcommand("act")]
     | Annotated[Replay, subcommand("replay")]
     | Annotated[Doctor, subcommand("doctor")]
@@ -511,6 +548,30 @@ def _sinks(as_json: bool, quiet: bool) -> list[Any]:
     from deepseek.monitor import TerminalSink
 
     return [TerminalSink()]
+
+
+@contextmanager
+def _watched(run: Path, monitor: bool, tensorboard: str, sinks: Sequence[Any]) -> Iterator[None]:
+    """While a run trains: its dashboard, if ``monitor``, and TensorBoard files, if a directory is given."""
+    import os
+
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one
+        yield
+        return
+    with ExitStack() as stack:
+        if monitor:
+            from deepseek.monitor.background import BackgroundDashboard
+
+            say = print
+            for sink in sinks:
+                sink.see = ""  # the dashboard is there already; its address comes instead
+                say = sink.say
+            stack.enter_context(BackgroundDashboard(run, say))
+        if tensorboard:
+            from deepseek.monitor.export.board import BoardThread
+
+            stack.enter_context(BoardThread(run / "monitor", Path(tensorboard)))
+        yield
 
 
 def _finished(result: Any, as_json: bool) -> int:

@@ -15,7 +15,7 @@ import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from deepseek.errors import ConfigError, MissingExtraError
 from deepseek.monitor.access import Access, Guard, is_loopback
@@ -127,9 +127,12 @@ def serve(
     port: int | None = None,
     token: str = "",
     open_browser: bool = False,
+    ends_with: IO[Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve the dashboard until interrupted. ``port`` 0 takes any free one, ``None`` the first free one from 6060.
+    """Serve the dashboard until interrupted, or until the stream ``ends_with`` ends.
+
+    ``port`` 0 takes any free one, ``None`` the first free one from 6060.
 
     Raises:
         ConfigError: ``host`` and ``token`` do not go together, or the address cannot be had.
@@ -142,8 +145,17 @@ def serve(
     say(f"dashboard of {root}: {address}  (Ctrl-C ends it)")
     if open_browser:
         threading.Timer(0.5, webbrowser.open, [address]).start()
+    runs = server(app)
+    if ends_with is not None:
+        threading.Thread(target=_end_with, args=(ends_with, runs), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt), bound:
-        server(app).run(sockets=[bound])
+        runs.run(sockets=[bound])
+
+
+def _end_with(stream: IO[Any], runs: Any) -> None:
+    while stream.read(4096):
+        pass
+    runs.should_exit = True
 
 
 def server(app: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import shlex
 import time
 from collections.abc import Callable
 
@@ -58,6 +59,7 @@ class TerminalSink(Sink):
         budget: float = 0.008,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.see: str | None = None  #: how to watch the run, said once when it starts; ``None``: from the event
         self.console = console or Console()
         self.quiet, self.every_seconds, self.every_steps = quiet, every_seconds, every_steps
         self.budget, self.clock = budget, clock
@@ -100,6 +102,8 @@ class TerminalSink(Sink):
             self.state.keep(event)
         else:
             self.state.note(event)
+        if event.name == "run" and not self.quiet:
+            self._say_where(event)
         now = self.clock()
         if self.quiet:
             if event.name == "warning":
@@ -109,6 +113,17 @@ class TerminalSink(Sink):
                 self._draw(now)
         else:
             self._plain(event, now)
+
+    def say(self, text: str) -> None:
+        """Print a line above the panel; from any thread."""
+        if not self.quiet and not self._closed:
+            self._line(one_line(text))
+
+    def _say_where(self, event: Event) -> None:
+        directory = event.values.get("directory")
+        if self.see is None and directory:
+            self.say(f"to watch it in a browser: deepseek monitor {shlex.quote(str(directory))}")
+        self.see = ""
 
     def _draw(self, now: float) -> None:
         if self._live is None and not self.state.steps_seen:

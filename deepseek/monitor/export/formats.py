@@ -19,11 +19,15 @@ ENDS = {"csv": ".csv", "parquet": ".parquet", "tensorboard": "-tensorboard", "pr
 
 
 class Exported(NamedTuple):
-    """Where it is, how many series, and how many rows (or points, or samples) it has."""
+    """Where it is, how many series, and how many rows, points or samples (``unit``) it has."""
 
     path: Path
     series: int
     rows: int
+
+    @property
+    def unit(self) -> str:
+        return "points" if self.path.is_dir() else "samples" if self.path.suffix == ".prom" else "rows"
 
 
 def export_series(
