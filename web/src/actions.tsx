@@ -119,6 +119,16 @@ export function useCommands(): Command[] {
   return list;
 }
 
+const SHOWN_S = 90;
+
+/** The newest command of the run's own buttons, for a while: pressing without an answer would leave one in doubt. */
+export function Latest() {
+  const [newest] = useCommands().filter((c) => !c.arguments?.incident && !c.incident);
+  const age = newest ? Date.now() / 1000 - (newest.finished ?? newest.created ?? newest.time ?? 0) : Infinity;
+  if (!newest || age > SHOWN_S) return null;
+  return <Commands only={(c) => c.id === newest.id} />;
+}
+
 export function Commands({ only }: { only?: (c: Command) => boolean }) {
   const list = useCommands().filter((c) => !only || only(c)).slice(0, 8);
   if (!list.length) return null;

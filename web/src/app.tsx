@@ -1,13 +1,13 @@
 // The frame around every page: the bar on top, the tabs of a run, keys, help.
 
 import { useEffect, useState } from "preact/hooks";
-import { ActionButton } from "./actions";
+import { ActionButton, Latest } from "./actions";
 import { useCell } from "./cell";
 import { Dialog } from "./dialog";
 import { ago, duration, grouped, short } from "./format";
 import { RUNNING } from "./health";
 import { Icon } from "./icons";
-import { onKey } from "./keys";
+import { useKeys } from "./keys";
 import { ALIGNMENT, Alignment } from "./pages/alignment";
 import { Compare } from "./pages/compare";
 import { Data } from "./pages/data";
@@ -28,16 +28,14 @@ export function App() {
   const { path } = useRoute();
   const lang = useLang();
   const [help, setHelp] = useState(false);
-  useEffect(() =>
-    onKey({
-      "?": () => setHelp(true),
+  useKeys({
+    "?": () => setHelp(true),
       "/": search,
       t: switchTheme,
       l: () => setLang(lang === "en" ? "zh" : "en"),
       g: () => go("#/"),
       Escape: () => go(path[0] === "run" && path.length > 2 ? link(path.slice(0, -1)) : "#/"),
-    }),
-  );
+  });
   const page = path[0] ?? "";
   return (
     <>
@@ -60,7 +58,7 @@ function Bar({ path, onHelp }: { path: string[]; onHelp: () => void }) {
   const lang = useLang();
   return (
     <header class="bar">
-      <a class="brand" href="#/" aria-label={t("All runs")}>
+      <a class="brand" href="#/" title={t("All runs")}>
         <svg width="22" height="22" viewBox="0 0 32 32" aria-hidden="true"><rect width="32" height="32" rx="8" /><path d="M5 19h5l3-10 5 16 3-9h6" /></svg>
         <b>deepseek</b> <span>monitor</span>
       </a>
@@ -88,7 +86,7 @@ function Run({ id, rest }: { id: string; rest: string[] }) {
   const page = rest[0] ?? "";
   const tabs = TABS.filter(([key]) => present(run, key) || key === page);
   useEffect(() => void (document.title = `${run.info?.name ?? id} · deepseek monitor`), [run.info?.name, id]);
-  useEffect(() => onKey({ "+": () => zoom(run, 0.5), "-": () => zoom(run, 2), "0": () => run.zoom(), "[": () => pan(run, -0.5), "]": () => pan(run, 0.5), i: () => go(link(["run", id, "incidents"])) }));
+  useKeys({ "+": () => zoom(run, 0.5), "-": () => zoom(run, 2), "0": () => run.zoom(), "[": () => pan(run, -0.5), "]": () => pan(run, 0.5), i: () => go(link(["run", id, "incidents"])) });
   const open = run.incidents.filter((x) => x.status === "open").length;
   return (
     <RunContext.Provider value={run}>
@@ -162,6 +160,7 @@ function RunHead({ run }: { run: RunState }) {
           <ActionButton name="stop" />
         </div>
       )}
+      <Latest />
       {share !== null && <div class="progress head" role="img" aria-label={t("{x} done", { x: `${Math.round(share * 100)} %` })}><i style={{ width: `${share * 100}%` }} /></div>}
     </div>
   );

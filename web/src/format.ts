@@ -52,8 +52,11 @@ export function duration(seconds: number | null | undefined): string {
   const zh = lang.value === "zh";
   const [m, h, d] = zh ? ["分", "时", "天"] : ["min", "h", "d"];
   if (seconds < 3600) return `${Math.round(seconds / 60)}${thin}${m}`;
-  if (seconds < 86400) return `${Math.floor(seconds / 3600)}${thin}${h} ${Math.round((seconds % 3600) / 60)}${thin}${m}`;
-  return `${Math.floor(seconds / 86400)}${thin}${d} ${Math.round((seconds % 86400) / 3600)}${thin}${h}`;
+  const pair = (whole: number, a: string, rest: number, b: string) => `${whole}${thin}${a}${rest ? ` ${rest}${thin}${b}` : ""}`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 24 * 60) return pair(Math.floor(minutes / 60), h, minutes % 60, m);
+  const hours = Math.round(seconds / 3600);
+  return pair(Math.floor(hours / 24), d, hours % 24, h);
 }
 
 export function ago(time: number | null | undefined): string {

@@ -35,7 +35,7 @@ export const RUNNING = ["running", "training", "live"];
 export function Health() {
   const run = useRun();
   const last = useCell(run.live.last);
-  const { windows } = useWindows(TREND.filter((n) => run.series.has(n)), { off: !run.info, points: 600, start: Math.max(0, Math.round(run.extent[1] * 0.8)), stop: run.extent[1] });
+  const { windows } = useWindows(TREND.filter((n) => run.series.has(n)), { off: !run.info, points: 600, start: fifth(run.extent[1]), whole: true });
   useClock(5000);
   const value = (name: string) => last.get(name) ?? run.series.get(name)?.last ?? null;
   const tiles = [loss, speed, data, memory, experts, precision].map((make) => make(run, value, windows));
@@ -66,6 +66,12 @@ function useClock(ms: number): void {
     const timer = setInterval(() => tick((n) => n + 1), ms);
     return () => clearInterval(timer);
   }, []);
+}
+
+/** Where the last fifth of a run begins, rounded so that it does not move with every step. */
+function fifth(last: number): number {
+  const unit = 10 ** Math.max(0, Math.floor(Math.log10(Math.max(last, 1))) - 1);
+  return Math.floor((last * 0.8) / unit) * unit;
 }
 
 type Value = (name: string) => number | null;
@@ -118,7 +124,7 @@ function data(run: RunState, value: Value): Tile {
   const drifts = drift ? t("most drift: {x}", { x: drift[1] }) : "";
   const known = Boolean(waits || drifts);
   const shown = drift ? figures(drift[0], 2) : wait !== null && step ? percent(wait / step) : NONE;
-  const unit = drift ? "PSI" : "";
+  const unit = drift ? "PSI" : known ? t("waiting") : "";
   return { label: "Data", value: shown, unit, ...judged(run, "data", known ? [drifts, waits].filter(Boolean).join(" · ") : missing(), known, run.info?.pages.includes("data") ? "data" : "") };
 }
 

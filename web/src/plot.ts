@@ -182,7 +182,7 @@ export class Plot {
     return {
       width: this.host.clientWidth || 300,
       height: o.height,
-      padding: [8, 10, o.small ? 0 : 2, 0],
+      padding: [8, o.small ? 18 : 14, o.small ? 0 : 2, 0],
       legend: { show: false },
       scales: {
         x: { time: false, range: (_u, a, b) => this.options.range ?? (a === b ? [a - 1, b + 1] : [a, b]) },
@@ -291,7 +291,7 @@ function drawSpan(c: CanvasRenderingContext2D, u: uPlot, trace: Trace, o: PlotOp
   const { step, low, high } = trace.window;
   const floor = o.log ? u.scales.y.min! : -Infinity;
   c.strokeStyle = trace.color;
-  c.globalAlpha = o.smooth ? (among > 3 ? 0.12 : 0.3) : 0.75;
+  c.globalAlpha = o.smooth ? (among > 3 ? 0.1 : among > 1 ? 0.18 : 0.3) : 0.75;
   c.lineWidth = devicePixelRatio;
   c.lineJoin = "round";
   c.beginPath();

@@ -82,11 +82,11 @@ export function useRunState(id: string): RunState {
 }
 
 /** The windows of several series in the view, read again when the view moves or, while it follows, when rows come. */
-export function useWindows(names: string[], options: { points?: number; start?: number; stop?: number; off?: boolean } = {}) {
+export function useWindows(names: string[], options: { points?: number; start?: number; stop?: number; off?: boolean; whole?: boolean } = {}) {
   const run = useRun();
   const beat = useCell(run.live.beat);
-  const start = options.start ?? run.view.start;
-  const stop = options.stop ?? run.view.stop;
+  const start = options.start ?? (options.whole ? undefined : run.view.start);
+  const stop = options.stop ?? (options.whole ? undefined : run.view.stop);
   const points = options.points ?? 1500;
   const follows = stop === undefined || stop >= run.extent[1];
   const key = JSON.stringify([run.id, names, start, stop, points]);

@@ -29,6 +29,9 @@ export function t(english: string, blanks: Record<string, string | number> = {})
   return text.replace(/\{(\w+)\}/g, (_, key) => String(blanks[key] ?? ""));
 }
 
+/** "layer 3" of "3"; "embedding" and "head" as they are. */
+export const layerName = (l: number | string) => (/^\d+$/.test(String(l)) ? `${t("layer")} ${l}` : word(String(l)));
+
 export const useLang = () => useCell(lang);
 export const said = (text: { en: string; zh: string } | string | null | undefined) =>
   typeof text === "string" ? text : text ? text[lang.value] || text.en : "";

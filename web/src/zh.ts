@@ -29,6 +29,7 @@ export const ZH: Record<string, string> = {
   "most drift: {x}": "漂移最大:{x}", "Memory": "内存", "{x} reserved": "已预留 {x}", "allocated": "已分配", "resident": "常驻", "max violation {x}": "最大偏载 {x}", "{n} dead": "{n} 个失活",
   "entropy": "熵", "{n} non-finite values": "{n} 个非有限值", "{n} switches": "{n} 次切换", "scale": "缩放", "no trouble seen": "未见异常", "and {n} more": "另有 {n} 个",
   // charts
+  "waiting": "等待", "embedding": "嵌入层",
   "The whole run": "整个运行", "resumed": "恢复", "checkpoint": "检查点", "Zoom in": "放大", "Zoom out": "缩小", "Earlier": "更早", "Later": "更晚", "last": "最新", "no values": "无数值",
   "last {last}, least {low}, most {high}": "最新 {last},最小 {low},最大 {high}", "Arrow keys move the cursor, + and − zoom, 0 shows all.": "方向键移动光标,+ 和 − 缩放,0 显示全部。",
   "Arrow keys move between cells.": "方向键在格子间移动。", "Smoothed line": "平滑线", "Logarithmic scale": "对数刻度", "Robust scale: leave outliers out of the picture": "稳健刻度:不让离群点撑开画面",
@@ -47,7 +48,7 @@ export const ZH: Record<string, string> = {
   "What to do": "怎么办", "I have seen it": "我已知悉", "It is resolved": "已解决", "Open it again": "重新打开", "Evidence": "证据", "No evidence was kept.": "没有保存证据。",
   "The same step in sibling runs": "兄弟运行的同一步", "Who moved first": "谁先变化", "Loss around the incident": "事件前后的损失", "steps {a} – {b}": "第 {a} – {b} 步", "No series moved before the incident.": "事件前没有序列发生变化。",
   "Fewer": "收起", "All {n} series that moved": "全部 {n} 个变化的序列", "at the same step": "同一步", "{n} steps before": "提前 {n} 步", "{n} steps after": "滞后 {n} 步",
-  "Gradient norm, layer by step": "梯度范数(层 × 步)", "layer": "层", "embedding": "嵌入层", "Brighter is larger, on a logarithmic scale.": "越亮越大,对数刻度。", "Samples of the batch": "该批次的样本", "highest loss first": "损失最高在前",
+  "Gradient norm, layer by step": "梯度范数(层 × 步)", "layer": "层", "Brighter is larger, on a logarithmic scale.": "越亮越大,对数刻度。", "Samples of the batch": "该批次的样本", "highest loss first": "损失最高在前",
   "{n} tokens": "{n} 词元", "row": "行", "The text is not kept.": "未保存文本。", "position unknown": "位置未知",
   // actions
   "Roll back and skip": "回滚并跳过", "Quarantine": "隔离", "Replay": "重放", "Checkpoint now": "立即存检查点", "Checkpoint": "检查点", "Pause": "暂停", "Continue": "继续", "Stop": "停止", "Capture 3 steps": "捕获 3 步",

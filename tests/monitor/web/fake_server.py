@@ -23,7 +23,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 DIST = Path(__file__).parents[3] / "deepseek" / "monitor" / "web" / "dist"
-POLICY = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 VIEWER = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; worker-src 'self' blob:; connect-src 'self' blob: data:"
@@ -87,10 +89,20 @@ def values(name: str) -> np.ndarray:
     if name == "train/mfu":
         return values("train/tokens_per_second") / 182_000 * 0.418
     if parts[0] == "time":
-        share = dict(step=1.0, forward=0.29, backward=0.52, optimizer=0.05, communication=0.09, data=0.02, other=0.03)
+        share = dict(
+            step=1.0, forward=0.29, backward=0.52, optimizer=0.05, communication=0.09, data=0.02, other=0.03
+        )
         return 1.44 * share[parts[1]] * (1 + 0.03 * np.abs(rough))
     if parts[0] == "memory":
-        gib = dict(weights=6.2, gradients=6.2, optimizer=24.8, activations=21.4, allocated=58.9, reserved=66.1, rss=11.8)
+        gib = dict(
+            weights=6.2,
+            gradients=6.2,
+            optimizer=24.8,
+            activations=21.4,
+            allocated=58.9,
+            reserved=66.1,
+            rss=11.8,
+        )
         return np.round(gib[parts[1]] * 2**30 * (1 + 0.002 * rough))
     if parts[0] == "rank":
         seconds = 1.38 * (1 + 0.01 * np.abs(rough))
@@ -127,21 +139,46 @@ def values(name: str) -> np.ndarray:
 ABOUT: dict[str, tuple[str, str, str, str]] = {
     "train/loss": ("Training", "nats", "Mean cross-entropy of the batch's tokens", "批次词元的平均交叉熵"),
     "train/grad_norm": ("Training", "", "Norm of all gradients before clipping", "裁剪前所有梯度的范数"),
-    "train/tokens_per_second": ("Training", "tokens/s", "Tokens trained per second, all ranks", "每秒训练的词元数"),
+    "train/tokens_per_second": (
+        "Training",
+        "tokens/s",
+        "Tokens trained per second, all ranks",
+        "每秒训练的词元数",
+    ),
 }
 
 
 def names() -> list[str]:
-    train = "loss grad_norm bits_per_byte lr tokens_per_second mfu router_entropy max_vio".split()
+    train = [
+        "loss",
+        "grad_norm",
+        "bits_per_byte",
+        "lr",
+        "tokens_per_second",
+        "mfu",
+        "router_entropy",
+        "max_vio",
+    ]
     out = [f"train/{n}" for n in train] + ["eval/loss", "eval/bits_per_byte"]
-    out += [f"time/{n}" for n in "step forward backward optimizer communication data other".split()]
-    out += [f"memory/{n}" for n in "weights gradients optimizer activations allocated reserved rss".split()]
-    out += [f"layer/{i}/{n}" for i in range(LAYERS) for n in "grad_norm weight_norm update_ratio activation_rms".split()]
+    out += [
+        f"time/{n}" for n in ["step", "forward", "backward", "optimizer", "communication", "data", "other"]
+    ]
+    out += [
+        f"memory/{n}"
+        for n in ["weights", "gradients", "optimizer", "activations", "allocated", "reserved", "rss"]
+    ]
+    out += [
+        f"layer/{i}/{n}"
+        for i in range(LAYERS)
+        for n in ["grad_norm", "weight_norm", "update_ratio", "activation_rms"]
+    ]
     heads = [(i, h) for i in range(LAYERS) for h in range(HEADS)]
     out += [f"attention/{i}/{h}/{n}" for i, h in heads for n in ("gate", "entropy")]
-    out += [f"router/{i}/{n}" for i in range(1, LAYERS) for n in "entropy max_vio dead".split()]
-    out += [f"rank/{r}/{n}" for r in range(RANKS) for n in "step_seconds data_seconds".split()]
-    out += [f"data/{s}/{n}" for s in SOURCES for n in "loss share length entropy duplicates psi".split()]
+    out += [f"router/{i}/{n}" for i in range(1, LAYERS) for n in ["entropy", "max_vio", "dead"]]
+    out += [f"rank/{r}/{n}" for r in range(RANKS) for n in ["step_seconds", "data_seconds"]]
+    out += [
+        f"data/{s}/{n}" for s in SOURCES for n in ["loss", "share", "length", "entropy", "duplicates", "psi"]
+    ]
     return out + ["precision/loss_scale", "precision/nonfinite", "precision/switches"]
 
 
@@ -159,7 +196,9 @@ def series() -> list[dict[str, Any]]:
         last = values(name)
         last = last[np.isfinite(last)][-1]
         about = {"en": en, "zh": zh}
-        rows.append(dict(name=name, group=group, unit=unit(name), description=about, last=float(last), step=STEPS))
+        rows.append(
+            dict(name=name, group=group, unit=unit(name), description=about, last=float(last), step=STEPS)
+        )
     return rows
 
 
@@ -206,7 +245,12 @@ def card(run: str, index: int = 0) -> dict[str, Any]:
     )
 
 
-RUNS = ["moe-3b-hybrid", *[f"sweep~lr-{x}" for x in ("1e-4", "2e-4", "4e-4", "8e-4")], "baseline-dense", "quickstart"]
+RUNS = [
+    "moe-3b-hybrid",
+    *[f"sweep~lr-{x}" for x in ("1e-4", "2e-4", "4e-4", "8e-4")],
+    "baseline-dense",
+    "quickstart",
+]
 
 
 def run_info(run: str) -> dict[str, Any]:
@@ -294,14 +338,24 @@ def incidents() -> list[dict[str, Any]]:
 
 def lineage() -> dict[str, Any]:
     rows: list[dict[str, Any]] = [dict(kind="start", step=0, time=NOW - 90_000)]
-    rows += [dict(kind="checkpoint", step=s, time=NOW - 90_000 + 1.5 * s, bytes=37 * 2**30) for s in CHECKPOINTS[:9]]
+    rows += [
+        dict(kind="checkpoint", step=s, time=NOW - 90_000 + 1.5 * s, bytes=37 * 2**30)
+        for s in CHECKPOINTS[:9]
+    ]
     rows.append(dict(kind="interrupted", step=18_640, time=NOW - 60_000, reason="SIGTERM"))
-    rows.append(dict(kind="resume", step=18_000, to=18_000, time=NOW - 59_000, by="deepseek pretrain --resume"))
+    rows.append(
+        dict(kind="resume", step=18_000, to=18_000, time=NOW - 59_000, by="deepseek pretrain --resume")
+    )
     rows += [dict(kind="checkpoint", step=s, time=NOW - 59_000 + s - 18_000) for s in CHECKPOINTS[9:14]]
     rows.append(dict(kind="config", step=24_500, time=NOW - 52_000, what="train.lr 4e-4 → 3e-4"))
-    rows.append(dict(kind="rollback", step=28_000, from_step=29_400, time=NOW - 44_000, steps=[29_380, 29_400]))
+    rows.append(
+        dict(kind="rollback", step=28_000, from_step=29_400, time=NOW - 44_000, steps=[29_380, 29_400])
+    )
     rows += [dict(kind="checkpoint", step=s, time=NOW - 43_000 + s - 28_000) for s in CHECKPOINTS[14:]]
-    return {"lines": [{**{k: v for k, v in r.items() if k in ("kind", "step", "time")}, "data": r} for r in rows], "events": []}
+    return {
+        "lines": [{**{k: v for k, v in r.items() if k in ("kind", "step", "time")}, "data": r} for r in rows],
+        "events": [],
+    }
 
 
 def ranks() -> dict[str, Any]:
@@ -318,7 +372,9 @@ def experts() -> dict[str, Any]:
         now = np.exp(0.22 * rough)
         steps = np.linspace(0, STEPS, 160).astype(int)
         fade = np.exp(-steps / 6000)[None, :]
-        load = np.exp((0.22 + 0.6 * fade) * rough[:, None] + 0.06 * noise(f"h{i}", EXPERTS * 160).reshape(EXPERTS, 160))
+        load = np.exp(
+            (0.22 + 0.6 * fade) * rough[:, None] + 0.06 * noise(f"h{i}", EXPERTS * 160).reshape(EXPERTS, 160)
+        )
         if i == 9:
             now[4], load[4, steps > 22_000] = 0.0, 0.0
         layers.append(
@@ -347,7 +403,12 @@ def heads() -> dict[str, Any]:
             )  # fmt: skip
         layers.append(dict(index=i, heads=rows))
     suspects = [
-        dict(layer=6, head=3, score=11.4, why="adds almost nothing; 98% of its attention sits on the first token"),
+        dict(
+            layer=6,
+            head=3,
+            score=11.4,
+            why="adds almost nothing; 98% of its attention sits on the first token",
+        ),
         dict(layer=2, head=1, score=3.1, why="its output equals head 5's (cosine 0.998)"),
         dict(layer=10, head=7, score=2.6, why="largest logit 14.9, half as much again as its layer's median"),
     ]
@@ -366,9 +427,28 @@ def attention(query: dict[str, list[str]]) -> dict[str, Any]:
     q, k = at[:, None], at[None, :]
     near = np.exp(-np.abs(q - k) / 90) + 0.5 * np.exp(-np.abs(((q - k) % 512) - 256) / 40)
     columns = np.isin((k // 16).astype(int), [0, 31, 77, 140, 201]) * 0.7
-    map_ = np.where(k <= q, near + columns, 0) + 0.02 * np.abs(noise("map", pixels * pixels).reshape(pixels, pixels)) * (k <= q)
+    map_ = np.where(k <= q, near + columns, 0) + 0.02 * np.abs(
+        noise("map", pixels * pixels).reshape(pixels, pixels)
+    ) * (k <= q)
     top = float(map_.max())
-    words = "the tide rises and the moon pulls water over the old stone quay while ships wait".split()
+    words = [
+        "the",
+        "tide",
+        "rises",
+        "and",
+        "the",
+        "moon",
+        "pulls",
+        "water",
+        "over",
+        "the",
+        "old",
+        "stone",
+        "quay",
+        "while",
+        "ships",
+        "wait",
+    ]
     tokens = [dict(id=i, text=f" {words[(i * 7) % len(words)]}") for i in range(start, start + size)]
     values_ = base64.b64encode((255 * (map_ / top) ** 0.5).astype(np.uint8).tobytes()).decode()
     return dict(
@@ -416,7 +496,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def answer(self, body: bytes, kind: str = "application/json", status: int = 200, policy: str = POLICY) -> None:
+    def answer(
+        self, body: bytes, kind: str = "application/json", status: int = 200, policy: str = POLICY
+    ) -> None:
         self.send_response(status)
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": policy}
         for key, value in {**headers, "Cache-Control": "no-cache"}.items():
@@ -437,7 +519,9 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file() or DIST not in file.resolve().parents:
             return self.json({"error": "not found"}, 404)
         policy = VIEWER if path.startswith("/speedscope/") else POLICY
-        return self.answer(file.read_bytes(), TYPES.get(file.suffix, "application/octet-stream"), policy=policy)
+        return self.answer(
+            file.read_bytes(), TYPES.get(file.suffix, "application/octet-stream"), policy=policy
+        )
 
     def api(self, path: list[str], query: dict[str, list[str]]) -> None:
         number = lambda key, other: int(float(query.get(key, [other])[0]))  # noqa: E731
@@ -446,12 +530,16 @@ class Handler(BaseHTTPRequestHandler):
         if path == ["compare"]:
             found = {}
             for i, run in enumerate(query["run"]):
-                w = window(query["name"][0], number("start", 0), number("stop", STEPS + 1), number("points", 1500))
+                w = window(
+                    query["name"][0], number("start", 0), number("stop", STEPS + 1), number("points", 1500)
+                )
                 shift = 1 + 0.02 * i
                 found[run] = {**w, **{k: [x * shift for x in w[k]] for k in ("low", "high", "mean")}}
             return self.json(found)
         if len(path) == 2:
-            return self.json(run_info(path[1])) if path[1] in RUNS else self.json({"error": "no such run"}, 404)
+            return (
+                self.json(run_info(path[1])) if path[1] in RUNS else self.json({"error": "no such run"}, 404)
+            )
         rest = "/".join(path[2:])
         if rest == "data":
             spans = (number("start", 0), number("stop", STEPS + 1), number("points", 1500))
@@ -505,7 +593,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.json(dict(loss=2.113, ablated_loss=2.1144, delta=0.0014))
         if path.endswith("/actions"):
             state.posted.append(body)
-            result = {"text": "went back from step 50000 to 30000; the batches of steps 31214 to 31217 are left out"}
+            result = {
+                "text": "went back from step 50000 to 30000; the batches of steps 31214 to 31217 are left out"
+            }
             arguments = {**body.get("arguments", {}), "incident": body.get("incident")}
             command = dict(id=len(state.commands) + 1, action=body["action"], arguments=arguments, by="you")
             command.update(status="done", result=result, created=time.time(), finished=time.time())
@@ -523,6 +613,11 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.state, self.runs, self.ended = State(), list(RUNS), threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A page that was left hangs up in the middle of an answer: no error."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

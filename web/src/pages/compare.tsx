@@ -51,8 +51,8 @@ export function Compare() {
         </table>
       </div>
       <div class="panels two">
-        {names.map((name) => (
-          <Together key={name} name={name} ids={ids} cards={cards} about={catalogue.value?.find((s) => s.name === name)} view={view} setView={setView} />
+        {names.map((name, i) => (
+          <Together key={name} name={name} wide={i === 0} ids={ids} cards={cards} about={catalogue.value?.find((s) => s.name === name)} view={view} setView={setView} />
         ))}
       </div>
       {picking && (
@@ -77,7 +77,8 @@ function keepInAddress(ids: string[], names: string[]): void {
   history.replaceState(null, "", `#/compare?${new URLSearchParams(parts as [string, string][])}`);
 }
 
-function Together({ name, ids, cards, about, view, setView }: {
+function Together({ name, wide, ids, cards, about, view, setView }: {
+  wide: boolean;
   name: string;
   ids: string[];
   cards: RunCard[];
@@ -109,7 +110,7 @@ function Together({ name, ids, cards, about, view, setView }: {
     [found, cards.length, about],
   );
   return (
-    <section class="card panel" aria-label={name}>
+    <section class={wide ? "card panel wide" : "card panel"} aria-label={name}>
       <header>
         <h2 title={said(about?.description)}>{name}{about?.unit && <span class="unit">{about.unit}</span>}</h2>
         <div class="tools">
@@ -117,7 +118,7 @@ function Together({ name, ids, cards, about, view, setView }: {
         </div>
       </header>
       {traces.length ? (
-        <Chart title={name} traces={traces} log={log} robust={false} smooth={0.02} height={260} sync="compare" range={view ?? undefined} onZoom={(a, b) => setView([Math.max(0, a), b])} onReset={() => setView(null)} />
+        <Chart title={name} traces={traces} log={log} robust={false} smooth={0.006} height={260} sync="compare" range={view ?? undefined} onZoom={(a, b) => setView([Math.max(0, a), b])} onReset={() => setView(null)} />
       ) : (
         <div class="empty" style={{ height: "280px" }}>{failed ?? (found ? t("None of these runs logs it.") : <span class="loading" />)}</div>
       )}

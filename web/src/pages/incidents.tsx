@@ -8,12 +8,12 @@ import { useCell } from "../cell";
 import { ago, figures, grouped, measured, percent } from "../format";
 import { Heat } from "../heat";
 import { Icon, severityIcon } from "../icons";
-import { onKey } from "../keys";
+import { useKeys } from "../keys";
 import { line } from "../palette";
 import type { Mark, Trace } from "../plot";
 import { go, link } from "../route";
 import { useGet, useRun, useWindows } from "../run";
-import { t, word } from "../text";
+import { layerName, t, word } from "../text";
 
 export function Incidents() {
   const run = useRun();
@@ -75,7 +75,7 @@ export function IncidentPage({ id }: { id: string }) {
   const ordered = [...run.incidents].sort((a, b) => a.step - b.step);
   const at = ordered.findIndex((x) => String(x.id) === id);
   const jump = (by: number) => ordered[at + by] && go(link(["run", run.id, "incidents", ordered[at + by].id]));
-  useEffect(() => onKey({ ArrowLeft: () => jump(-1), ArrowRight: () => jump(1), Escape: () => go(link(["run", run.id])) }));
+  useKeys({ ArrowLeft: () => jump(-1), ArrowRight: () => jump(1), Escape: () => go(link(["run", run.id])) });
   if (error) return <p class="failed" role="alert">{error.message}</p>;
   if (!incident) return <div class="empty tall"><span class="loading" /></div>;
   return (
@@ -246,11 +246,11 @@ function GradientMap({ incident }: { incident: Incident }) {
       <header><h3>{t("Gradient norm, layer by step")}</h3></header>
       <Heat
         title={t("Gradient norm, layer by step")}
-        rows={map.layers.map((l) => (typeof l === "number" ? `${t("layer")} ${l}` : word(l)))}
+        rows={map.layers.map(layerName)}
         columns={map.steps}
         values={rows}
         unit={(v) => figures(10 ** v, 2)}
-        say={(r, c) => `${t("layer")} ${map.layers[r]} · ${t("step")} ${grouped(map.steps[c])}: ${figures(raw(r, c))}`}
+        say={(r, c) => `${layerName(map.layers[r])} · ${t("step")} ${grouped(map.steps[c])}: ${figures(raw(r, c))}`}
         mark={[{ column: incident.step, severity: incident.severity }]}
         columnLabel={t("Brighter is larger, on a logarithmic scale.")}
       />

@@ -11,7 +11,7 @@ import { Panel } from "../panel";
 import { byName } from "../picker";
 import { setQuery, useRoute } from "../route";
 import { useGet, useRun } from "../run";
-import { t, word } from "../text";
+import { layerName, t, word } from "../text";
 import { StepTime } from "./overview";
 import { Histograms } from "../histogram";
 import { Traces } from "../traces";
@@ -253,7 +253,7 @@ function LivePart() {
   const run = useRun();
   const ratios = [...run.series.keys()].filter((n) => /^layer\/.+\/update_ratio$/.test(n)).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
   const rms = [...run.series.keys()].filter((n) => /^layer\/.+\/activation_rms$/.test(n)).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
-  const label = (names: string[]) => Object.fromEntries(names.map((n) => [n, `${t("layer")} ${n.split("/")[1]}`]));
+  const label = (names: string[]) => Object.fromEntries(names.map((n) => [n, layerName(n.split("/")[1])]));
   return (
     <>
       <StepTime />

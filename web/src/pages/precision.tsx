@@ -1,7 +1,7 @@
 // Number formats: loss scale, values lost, and every switch with its reason.
 
 import { type LineageItem, runPath } from "../api";
-import { clock, grouped } from "../format";
+import { clock, figures, grouped } from "../format";
 import { Panel } from "../panel";
 import { useGet, useRun } from "../run";
 import { t, word } from "../text";
@@ -37,6 +37,8 @@ export function Precision() {
 export function said(item: LineageItem): string {
   return Object.entries(item)
     .filter(([k, v]) => !["event", "kind", "step", "time", "id", "name"].includes(k) && v !== null && v !== undefined && v !== "")
-    .map(([k, v]) => `${word(k)} ${typeof v === "object" ? JSON.stringify(v) : String(v)}`)
+    .filter(([, v]) => typeof v !== "object" || (Array.isArray(v) && v.length < 5 && v.every((x) => typeof x !== "object")))
+    .slice(0, 6)
+    .map(([k, v]) => `${word(k)} ${Array.isArray(v) ? v.join("–") : typeof v === "number" ? figures(v) : String(v)}`)
     .join(" · ");
 }

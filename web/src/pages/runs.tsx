@@ -4,7 +4,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { RunCard } from "../api";
 import { ago, figures, grouped, short } from "../format";
 import { Icon } from "../icons";
-import { onKey } from "../keys";
+import { useKeys } from "../keys";
 import { go, link } from "../route";
 import { useGet } from "../run";
 import { Spark } from "../spark";
@@ -32,7 +32,7 @@ export function Runs() {
     list.current?.querySelectorAll<HTMLAnchorElement>("a.run-link")[next]?.focus();
   };
   const compare = () => chosen.length > 1 && go(`#/compare?${chosen.map((r) => `run=${encodeURIComponent(r)}`).join("&")}`);
-  useEffect(() => onKey({ j: () => move(1), k: () => move(-1), x: () => shown[at] && flip(shown[at].id), c: compare }));
+  useKeys({ j: () => move(1), k: () => move(-1), x: () => shown[at] && flip(shown[at].id), c: compare });
   return (
     <main class="runs" id="main">
       <div class="page-head">

@@ -1,0 +1,79 @@
+"""The system's Chromium, driven by Playwright; tests that need it are skipped, with the reason, where either is absent."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+LOADING = """[...document.querySelectorAll('.loading')].some((e) => {
+  const b = e.getBoundingClientRect();
+  return b.bottom > 0 && b.top < innerHeight;
+})"""
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser that may only talk to this machine."""
+    sync = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install '.[browser-tests]'")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with sync.sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Watched:
+    """A page whose errors, refused resources and foreign requests are kept."""
+
+    def __init__(self, browser: Any, **options: Any) -> None:
+        shape = {"viewport": {"width": 1280, "height": 900}, "locale": "en-US", "reduced_motion": "reduce"}
+        self.context = browser.new_context(**{**shape, **options})
+        self.page = self.context.new_page()
+        self.troubles: list[str] = []
+        self.foreign: list[str] = []
+        self.page.on("pageerror", lambda e: self.troubles.append(f"error: {e}"))
+        self.page.on("console", lambda m: self.troubles.append(m.text) if m.type == "error" else None)
+        self.page.on("request", self._asked)
+
+    def _asked(self, request: Any) -> None:
+        if not request.url.startswith(("http://127.0.0.1", "data:", "blob:")):
+            self.foreign.append(request.url)
+
+    def open(self, address: str, wait: str = "main") -> Any:
+        """Go to ``address`` and wait until nothing on it is loading."""
+        self.page.goto("about:blank")
+        self.page.goto(address)
+        self.page.wait_for_selector(wait)
+        self.settle()
+        return self.page
+
+    def settle(self) -> None:
+        """Until nothing in sight is loading; panels below the window wait until somebody scrolls there."""
+        until = time.monotonic() + 20
+        while self.page.evaluate(LOADING):
+            assert time.monotonic() < until, "something on the page is loading since 20 seconds"
+            self.page.wait_for_timeout(20)
+        self.page.wait_for_timeout(60)
+
+    def close(self) -> None:
+        self.context.close()
+
+
+@contextmanager
+def watched(browser: Any, **options: Any) -> Iterator[Watched]:
+    window = Watched(browser, **options)
+    try:
+        yield window
+    finally:
+        window.close()
