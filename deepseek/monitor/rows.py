@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,21 +18,19 @@ MEASURED = frozenset({"train", "evaluate", "probe", "ranks", "data"})
 
 def read_tensors(events: Sequence[Event]) -> None:
     """Replace the tensors in the events' values by arrays: one copy from each device for all of them."""
-    found: dict[torch.device, list[tuple[Tensor, Callable[[Any], None]]]] = {}
+    found: dict[torch.device, list[tuple[Tensor, Any, Any]]] = {}
     for event in events:
-        event.values.update({k: _opened(v) for k, v in event.values.items()})
-        for tensor, put in _tensors(event.values):
-            found.setdefault(tensor.device, []).append((tensor, put))
+        _open(event.values, found)
     for device, tensors in found.items():
         if device.type == "cpu":
-            for tensor, put in tensors:
-                put(_array(tensor.detach()))
+            for tensor, place, key in tensors:
+                place[key] = _array(tensor.detach())
             continue
         with torch.no_grad():
-            flat = torch.cat([t.detach().reshape(-1).to(torch.float32) for t, _ in tensors]).cpu().numpy()
+            flat = torch.cat([t.detach().reshape(-1).to(torch.float32) for t, _, _ in tensors]).cpu().numpy()
         at = 0
-        for tensor, put in tensors:
-            put(flat[at : at + tensor.numel()].reshape(tensor.shape))
+        for tensor, place, key in tensors:
+            place[key] = flat[at : at + tensor.numel()].reshape(tensor.shape)
             at += tensor.numel()
 
 
@@ -40,20 +38,19 @@ def _array(tensor: Tensor) -> Any:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _opened(value: Any) -> Any:
-    """A copy of the containers in a value: other sinks hold the same ones."""
-    if isinstance(value, dict):
-        return {k: _opened(v) for k, v in value.items()}
-    return [_opened(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _tensors(values: Any) -> Iterator[tuple[Tensor, Callable[[Any], None]]]:
-    places = values.items() if isinstance(values, dict) else enumerate(values)
-    for key, value in list(places):
+def _open(place: Any, found: dict[torch.device, list[tuple[Tensor, Any, Any]]]) -> None:
+    """Note the tensors in a dict or list, each with its place; containers are copied, as other sinks hold the same."""
+    for key, value in list(place.items() if isinstance(place, dict) else enumerate(place)):
         if isinstance(value, Tensor):
-            yield value, lambda new, key=key: values.__setitem__(key, new)  # type: ignore[misc]
-        elif isinstance(value, (dict, list)):
-            yield from _tensors(value)
+            found.setdefault(value.device, []).append((value, place, key))
+        elif isinstance(value, dict) or (isinstance(value, (list, tuple)) and value and _holds(value[0])):
+            place[key] = dict(value) if isinstance(value, dict) else list(value)
+            _open(place[key], found)
+
+
+def _holds(value: Any) -> bool:
+    """Whether a list that begins with ``value`` may hold tensors."""
+    return isinstance(value, (Tensor, dict, list, tuple))
 
 
 class RowMaker:

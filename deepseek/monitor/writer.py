@@ -16,6 +16,7 @@ import operator
 import os
 import secrets
 import socket
+import struct
 import threading
 import time as clock
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ class SeriesWriter:
         self._stem, self._journal = "", -1
         self._tail: Tail | None = None
         self._ids: dict[str, int] = {}
-        self._layouts: dict[tuple[str, ...], slice | Array] = {}
+        self._layouts: dict[tuple[str, ...], Layout] = {}
         self._next = 0  #: number of the next tail
         self._sealing: threading.Thread | None = None
         self._seal_lock, self._can_seal = threading.Lock(), True
@@ -78,24 +79,27 @@ class SeriesWriter:
             TypeError, ValueError: a value is no number; nothing was logged.
             RunError: the disk is full or cannot be written.
         """
-        if os.getpid() != self._pid:
-            self._reset()
         if not values:
             return
+        if os.getpid() != self._pid:
+            self._reset()
         step = operator.index(step)
-        bits = _bits(values)
         with self._lock:
+            layout = self._layouts.get(tuple(values))
             try:
-                layout = self._layouts.get(tuple(values))
                 if layout is None:
+                    _slow(values)  # refuses what is no number before its name is written down
                     layout = self._learn(values)
-                tail = self._place(step)
+                layout.fill(values)
+                tail = self._tail
+                if tail is None or (step != self._step and tail.rows == tail.capacity):
+                    tail = self._place()
             except OSError as error:
                 raise RunError(f"cannot log in {self.directory}: {error.strerror or error}") from error
             row = tail.rows if step != self._step else tail.rows - 1
             tail.steps[row] = step
             tail.times[row] = clock.time() if time is None else time
-            tail.bits_RC[row, layout] = bits
+            tail.bits_RC[row, layout.places] = layout.bits ^ MISSING
             if step != self._step:
                 tail.publish(row + 1)
                 self._step = step
@@ -147,7 +151,7 @@ class SeriesWriter:
             {"format": 1, "created": now, "pid": self._pid, "host": host, "label": self.label}
         )
 
-    def _learn(self, values: Mapping[str, Any]) -> slice | Array:
+    def _learn(self, values: Mapping[str, Any]) -> Layout:
         """Where the names of ``values`` stand in a row; new names are written to the journal."""
         names = tuple(values)
         for name in names:
@@ -163,24 +167,19 @@ class SeriesWriter:
             self._tail = self._tail.wider(self._width())
         if len(self._layouts) >= LAYOUTS:
             self._layouts.clear()
-        places = np.array([self._ids[name] for name in names], np.int64)
-        run = len(places) > 0 and bool(np.all(np.diff(places) == 1))
-        layout = slice(int(places[0]), int(places[-1]) + 1) if run else places
-        self._layouts[names] = layout
+        self._layouts[names] = layout = Layout(np.array([self._ids[name] for name in names], np.int64))
         return layout
 
-    def _place(self, step: int) -> Tail:
-        """A tail with room for a row of ``step``."""
-        if self._tail is not None and self._tail.rows == self._tail.capacity and step != self._step:
+    def _place(self) -> Tail:
+        """A tail with room for a row."""
+        if self._tail is not None:
             self._rotate()
-        if self._tail is None:
-            self._begin()
-            columns = self._width()
-            fitting = max(TAIL_BYTES // (16 + 4 * columns), 64)
-            capacity = min(self.rows, 1 << (fitting.bit_length() - 1))
-            path = self.directory / f"{self._stem}.tail-{self._next:06d}"
-            self._tail, self._step = Tail(path, self._next, capacity, columns), None
-            self._next += 1
+        columns = self._width()
+        fitting = max(TAIL_BYTES // (16 + 4 * columns), 64)
+        capacity = min(self.rows, 1 << (fitting.bit_length() - 1))
+        path = self.directory / f"{self._stem}.tail-{self._next:06d}"
+        self._tail, self._step = Tail(path, self._next, capacity, columns), None
+        self._next += 1
         return self._tail
 
     def _width(self) -> int:
@@ -240,15 +239,32 @@ class SeriesWriter:
         self._torn = False
 
 
-def _bits(values: Mapping[str, Any]) -> Array:
-    """The values as float32 bits, exclusive-or ``MISSING``."""
+class Layout:
+    """Where a set of names stands in a row, and room to put a row's values together."""
+
+    def __init__(self, places: Array) -> None:
+        run = bool(np.all(np.diff(places) == 1))
+        self.places: slice | Array = slice(int(places[0]), int(places[-1]) + 1) if run else places
+        self._floats = np.zeros(len(places), np.float32)
+        self.bits = self._floats.view(np.uint32)  #: of the values, after ``fill``
+        self._pack, self._room = struct.Struct(f"={len(places)}f").pack_into, self._floats.data.cast("B")
+
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Put the values' bits into ``bits``. Raises as ``SeriesWriter.log``."""
+        try:
+            self._pack(self._room, 0, *values.values())
+        except (struct.error, OverflowError, TypeError, ValueError):
+            self.bits[:] = _slow(values)
+
+
+def _slow(values: Mapping[str, Any]) -> Array:
+    """The bits of values of which some are ``None``, too large for float32, or no numbers, which is an error."""
+    if text := next((name for name, value in values.items() if isinstance(value, (str, bytes))), None):
+        raise TypeError(f"'{text}' is text, not a number")
     wide = np.fromiter(values.values(), np.float64, len(values))
     with np.errstate(all="ignore"):
-        row = wide.astype(np.float32)
-    bits = row.view(np.uint32)
-    bits ^= MISSING
-    if np.isnan(wide).any():
-        for i, value in enumerate(values.values()):
-            if value is None:
-                bits[i] = 0
+        bits = wide.astype(np.float32).view(np.uint32)
+    for i, value in enumerate(values.values()):
+        if value is None:
+            bits[i] = MISSING
     return bits

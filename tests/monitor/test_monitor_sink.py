@@ -216,7 +216,7 @@ def test_failures_cost_telemetry_and_are_told_once(tmp_path: Path, monkeypatch: 
             emit("train", step, loss=1.0)
         assert sink.flush()
         with monkeypatch.context() as patch:
-            patch.setattr("deepseek.monitor.writer._bits", lambda values: 1 / 0)
+            patch.setattr("deepseek.monitor.writer.Layout.fill", lambda self, values: 1 / 0)
             for step in range(6, 9):
                 emit("train", step, loss=1.0)
             assert sink.flush()
