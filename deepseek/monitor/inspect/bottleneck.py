@@ -18,7 +18,6 @@ from deepseek.monitor.inspect.timeline import (
     PHASES,
     Span,
     Timeline,
-    clip,
     kind_of,
     measure,
     own_times,
@@ -81,11 +80,9 @@ def bottleneck(
     wall = sum(step.length for step in steps)
     totals = dict.fromkeys(("data", "host", "communication", "compute", "memory"), 0.0)
     phases = dict.fromkeys(PHASES, 0.0)
-    for step in steps:
-        parts, bars = (
-            (_on_device if timeline.on_device else _on_host)(timeline, step),
-            _phases(timeline, step),
-        )
+    during = [timeline.during(step) for step in steps]
+    for step, part in zip(steps, during):
+        parts, bars = (_on_device if timeline.on_device else _on_host)(part, step), _phases(part, step)
         totals = {name: totals[name] + parts.get(name, 0.0) for name in totals}
         phases = {name: phases[name] + bars.get(name, 0.0) for name in phases}
     shares = {name: value / wall if wall else 0.0 for name, value in totals.items()}
@@ -95,7 +92,7 @@ def bottleneck(
     kind = judge(shares)
     return Bottleneck(
         f"{kind}-bound", _reason(kind, shares, seconds, timeline.on_device), ADVICE[kind], shares, bars, seconds,
-        len(steps), timeline.on_device, _top(timeline, steps, wall), flops,
+        len(steps), timeline.on_device, _top(during, wall), flops,
         flops / peak_flops if flops and peak_flops else None,
     )  # fmt: skip
 
@@ -113,7 +110,7 @@ def _reason(kind: str, shares: dict[str, float], seconds: float, device: bool) -
     told = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda x: -x[1]))
     what = {
         "data": f"the step waits for its batch {shares['data']:.0%} of the time",
-        "host": f"no {'kernel' if device else 'operator'} runs {shares['host']:.0%} of the time: the host prepares the next",
+        "host": f"no {'kernel' if device else 'operator'} runs {shares['host']:.0%} of the time; the host prepares it",
         "communication": f"{shares['communication']:.0%} of the time goes into exchanges that no computation hides",
         "compute": f"{shares['compute']:.0%} of the time goes into matrix products and attention",
         "memory": f"{shares['memory']:.0%} of the time goes into operators that move bytes: element-wise, norms, "
@@ -127,12 +124,8 @@ def _whole(timeline: Timeline) -> Span:
     return Span("all", min((s.start for s in spans), default=0.0), max((s.end for s in spans), default=0.0))
 
 
-def _phase(timeline: Timeline, step: Span, name: str) -> list[tuple[float, float]]:
-    return union(clip((p for p in timeline.phases if p.name == name), step.start, step.end))
-
-
-def _waiting(timeline: Timeline, step: Span) -> list[tuple[float, float]]:
-    return _phase(timeline, step, "data")
+def _phase(timeline: Timeline, name: str) -> list[tuple[float, float]]:
+    return union(p for p in timeline.phases if p.name == name)
 
 
 def _exchanges(spans: Sequence[Span]) -> list[Span]:
@@ -141,12 +134,11 @@ def _exchanges(spans: Sequence[Span]) -> list[Span]:
 
 def _on_host(timeline: Timeline, step: Span) -> dict[str, float]:
     """Microseconds of one step by kind, on a CPU."""
-    inside = {name: clip(spans, step.start, step.end) for name, spans in timeline.host.items()}
-    everything = [s for spans in inside.values() for s in spans]
-    exchange, data = union(_exchanges(everything)), _waiting(timeline, step)
+    everything = [s for spans in timeline.host.values() for s in spans]
+    exchange, data = union(_exchanges(everything)), _phase(timeline, "data")
     worked = without(without(union(everything), exchange), data)
     kinds = {"matrix": 0.0, "memory": 0.0, "communication": 0.0}
-    for spans in inside.values():
+    for spans in timeline.host.values():
         for name, own in own_times(spans):
             kinds[kind_of(name)] += own
     work = max(kinds["matrix"] + kinds["memory"], 1e-9)
@@ -162,12 +154,12 @@ def _on_host(timeline: Timeline, step: Span) -> dict[str, float]:
 
 def _on_device(timeline: Timeline, step: Span) -> dict[str, float]:
     """Microseconds of one step by kind, on an accelerator."""
-    spans = [s for stream in timeline.device.values() for s in clip(stream, step.start, step.end)]
+    spans = [s for stream in timeline.device.values() for s in stream]
     kernels = [s for s in spans if kind_of(s.name) != "communication"]
     busy = union(kernels)
     exposed = without(union(_exchanges(spans)), busy)
     idle = without([(step.start, step.end)], union(spans))
-    waited = measure(idle) - measure(without(idle, _waiting(timeline, step)))
+    waited = measure(idle) - measure(without(idle, _phase(timeline, "data")))
     matrix = sum(s.length for s in kernels if kind_of(s.name) == "matrix")
     share = matrix / max(sum(s.length for s in kernels), 1e-9)
     return {
@@ -181,12 +173,12 @@ def _on_device(timeline: Timeline, step: Span) -> dict[str, float]:
 
 def _phases(timeline: Timeline, step: Span) -> dict[str, float]:
     """The bars of one step. On an accelerator a kernel belongs to the phase in which the host launched it."""
-    found = {name: _phase(timeline, step, name) for name in ("data", "forward", "backward", "optimizer")}
+    found = {name: _phase(timeline, name) for name in ("data", "forward", "backward", "optimizer")}
     found["backward"] = without(
         found["backward"], found["forward"]
     )  # the forward pass lies inside of the micro-batch
     streams = timeline.device if timeline.on_device else timeline.host
-    spans = [s for stream in streams.values() for s in clip(stream, step.start, step.end)]
+    spans = [s for stream in streams.values() for s in stream]
     if timeline.on_device:
         found = {
             name: _launched_in(spans, parts) if name != "data" else parts for name, parts in found.items()
@@ -206,13 +198,12 @@ def _launched_in(spans: Sequence[Span], parts: Sequence[tuple[float, float]]) ->
     return union(s for s in spans if any(a <= s.launched < b for a, b in parts))
 
 
-def _top(timeline: Timeline, steps: Sequence[Span], wall: float, count: int = 12) -> list[dict[str, Any]]:
-    """The operators with most time of their own."""
+def _top(steps: Sequence[Timeline], wall: float, count: int = 12) -> list[dict[str, Any]]:
+    """The operators (or kernels) with most time of their own."""
     times: dict[str, tuple[float, int]] = {}
-    for spans in (timeline.device if timeline.on_device else timeline.host).values():
-        for step in steps:
-            inside = clip(spans, step.start, step.end)
-            for name, own in own_times(inside):
+    for step in steps:
+        for spans in (step.device if step.on_device else step.host).values():
+            for name, own in own_times(spans):
                 before = times.get(name, (0.0, 0))
                 times[name] = before[0] + own, before[1] + 1
     ranked = sorted(times.items(), key=lambda item: -item[1][0])[:count]

@@ -1,7 +1,8 @@
 """``Inspector``: everything there is to see in a run's model, as JSON-able dicts, computed here and kept.
 
-It opens any checkpoint of a run, also while the run goes on, or a Hugging Face directory; looks at it with held-out text;
-and remembers what it found. One lock lets one question be answered at a time, from any thread. Nothing is sent anywhere.
+It opens any checkpoint of a run, also while the run goes on, or a Hugging Face directory; looks at it with held-out
+text; and remembers what it found. One lock lets one question be answered at a time, from any thread. Nothing is sent
+anywhere.
 """
 
 from __future__ import annotations

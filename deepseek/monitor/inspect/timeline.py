@@ -8,6 +8,7 @@ All times are microseconds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -57,6 +58,14 @@ class Timeline:
     device: dict[str, list[Span]]
     phases: list[Span]
     steps: list[Span] = field(default_factory=list)
+
+    def during(self, step: Span) -> Timeline:
+        """What happened in one step."""
+        a, b = step.start, step.end
+        host, device = (
+            {name: clip(spans, a, b) for name, spans in x.items()} for x in (self.host, self.device)
+        )
+        return Timeline(host, device, clip(self.phases, a, b), [step])
 
     @property
     def on_device(self) -> bool:
@@ -131,8 +140,11 @@ def without(
 
 def clip(spans: Iterable[Span], start: float, end: float) -> list[Span]:
     """The spans' parts inside ``[start, end)``."""
-    cut = (s._replace(start=max(s.start, start), end=min(s.end, end)) for s in spans)
-    return [s for s in cut if s.end > s.start]
+    return [
+        s if start <= s.start and s.end <= end else s._replace(start=max(s.start, start), end=min(s.end, end))
+        for s in spans
+        if s.start < end and s.end > start
+    ]
 
 
 def own_times(spans: Sequence[Span]) -> list[tuple[str, float]]:
@@ -157,6 +169,7 @@ def own_times(spans: Sequence[Span]) -> list[tuple[str, float]]:
     return result
 
 
+@functools.lru_cache(maxsize=4096)
 def kind_of(name: str) -> str:
     """'communication', 'matrix' (limited by arithmetic) or 'memory' (limited by moving bytes) work, by name."""
     low = name.lower()
