@@ -65,6 +65,8 @@ TRAITS: tuple[tuple[str, Trait], ...] = (
     (r"expert/.+/load", Trait(floor=1e-3, relative=0.05)),
     (r"router/.+/entropy|train/router_entropy", Trait(bad=-1, floor=5e-3, relative=5e-3)),
     (r"data/.+/(share|length|entropy|duplicates|psi)", Trait(floor=5e-3, relative=0.01)),
+    (r"router/.+/dead|layer/.+/dead_units|expert/.+/dead_units", Trait(bad=1, floor=0.5, relative=0.05)),
+    (r"train/(clipped|skipped)|precision/.+", Trait(bad=1, floor=0.5)),
     (r".*", Trait(relative=0.01)),
 )
 
@@ -169,14 +171,16 @@ class Baselines:
         spread = np.maximum(self.spread[i], floor)
         # A scale from few rows is itself uncertain: widen it as Student's t does a normal distribution.
         z = error / (spread * (1 + 4 / (seen + 1)))
-        alpha = np.maximum(self.alpha[i], 1 / (seen + 1))
-        move = alpha * np.clip(error, -self.clip * spread, self.clip * spread)
+        # Young series move fast, and what looks like an outlier is the way down.
+        alpha = np.maximum(self.alpha[i], 4 / (seen + 5))
+        clip = np.where(seen < self.warmup[i], 10.0, self.clip) * spread
+        move = alpha * np.clip(error, -clip, clip)
         grown = ~young
         self.level[i] = np.where(grown, forecast + move, self.level[i])
         # Learning curves fall like a power of the step, so that their slope fades as 2/step; so does the trend.
         fade = 1 - np.maximum(0.5 * self.alpha[i], np.minimum(2 / (seen + 1), 0.25))
         self.trend[i] += np.where(grown, 0.5 * alpha * move - (1 - fade) * self.trend[i], 0.0)
-        rate = np.maximum(0.5 * self.alpha[i], 0.5 / (seen + 1))
+        rate = np.maximum(0.5 * self.alpha[i], 3 / (seen + 1))
         away = np.where(np.abs(error) * MAD > spread, rate, -rate)
         self.spread[i] = np.where(grown, np.maximum(spread * np.exp(away), floor), self.spread[i])
         z = np.where(seen >= self.warmup[i], z, 0.0)

@@ -57,15 +57,15 @@ class SlowSteps(Detector):
         waited = view.row.get("time/data", 0.0)
         usual_wait = self.memory.get("parts", {}).get("time/data", 0.0)
         enough = lost >= self.config.lost_seconds and (rows >= 2 or seconds >= max(4 * usual, usual + 2.0))
-        if enough and not self.memory.get("told"):
-            self.memory["told"] = True
-            data = waited - usual_wait > 0.6 * (seconds - usual)
-            kind, series = ("stall", "time/data") if data else ("slow", "time/step")
+        data = waited - usual_wait > 0.6 * (seconds - usual)
+        kind, series = ("stall", "time/data") if data else ("slow", "time/step")
+        if enough and kind not in self.memory.get("told", []):
+            self.memory["told"] = [*self.memory.get("told", []), kind]
             what = f", {waited:.3g} s of them waiting for data" if data else ""
             text = f"a step takes {seconds:.3g} s{what}; usually {usual:.3g} s; {lost:.3g} s lost in {rows} steps"
             yield Alarm(kind, series, view.step, seconds, score, text, "warning", CLOCK)
         if rows > 400:  # it has become the usual
-            self.memory.update(usual=[seconds, 0.02, self.NEED], lost=[0.0, 0, 0], told=False)
+            self.memory.update(usual=[seconds, 0.02, self.NEED], lost=[0.0, 0, 0], told=[])
 
     def _recover(self) -> None:
         lost, rows, fine = self.memory.get("lost", [0.0, 0, 0])
@@ -73,7 +73,7 @@ class SlowSteps(Detector):
             fine += 1
             self.memory["lost"] = [lost, rows, fine] if fine < 5 else [0.0, 0, 0]
             if fine >= 5:
-                self.memory["told"] = False
+                self.memory["told"] = []
 
     def _remember_parts(self, view: View, rate: float) -> None:
         parts = self.memory.setdefault("parts", {})
@@ -157,7 +157,7 @@ class Hang(Detector):
 class Growing(Detector):
     """Memory grows by about as much with every stretch of steps: something is kept that should be let go."""
 
-    CHUNK, CHUNKS = 12, 6
+    CHUNK, CHUNKS = 4, 6
     LEAST = 8 * 2**20  #: bytes over all chunks; less is not worth a word
     SHARE = 0.01  #: of what was in use
 

@@ -28,12 +28,12 @@ NUMBERS, CLOCK, MEMORY = "numbers", "clock", "memory"  #: families: alarms of on
 class DetectConfig:
     """How much evidence an alarm needs. Sums are in standard deviations, see ``baseline``."""
 
-    loss_sum: float = 22.0  # cumulative sum of the loss above its forecast
-    loss_drop_sum: float = 22.0  # below it: repeated or leaked data
+    loss_sum: float = 28.0  # cumulative sum of the loss above its forecast
+    loss_drop_sum: float = 15.0  # below it: repeated or leaked data
     gradient_sum: float = 16.0
     habit: float = 2.0  # a sum must also exceed what the series has done before, by this factor
     growth: float = 10.0  # the gradient norm over its level, when it grows three rows in a row
-    settled: int = 100  # step from which growth counts: at the start of training norms are wild
+    settled: int = 80  # steps or rows after which growth of norms and idle experts count: the start is wild
     slow_ratio: float = 1.03  # of the usual step time
     lost_seconds: float = 2.0  # time lost to slow steps before it is worth an alarm
     rank_ratio: float = 1.05  # of the other ranks' step time
@@ -236,7 +236,9 @@ class Precision(Detector):
 
     def check(self, view: View) -> Iterator[Alarm]:
         yield from self._scale(view)
-        lost = view.row.get("train/skipped", 0.0) > 0 or view.row.get("precision/nonfinite", 0.0) > 0
+        count = view.row.get("precision/nonfinite", self.memory.get("count", 0.0))  # so far, of the whole run
+        lost = view.row.get("train/skipped", 0.0) > 0 or count > self.memory.get("count", count)
+        self.memory["count"] = count
         history = [*self.memory.get("lost", []), int(lost)][-20:]
         self.memory["lost"] = history
         if lost and sum(history) == 3 and sum(history[-6:]) >= 2:
@@ -309,7 +311,7 @@ class Experts(Detector):
         run = np.where(low, run + 1, 0.0)
         mean = np.where(low, mean, 0.95 * mean + 0.05 * load)
         self.memory[f"run {size}"], self.memory[f"mean {size}"] = run, mean
-        if run.max() < self.config.dead_rows:
+        if run.max() < self.config.dead_rows or self.memory.get(f"n {size}", 0) < self.config.settled:
             return
         for k, e in np.argwhere((run == self.config.dead_rows) & (mean > 0.15 * fair)).tolist():
             name = view.base.names[self._found[size][1][k, e]]
@@ -323,7 +325,7 @@ class Experts(Detector):
         entropy = -(load * np.log(np.maximum(load, 1e-12))).sum(1) / math.log(size)
         usual = self._recall(f"entropy {size}", entropy)
         low, n = self._recall(f"low {size}", np.zeros(len(layers))), self.memory.get(f"n {size}", 0)
-        falls = (entropy < np.minimum(0.75 * usual, usual - 0.15)) & (n >= 20)
+        falls = (entropy < np.minimum(0.75 * usual, usual - 0.15)) & (n >= self.config.settled)
         low = np.where(falls, low + 1, 0.0)
         usual = np.where(falls, usual, usual + max(0.03, 1 / (n + 1)) * (entropy - usual))
         for k in np.nonzero(low == self.ROWS)[0]:
@@ -392,8 +394,11 @@ class Weights(Detector):
         if len(last) != len(now) or gap < 1:
             return
         change = np.abs(now - last) / np.maximum(last, 1e-30)
+        change[np.isnan(change)] = 0.0
+        lost = ~np.isfinite(now) & view.base.lost[view.now, places] & (last > 0)
+        change[lost] = np.inf
         allowed = self._allowed(view, labels) * gap
-        odd = (change > 3 * allowed + 0.01) & (last > 0) & (change > 10 * np.nanmedian(change))
+        odd = (change > 3 * allowed + 0.01) & (last > 0) & (change > 10 * float(np.median(change)))
         for k in np.nonzero(odd)[0][:3]:
             yield Alarm(
                 "corruption", f"layer/{labels[k]}/weight_norm", view.step, float(now[k]),
