@@ -75,9 +75,10 @@ class Familiar:
         """
         tokens, first, length = pieces.tokens, pieces.first, pieces.length
         other = np.repeat(1 - pieces.half, length)
-        surprise = np.add.reduceat(self._surprise[other, tokens], first) / length
+        bits = np.take(self._surprise, other * self._surprise.shape[1] + tokens)
+        surprise = np.add.reduceat(bits, first, dtype=np.float64) / length
         unknown = np.zeros(len(tokens))
-        unknown[:-1] = ~self.pairs[other[:-1], _pairs(tokens)]
+        unknown[:-1] = ~np.take(self.pairs, other[:-1] * PAIRS + _pairs(tokens))
         unknown[first[1:] - 1] = 0.0  # the last token of a piece and the first of the next are no pair
         novel = np.add.reduceat(unknown, first) / np.maximum(length - 1, 1)
         size = np.log2(pieces.sizes(stores) + 1)

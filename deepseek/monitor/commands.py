@@ -23,6 +23,7 @@ DATABASE = "monitor/monitor.db"  #: in a run directory
 _TABLE = """CREATE TABLE IF NOT EXISTS commands (
     id INTEGER PRIMARY KEY, action TEXT NOT NULL, arguments TEXT NOT NULL, by TEXT NOT NULL,
     status TEXT NOT NULL, result TEXT NOT NULL, created REAL NOT NULL, taken REAL, finished REAL)"""
+SURE = 2.0  #: seconds after which ``changed`` says yes, whatever the files say
 _COLUMNS = "id, action, arguments, by, status, result, created, finished"
 
 
@@ -53,6 +54,9 @@ class Commands:
 
     def __init__(self, run: Path) -> None:
         self.path = run / DATABASE
+        self._log = self.path.with_name(self.path.name + "-wal")
+        self._stamp: tuple[Any, ...] = ()
+        self._asked = 0.0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
@@ -102,6 +106,17 @@ class Commands:
             number,
         )
 
+    def changed(self) -> bool:
+        """Whether the database was written to since this was last asked: the look that costs least.
+
+        Says yes every ``SURE`` seconds: the clock of a file system may be coarse.
+        """
+        now, stamp = time.monotonic(), tuple(_stamp(path) for path in (self.path, self._log))
+        if stamp == self._stamp and now - self._asked < SURE:
+            return False
+        self._stamp, self._asked = stamp, now
+        return True
+
     def close(self) -> None:
         self._db.close()
 
@@ -139,6 +154,14 @@ def answering(run: Path | str, number: int | None) -> Iterator[dict[str, Any]]:
 def open_commands(run: Path) -> Commands:
     """The commands of a run directory."""
     return Commands(run)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _command(row: Any) -> Command:

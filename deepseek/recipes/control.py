@@ -82,13 +82,13 @@ class Controller:
         self._result: StepResult | None = None
         self._commands: Commands | None = None
         self._pending: Command | None = None
-        self._paused = False
+        self._paused, self._alone = False, comm.world() == 1
         self._looked, self._looked_at, self._next = time.monotonic(), 0, 0
 
     def __call__(self, step: int, result: StepResult) -> None:
         """Look whether something is asked for, and do it. The hook of ``fit``."""
         self.step, self._result = step, result
-        if comm.world() == 1:
+        if self._alone:
             if time.monotonic() - self._looked < EVERY:
                 return
         elif step < self._next:
@@ -111,7 +111,7 @@ class Controller:
         found = None
         if self._commands is not None:
             try:
-                found = self._commands.take_command()
+                found = self._commands.take_command() if self._commands.changed() else None
             except RunError as error:  # a full or foreign disk must not end the run
                 emit("warning", self.step, text=f"actions cannot be read: {error}")
                 self._commands.close()
