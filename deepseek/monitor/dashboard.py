@@ -104,8 +104,11 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
+        warming = threading.Thread(target=library.warm, name="deepseek-open-runs", daemon=True)
+        warming.start()
         yield
         library.close()
+        warming.join(5)
 
     app = Starlette(
         routes=[*routes, Route("/api/{rest:path}", nowhere), Route("/{path:path}", _page_of(page))],

@@ -38,15 +38,23 @@ class RowFollower:
         if version == self._version:
             return News([], False)
         self._version = version
-        first, last = self.reader.steps()
-        if last < first:  # nothing yet, so that all that comes is new
+        last = newest_step(self.reader)
+        if last is None:  # nothing yet, so that all that comes is new
             self._started, self._newest = True, None
             return News([], False)
         before, self._newest = self._newest, None
         rewound = before is not None and last < before.step
-        start = last if not self._started or rewound else before.step if before is not None else first
+        if not self._started or rewound:
+            start = last
+        else:
+            start = before.step if before is not None else self.reader.steps()[0]
         rows = self.reader.rows(start, self.most)
         self._newest = rows[-1] if rows else before
         fresh = [row for row in rows if row != before] if self._started else []
         self._started = True
         return News(fresh, rewound)
+
+
+def newest_step(reader: SeriesReader) -> int | None:
+    """The last step of anything logged, ``None`` if nothing was: from what the reader keeps, not from its files."""
+    return max((latest.step for latest in reader.latest().values()), default=None)

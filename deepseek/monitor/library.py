@@ -6,12 +6,14 @@ never joined to a path, so an id cannot lead out of the root.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import time
 from pathlib import Path
 from threading import RLock
 
-from deepseek.errors import RunError
+from deepseek.errors import DeepseekError, RunError
 from deepseek.monitor.history import EVENTS_FILE
 from deepseek.monitor.openrun import STORE, OpenRun
 
@@ -37,7 +39,7 @@ class Library:
         self._lock = RLock()
         self._open: dict[str, OpenRun] = {}
         self._found: dict[str, Path] = {}
-        self._scanned = -RESCAN
+        self._scanned, self._closed = -RESCAN, False
 
     def ids(self) -> list[str]:
         """The ids of all runs, in the order of their names."""
@@ -57,7 +59,16 @@ class Library:
                 self._open[name] = OpenRun(name, self._found[name], self.cache)
             return self._open[name]
 
+    def warm(self) -> None:
+        """Open every run, so that who asks first does not wait for it; ends when the library is closed."""
+        for name in self.ids():
+            if self._closed:
+                return
+            with contextlib.suppress(OSError, DeepseekError, sqlite3.Error):
+                self.run(name).summary()
+
     def close(self) -> None:
+        self._closed = True
         with self._lock:
             for run in self._open.values():
                 run.close()

@@ -14,6 +14,7 @@ import numpy as np
 from deepseek.monitor.catalogue import describe, group_of
 from deepseek.monitor.commands import DATABASE
 from deepseek.monitor.eventlog import EventLog
+from deepseek.monitor.follow import newest_step
 from deepseek.monitor.history import EVENTS_FILE, EventDict
 from deepseek.monitor.replay import Replay
 from deepseek.monitor.runs import status_of
@@ -167,8 +168,7 @@ class OpenRun:
     @property
     def step(self) -> int | None:
         """The newest step, ``None`` before the first."""
-        first, last = self.reader.steps()
-        return last if last >= first else None
+        return newest_step(self.reader)
 
     def series(self) -> list[dict[str, Any]]:
         """Every series with its group, unit, description, newest value and the step of it."""
