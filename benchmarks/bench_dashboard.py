@@ -28,7 +28,14 @@ import numpy as np
 
 from deepseek.monitor.writer import SeriesWriter
 
-FIRST = ["train/loss", "train/grad_norm", "train/tokens_per_second", "train/lr", "train/mfu", "memory/allocated"]
+FIRST = [
+    "train/loss",
+    "train/grad_norm",
+    "train/tokens_per_second",
+    "train/lr",
+    "train/mfu",
+    "memory/allocated",
+]
 TIMES = ["time/step", "time/forward", "time/backward", "time/data", "time/other", "memory/reserved"]
 SPIKE = 0.62  # of the run: one step of loss 8 among 2
 
@@ -59,7 +66,9 @@ def make_run(run: Path, steps: int, series: int, start: float = 1.76e9) -> None:
     ]
     (run / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
     took = time.perf_counter() - began
-    print(f"{run.name}: {steps:,} steps × {series} series in {took:.0f} s ({took / steps * 1e6:.0f} µs a step)")
+    print(
+        f"{run.name}: {steps:,} steps × {series} series in {took:.0f} s ({took / steps * 1e6:.0f} µs a step)"
+    )
 
 
 def serve(root: Path) -> tuple[subprocess.Popen[str], str]:
@@ -81,7 +90,7 @@ READY = """() => {
   const seen = (e) => { const b = e.getBoundingClientRect(); return b.top < innerHeight && b.bottom > 0 };
   const panels = [...document.querySelectorAll('.panel')].filter(seen);
   const tile = document.querySelector('.tile-value');
-  const drawn = panels.length > 1 && panels.every((p) => p.querySelector('canvas'));
+  const drawn = panels.length > 0 && panels.every((p) => p.querySelector('canvas'));
   return drawn && tile && /\\d/.test(tile.textContent);
 }"""
 
@@ -92,7 +101,7 @@ def wait_ready(page: Any) -> None:
     while not page.evaluate(READY):
         if time.perf_counter() > deadline:
             raise SystemExit("the page did not become ready within 60 s")
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def interactive(browser: Any, address: str) -> float:
@@ -132,7 +141,9 @@ def zoomed(browser: Any, address: str) -> float:
         page.wait_for_timeout(600)
         with page.expect_response(lambda r: "start=" in r.url and "/data" in r.url) as answer:
             began = time.perf_counter()
-            page.evaluate("location.hash += (location.hash.includes('?') ? '&' : '?') + 'from=619500&to=620500'")
+            page.evaluate(
+                "location.hash += (location.hash.includes('?') ? '&' : '?') + 'from=619500&to=620500'"
+            )
         answer.value.finished()
         page.evaluate("() => new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)))")
         return time.perf_counter() - began
@@ -141,11 +152,17 @@ def zoomed(browser: Any, address: str) -> float:
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(seconds), 3), "least": round(min(seconds), 3), "most": round(max(seconds), 3)}
+    return {
+        "median": round(statistics.median(seconds), 3),
+        "least": round(min(seconds), 3),
+        "most": round(max(seconds), 3),
+    }
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--steps", type=int, default=1_000_000)
     options.add_argument("--series", type=int, default=300)
     options.add_argument("--repeats", type=int, default=9)
@@ -170,11 +187,15 @@ def main() -> None:
                     interactive(browser, address + "#/run/large")
                 figures = {
                     "empty file": spread([empty(browser, address) for _ in range(o.repeats)]),
-                    "run of 1,000 steps": spread([interactive(browser, address + "#/run/small") for _ in range(o.repeats)]),
+                    "run of 1,000 steps": spread(
+                        [interactive(browser, address + "#/run/small") for _ in range(o.repeats)]
+                    ),
                     f"run of {o.steps:,} steps": spread(
                         [interactive(browser, address + "#/run/large") for _ in range(o.repeats)]
                     ),
-                    "zoom to 1,000 steps": spread([zoomed(browser, address + "#/run/large") for _ in range(o.repeats)]),
+                    "zoom to 1,000 steps": spread(
+                        [zoomed(browser, address + "#/run/large") for _ in range(o.repeats)]
+                    ),
                 }
                 browser.close()
         finally:

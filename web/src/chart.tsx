@@ -14,7 +14,9 @@ interface Props extends Omit<PlotOptions, "onCursor" | "marks"> {
   legend?: boolean;
 }
 
-export function Chart({ traces, title, legend = true, marks = [], ...rest }: Props) {
+const NONE: Mark[] = [];
+
+export function Chart({ traces, title, legend = true, marks = NONE, ...rest }: Props) {
   const host = useRef<HTMLDivElement>(null);
   const plot = useRef<Plot | null>(null);
   const [index, setIndex] = useState<number | null>(null);
@@ -35,10 +37,15 @@ export function Chart({ traces, title, legend = true, marks = [], ...rest }: Pro
     };
   }, [shape]);
 
+  const drawn = useRef("");
   useEffect(() => {
-    plot.current?.set(traces, options);
-    if (host.current) plot.current?.resize(host.current.clientWidth, rest.height);
-  });
+    const fresh = drawn.current !== shape; // the effect above has just drawn it
+    drawn.current = shape;
+    if (!plot.current || !host.current) return;
+    plot.current.options = options;
+    if (!fresh) plot.current.set(traces, options);
+    plot.current.resize(host.current.clientWidth, rest.height);
+  }, [shape, ...traces.map((x) => x.window), rest.robust, rest.smooth, rest.height, rest.range?.[0], rest.range?.[1], marks]);
 
   const shown = index ?? -1;
   return (

@@ -1,9 +1,10 @@
 // What a running run sends by itself. Rows come often; the page redraws its charts at most every two seconds.
 
-import { type Incident, runPath } from "./api";
+import { runPath } from "./api";
 import { Cell } from "./cell";
 
 const REDRAW_MS = 2000;
+const TELL_MS = 250; // numbers change at most four times a second
 
 export class Live {
   readonly last = new Cell<Map<string, number | null>>(new Map());
@@ -16,6 +17,9 @@ export class Live {
   readonly connected = new Cell(false);
   private source: EventSource | null = null;
   private timer = 0;
+  private telling = 0;
+  private pending: Map<string, number | null> | null = null;
+  private newest: number | null = null;
 
   constructor(readonly run: string) {}
 
@@ -31,6 +35,7 @@ export class Live {
     return () => {
       source.close();
       clearTimeout(this.timer);
+      clearTimeout(this.telling);
     };
   }
 
@@ -40,15 +45,18 @@ export class Live {
 
   private row(message: { step: number; values: Record<string, number | null> }): void {
     this.heard.value = Date.now();
-    this.step.value = message.step;
-    const next = new Map(this.last.value);
-    for (const [name, value] of Object.entries(message.values ?? {})) next.set(name, value);
-    this.pending = next;
+    this.pending ??= new Map(this.last.value);
+    for (const [name, value] of Object.entries(message.values ?? {})) this.pending.set(name, value);
+    this.newest = message.step;
+    if (!this.telling) this.telling = window.setTimeout(() => this.tell(), TELL_MS);
     if (!this.timer) this.timer = window.setTimeout(() => this.redraw(), REDRAW_MS);
   }
 
-  private set pending(next: Map<string, number | null>) {
-    this.last.value = next;
+  private tell(): void {
+    this.telling = 0;
+    if (this.pending) this.last.value = this.pending;
+    this.pending = null;
+    this.step.value = this.newest;
   }
 
   private redraw(): void {
@@ -56,5 +64,3 @@ export class Live {
     if (!document.hidden) this.beat.value++;
   }
 }
-
-export type IncidentNews = Pick<Incident, "id" | "step" | "title" | "severity">;

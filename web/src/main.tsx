@@ -1,7 +1,12 @@
 import { render } from "preact";
 import "uplot/dist/uPlot.min.css";
+import { ahead, runPath } from "./api";
 import { App } from "./app";
+import { route } from "./route";
 import "./style.css";
 import "./theme";
 
+const [page, run] = route.value.path;
+if (page === "run" && run) ahead(["", "/series", "/incidents", "/lineage"].map((rest) => runPath(run, rest)));
+else if (!page) ahead(["api/runs"]);
 render(<App />, document.getElementById("page")!);

@@ -46,6 +46,15 @@ const up = (a: number, b: number) => a - b;
 
 /** Where the values of a window lie: all of them, and the fence past which a value stands out. */
 export function spread(window: Window, log = false): Spread {
+  if (log) return measure(window, true);
+  const known = spreads.get(window) ?? measure(window, false);
+  spreads.set(window, known);
+  return known;
+}
+
+const spreads = new WeakMap<Window, Spread>();
+
+function measure(window: Window, log: boolean): Spread {
   let low = Infinity;
   let high = -Infinity;
   const lows: number[] = [];

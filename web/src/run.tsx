@@ -1,7 +1,7 @@
 // What every page of one run shares: its facts, its series, its incidents, what arrives live, and the window of steps in view.
 
 import { createContext } from "preact";
-import { useCallback, useContext, useEffect, useMemo, useState } from "preact/hooks";
+import { useCallback, useContext, useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { get, type Checkpoint, type Incident, type LineageItem, lineageOf, readSeries, type RunInfo, runPath, type SeriesInfo, type Window } from "./api";
 import { useCell } from "./cell";
 import { Live } from "./live";
@@ -48,13 +48,17 @@ export function useRunState(id: string): RunState {
   const newIncidents = useCell(live.incidents);
   const news = useCell(live.status);
   const actions = useCell(live.actions);
-  const step = useCell(live.step);
   useEffect(() => live.open(), [live]);
 
-  const info = useGet<RunInfo>(runPath(id), `${again}.${JSON.stringify(news)}`);
-  const list = useGet<SeriesInfo[]>(runPath(id, "/series"), again);
+  const beats = useCell(live.beat) >> 3; // checkpoints and the like: looked for every eighth redraw
+  const known = useRef<string | null>(null);
+  const changed = news && known.current && news.status !== known.current ? news.status : "";
+  const told = useGet<RunInfo>(runPath(id), `${again}.${changed}.${beats}`);
+  if (told.value) known.current = told.value.status;
+  const info = { ...told, value: useMemo(() => (told.value ? { ...told.value, ...(news?.error ? {} : news) } : null), [told.value, news]) };
+  const list = useGet<SeriesInfo[]>(runPath(id, "/series"), `${again}.${beats}`);
   const incidents = useGet<Incident[]>(runPath(id, "/incidents"), `${again}.${newIncidents}.${actions}`);
-  const lineage = useGet<Parameters<typeof lineageOf>[0]>(runPath(id, "/lineage"), `${again}.${actions}`);
+  const lineage = useGet<Parameters<typeof lineageOf>[0]>(runPath(id, "/lineage"), `${again}.${actions}.${beats}`);
   const series = useMemo(() => new Map((list.value ?? []).map((s) => [s.name, s])), [list.value]);
 
   const number = (key: string) => (query.get(key) ? Number(query.get(key)) : undefined);
@@ -64,22 +68,19 @@ export function useRunState(id: string): RunState {
     const [x, y] = [Math.max(0, a ?? 0), Math.max((a ?? 0) + 2, b ?? 0)];
     setQuery({ from: whole ? undefined : String(x), to: whole || b === undefined ? undefined : String(y) });
   }, []);
-  const last = Math.max(step ?? 0, info.value?.step ?? 0, 1);
+  const last = Math.max(live.step.value ?? 0, info.value?.step ?? 0, 1);
   const extent = useMemo<[number, number]>(() => [0, last], [last]);
-  return {
-    id,
-    info: info.value,
-    error: info.error,
-    series,
-    incidents: incidents.value ?? [],
-    lineage: useMemo(() => lineageOf(lineage.value), [lineage.value]),
-    live,
-    view: useMemo(() => ({ start, stop }), [start, stop]),
-    zoom,
-    extent,
-    reload: useCallback(() => setAgain((n) => n + 1), []),
-  };
+  const lines = useMemo(() => lineageOf(lineage.value), [lineage.value]);
+  const view = useMemo(() => ({ start, stop }), [start, stop]);
+  const reload = useCallback(() => setAgain((n) => n + 1), []);
+  const found = incidents.value ?? NOTHING;
+  return useMemo(
+    () => ({ id, info: info.value, error: info.error, series, incidents: found, lineage: lines, live, view, zoom, extent, reload }),
+    [id, info.value, info.error, series, found, lines, live, view, zoom, extent, reload],
+  );
 }
+
+const NOTHING: Incident[] = [];
 
 /** The windows of several series in the view, read again when the view moves or, while it follows, when rows come. */
 export function useWindows(names: string[], options: { points?: number; start?: number; stop?: number; off?: boolean; whole?: boolean } = {}) {

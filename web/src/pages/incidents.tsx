@@ -195,7 +195,7 @@ function Movers({ incident }: { incident: Incident }) {
   const movers = (incident.movers ?? []).slice(0, all ? 48 : 9);
   const names = useMemo(() => ["train/loss", ...movers.map((m) => m.name)].filter((n, i, x) => x.indexOf(n) === i), [incident.id, movers.length]);
   const { windows } = useWindows(names, { start: Math.max(0, a), stop: b + 1, points: 500 });
-  const marks: Mark[] = [{ step: incident.first_step, kind: "focus" }, { step: incident.step, kind: incident.severity }];
+  const marks = useMemo((): Mark[] => [{ step: incident.first_step, kind: "focus" }, { step: incident.step, kind: incident.severity }], [incident]);
   const trace = (name: string, i: number): Trace[] => {
     const window = windows.get(name);
     return window ? [{ name, label: name, unit: run.series.get(name)?.unit ?? "", color: line(i), window }] : [];
