@@ -56,7 +56,9 @@ def _of_segment(segment: Segment, rewinds: Rewinds, visible: Visible) -> Iterato
     for number, name in names.items():
         if where[number] >= 0:
             block = segment.blocks[int(where[number])]
-            yield name, _end(BlockPiece(block, block.find(number), ()))
+            piece = BlockPiece(block, block.find(number), ())
+            if piece.check():
+                yield name, _end(piece)
     for index, tail in segment.tails.items():
         limit = min((step for step, _ in rewinds(segment, tail)), default=None)
         steps = tail.steps

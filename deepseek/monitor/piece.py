@@ -18,6 +18,7 @@ from deepseek.monitor.block import (
     Array,
     Block,
     Cells,
+    Damaged,
     cells_of,
     coarsen,
     level_sizes,
@@ -117,6 +118,14 @@ class BlockPiece(Piece):
         if limit is not None:
             self.last = int(self.steps_at(np.array([limit - 1]))[0])
 
+    def check(self) -> bool:
+        """Whether the rows that the values are from can be read; they are read now."""
+        try:
+            self._rows()
+        except Damaged:
+            return False
+        return True
+
     @property
     def even(self) -> bool:
         """A value for every row, rows evenly spaced, and none hidden."""
@@ -130,7 +139,10 @@ class BlockPiece(Piece):
         """Which rows the values are from; ``None``: every one."""
         if self._flags & HOLES and self._rows_read is None:
             data = self.block.read(2 * self._stored, self._at + 4 * self._stored)
-            self._rows_read = np.frombuffer(data, "<u2").astype(np.int64)
+            rows = np.frombuffer(data, "<u2").astype(np.int64)
+            if len(rows) < self._stored or rows[-1] >= self.block.rows or np.any(np.diff(rows) <= 0):
+                raise Damaged("a column's rows are not rows of its block")
+            self._rows_read = rows
         return self._rows_read
 
     def _levels_at(self) -> int:

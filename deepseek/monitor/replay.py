@@ -142,7 +142,7 @@ def log_event(writer: SeriesWriter, event: EventDict | None) -> None:
         return
     name = event["event"]
     if name == "resume" or (name == "run" and finite(event.get("resumed_from")) is not None):
-        writer.rewind(int(step))
+        writer.rewind(int(step), finite(event.get("time")))
     row = dict(flatten(event))
     if row:
         writer.log(int(step), row, finite(event.get("time")))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek.errors import RunError
 from deepseek.monitor.block import HEADER, MAGIC, MISSING, Block, Damaged
 from deepseek.monitor.piece import ArrayPiece, BlockPiece, Piece
 from deepseek.monitor.tail import TailView
@@ -72,6 +73,11 @@ class Segment:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    @property
+    def end(self) -> int:
+        """Where the last whole block of the file ends."""
+        return self._blocks_read
+
     def chunks(self) -> Iterator[Block | TailView]:
         """Blocks and tails with rows, in the order in which they were written."""
         found: list[Block | TailView] = [*self.blocks, *(t for t in self.tails.values() if t.rows)]
@@ -85,11 +91,15 @@ class Segment:
         seen, found = self._columns.get(name, (0, []))
         for block in self.blocks[seen:]:
             entry = block.find(series)
-            if entry is not None:
-                found.append(BlockPiece(block, entry, (self.stem, block.index)))
+            if entry is None:
+                continue
+            piece = BlockPiece(block, entry, (self.stem, block.index))
+            if piece.check():
+                found.append(piece)
+            else:
+                self.damaged += 1
         self._columns[name] = len(self.blocks), found
-        for piece in found:
-            yield piece.key[1], piece
+        yield from ((known.key[1], known) for known in found)
         for index, tail in self.tails.items():
             view = self._view(name, series, index, tail)
             if view is not None:
@@ -111,6 +121,8 @@ class Segment:
 
     def _read_journal(self) -> bool:
         try:
+            if self.journal_path.stat().st_size == self._journal_read:
+                return False
             with self.journal_path.open("rb") as file:
                 file.seek(self._journal_read)
                 data = file.read()
@@ -138,7 +150,10 @@ class Segment:
     def _read(self, size: int, offset: int) -> bytes:
         if self._descriptor < 0:
             self._descriptor = os.open(self.blocks_path, os.O_RDONLY)
-        return os.pread(self._descriptor, size, offset)
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) < size:
+            raise RunError(f"{self.blocks_path} became shorter; open the run again")
+        return data
 
     def _read_blocks(self) -> bool:
         try:
@@ -165,7 +180,7 @@ class Segment:
         """Where the next block begins."""
         size = 1 << 20
         for at in range(start, end, size):
-            found = self._read(size + len(MAGIC), at).find(MAGIC)
+            found = self._read(min(size + len(MAGIC), end - at), at).find(MAGIC)
             if found >= 0:
                 return at + found
         return None

@@ -149,7 +149,7 @@ class StoreSink(Sink):
         if event.name in BACK or (event.name == "run" and self._leads(step)):
             self._complete()
             self._step = None
-            self._writer.rewind(step)
+            self._writer.rewind(step, event.time)
 
     def _leads(self, step: int) -> bool:
         """Whether the store has later steps than ``step``: of a run that began again at its start."""

@@ -28,6 +28,7 @@ import numpy as np
 
 from deepseek.errors import RunError
 from deepseek.monitor.block import MAX_ROWS, MISSING, Array, encode
+from deepseek.monitor.seal import TornBlock, append_block, claim, seal_abandoned
 from deepseek.monitor.tail import Tail
 
 ROWS = 4096  #: of a block
@@ -81,7 +82,9 @@ class SeriesWriter:
         """
         if not values:
             return
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid:  # a forked child
+            if self._stem:
+                os.close(self._journal)
             self._reset()
         step = operator.index(step)
         with self._lock:
@@ -104,15 +107,21 @@ class SeriesWriter:
                 tail.publish(row + 1)
                 self._step = step
 
-    def rewind(self, step: int) -> None:
-        """The run went back: what was logged before now, by anyone, about steps after ``step`` is void."""
+    def rewind(self, step: int, time: float | None = None) -> None:
+        """The run went back: what was logged before, by anyone, about steps after ``step`` is void.
+
+        Args:
+            time: Unix seconds; rows of other writers count as before if theirs is not later. By default now.
+
+        Raises:
+            RunError: the disk is full or cannot be written.
+        """
         with self._lock:
             try:
                 self._begin()
                 self._rotate()
-                self._write_journal(
-                    {"rewind": operator.index(step), "block": self._next, "time": clock.time()}
-                )
+                when = clock.time() if time is None else time
+                self._write_journal({"rewind": operator.index(step), "block": self._next, "time": when})
             except OSError as error:
                 raise RunError(f"cannot write in {self.directory}: {error.strerror or error}") from error
 
@@ -139,6 +148,7 @@ class SeriesWriter:
         if self._stem:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.failures += seal_abandoned(self.directory)
         now = clock.time()
         stamp = clock.strftime("%Y%m%dT%H%M%S", clock.gmtime(now)) + f"{now % 1:.6f}"[2:]
         label = "".join(c if c.isalnum() or c in "_-" else "_" for c in self.label)[:40] or "w"
@@ -146,6 +156,7 @@ class SeriesWriter:
         path = self.directory / f"{stem}.journal"
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._stem = stem
+        claim(self._journal)
         host = socket.gethostname()
         self._write_journal(
             {"format": 1, "created": now, "pid": self._pid, "host": host, "label": self.label}
@@ -203,33 +214,17 @@ class SeriesWriter:
 
     def _seal(self, tail: Tail) -> None:
         """Append the tail's rows as a block, and only then delete the tail. On failure the tail stays."""
-        if not self._can_seal:
-            return
         with self._seal_lock:
-            path = self.directory / f"{self._stem}.blocks"
+            if not self._can_seal:
+                return
             try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                try:
-                    before = os.fstat(descriptor).st_size
-                    self._append(descriptor, encode(tail.index, *tail.contents()), before)
-                finally:
-                    os.close(descriptor)
+                append_block(self.directory / f"{self._stem}.blocks", encode(tail.index, *tail.contents()))
                 tail.remove()
+            except TornBlock:
+                self._can_seal = False  # nothing may follow it
+                self.failures += 1
             except (OSError, MemoryError):
                 self.failures += 1
-
-    def _append(self, descriptor: int, data: bytes, before: int) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        except OSError:
-            try:
-                os.ftruncate(descriptor, before)
-            except OSError:
-                self._can_seal = False  # nothing may follow a torn block
-            raise
 
     def _write_journal(self, *lines: Mapping[str, Any]) -> None:
         data = ("\n" * self._torn + "".join(json.dumps(line) + "\n" for line in lines)).encode()

@@ -6,6 +6,8 @@ import contextlib
 import math
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -27,13 +29,18 @@ ROWS = st.lists(
     st.tuples(st.integers(0, 120), st.dictionaries(st.sampled_from("abcd"), VALUES | st.none(), max_size=4)),
     max_size=150,
 )
+#: A session of a run: where it goes back to at its start, its rows, where it goes back to in between, and more rows.
+SESSIONS = st.tuples(st.none() | st.integers(0, 120), ROWS, st.none() | st.integers(0, 120), ROWS)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def naive(rows: list[tuple[int, dict[str, float | None]]]) -> dict[str, dict[int, np.float32]]:
-    """The last value of each step of each series."""
+def naive(rows: list[tuple[int, dict[str, float | None] | None]]) -> dict[str, dict[int, np.float32]]:
+    """The last value of each step of each series; a row that is ``None`` takes back what is after its step."""
     found: dict[str, dict[int, np.float32]] = {}
     for step, row in rows:
+        if row is None:
+            found = {name: {s: v for s, v in series.items() if s <= step} for name, series in found.items()}
+            continue
         for name, value in row.items():
             series = found.setdefault(name, {})
             if value is not None:
@@ -100,7 +107,7 @@ def check_all(
 
 @quick
 @given(
-    sessions=st.lists(ROWS, min_size=1, max_size=3),
+    sessions=st.lists(SESSIONS, min_size=1, max_size=3),
     block=st.integers(2, 40),
     ranges=st.lists(
         st.tuples(st.none() | st.integers(-5, 130), st.none() | st.integers(-5, 130), st.integers(1, 70)),
@@ -112,16 +119,23 @@ def test_reader_equals_a_dictionary(tmp_path_factory, sessions, block, ranges, c
     directory = tmp_path_factory.mktemp("store") / "monitor"
     early = SeriesReader(directory)
     clock = 1.0
-    for rows in sessions:
+    everything: list[tuple[int, dict[str, float | None] | None]] = []
+    for first, rows, second, more in sessions:
         writer = SeriesWriter(directory, rows=block)
-        for step, row in rows:
+        for step, row in [(first, None), *rows, (second, None), *more]:
+            if step is None:
+                continue
             clock += 1.0
-            writer.log(step, row, time=clock)
+            everything.append((step, row))
+            if row is None:
+                writer.rewind(step, time=clock)
+            else:
+                writer.log(step, row, time=clock)
         if closed:
             writer.close()
         else:
             early.refresh()
-    everything = naive([row for rows in sessions for row in rows])
+    everything = naive(everything)
     early.refresh()
     check_all(early, everything, ranges)
     check_all(SeriesReader(directory), everything, ranges)
@@ -316,7 +330,14 @@ def test_kill_9_loses_nothing(tmp_path: Path) -> None:
         np.testing.assert_array_equal(steps, np.arange(steps[-1] + 1))
         np.testing.assert_array_equal(values, np.float32(steps + 3))
         assert reader.damaged == 0
+        assert len(list(tmp_path.glob("*.tail-*"))) <= 2  # the tails of those killed before are sealed
         start = int(steps[-1]) + 1
+    with SeriesWriter(tmp_path, rows=64) as writer:
+        writer.log(start, {"s/3": start + 3.0})
+    assert not list(tmp_path.glob("*.tail-*"))
+    reader = SeriesReader(tmp_path)
+    np.testing.assert_array_equal(reader.raw("s/3")[1], np.float32(np.arange(start + 1) + 3))
+    assert (reader.damaged, reader.verify()) == (0, 0)
 
 
 def stored(directory: Path) -> Path:
@@ -382,6 +403,56 @@ def test_a_garbled_block_costs_only_itself(tmp_path: Path) -> None:
     reader = exercise(directory)
     assert reader.damaged == 1
     assert reader.raw("a")[0].tolist() == [*range(32), *range(64, 200)]
+
+
+def test_a_block_its_writer_was_killed_in_is_taken_back(tmp_path: Path) -> None:
+    directory = stored(tmp_path / "m")
+    path = next(directory.glob("*.blocks"))
+    journal = next(directory.glob("*.journal")).read_text()
+    last = path.read_bytes().rfind(b"DSBLOCK1")
+    torn = bytearray(path.read_bytes()[last : last + 500])
+    struct.pack_into("<I", torn, 8, 6)  # the number of the tail that is there
+    for add in (torn, torn[:20]):
+        again = tmp_path / f"again-{len(add)}"
+        again.mkdir()
+        for file in directory.iterdir():
+            (again / file.name).write_bytes(file.read_bytes() + (bytes(add) if file == path else b""))
+        with SeriesWriter(again) as writer:
+            writer.log(200, {"a": 200.0})
+        assert not list(again.glob("*.tail-*"))
+        reader = SeriesReader(again)
+        np.testing.assert_array_equal(reader.raw("a")[1], np.arange(201, dtype=np.float32))
+        assert (reader.damaged, reader.verify()) == (0, 0)
+        if add is torn:  # on another machine its lock could not be seen: it is left alone
+            other = tmp_path / "other"
+            other.mkdir()
+            for file in directory.iterdir():
+                (other / file.name).write_bytes(file.read_bytes())
+            (other / next(directory.glob("*.journal")).name).write_text(
+                journal.replace(f'"host": "{socket.gethostname()}"', '"host": "elsewhere"')
+            )
+            with SeriesWriter(other) as writer:
+                writer.log(200, {"a": 200.0})
+            assert len(list(other.glob("*.tail-*"))) == 1
+            assert len(SeriesReader(other).raw("a")[0]) == 201
+
+
+def test_a_living_writers_tail_is_left_alone(tmp_path: Path) -> None:
+    alive = SeriesWriter(tmp_path)
+    alive.log(1, {"a": 1.0})
+    with SeriesWriter(tmp_path) as other:
+        other.log(1, {"b": 1.0})
+    alive.log(2, {"a": 2.0})
+    alive.close()
+    assert SeriesReader(tmp_path).raw("a")[1].tolist() == [1.0, 2.0]
+
+
+def test_a_file_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    directory = stored(tmp_path / "m")
+    reader = SeriesReader(directory)
+    os.truncate(next(directory.glob("*.blocks")), 3000)
+    with pytest.raises(RunError, match="shorter"):
+        reader.raw("a")
 
 
 def test_verify_finds_a_changed_value(tmp_path: Path) -> None:
