@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek.errors import RunError
 from deepseek.monitor.catalogue import describe, group_of
 from deepseek.monitor.commands import DATABASE
 from deepseek.monitor.eventlog import EventLog
@@ -148,7 +149,7 @@ class OpenRun:
                 "tokens_per_second": _value(latest, "train/tokens_per_second"),
                 "started": min(times, default=None),
                 "updated": updated,
-                "incidents_open": sum(i.get("status") == "open" for i in self.incidents()),
+                **self._open_incidents(),
                 "device": facts.get("device"),
                 "parameters": facts.get("parameters"),
                 "spark": self._spark_of(step),
@@ -249,9 +250,12 @@ class OpenRun:
                 self._incidents = stamp, self.store.incidents()
             return self._incidents[1]
 
-    def live(self) -> bool:
-        """Whether a process trains in the run's directory now."""
-        return bool(self.summary()["status"] == "running")
+    def _open_incidents(self) -> dict[str, Any]:
+        """A database that is damaged hides its incidents and nothing else of the run."""
+        try:
+            return {"incidents_open": sum(i.get("status") == "open" for i in self.incidents())}
+        except RunError as error:
+            return {"incidents_open": None, "store_error": str(error)}
 
     def _spark_of(self, step: int | None) -> list[float | None]:
         if step is None or "train/loss" not in self.reader.names():
@@ -284,7 +288,8 @@ class OpenRun:
         starts = {"experts": ("expert/", "router/"), "data": ("data/",), "precision": ("precision/",),
                   "alignment": ("align/",)}  # fmt: skip
         found = [page for page, prefixes in starts.items() if any(n.startswith(prefixes) for n in names)]
-        found += ["lineage"] if self.store.lineage() or self.log.named("rollback") else []
+        with contextlib.suppress(RunError):
+            found += ["lineage"] if self.store.lineage() or self.log.named("rollback") else []
         return found + (["inspect"] if self._checkpoints() else [])
 
 

@@ -22,6 +22,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
+from deepseek.errors import RunError
 from deepseek.monitor.follow import RowFollower
 from deepseek.monitor.openrun import OpenRun, light
 from deepseek.monitor.wire import encode
@@ -149,8 +150,11 @@ class Watcher:
         if stamp == self._stamp:
             return []
         self._stamp = stamp
-        found: list[tuple[str, Any]] = [("incident", light(incident)) for incident in self.run.incidents()]
-        found += [("action", command.to_dict()) for command in self.run.store.commands()]
+        try:
+            found: list[tuple[str, Any]] = [("incident", light(i)) for i in self.run.incidents()]
+            found += [("action", command.to_dict()) for command in self.run.store.commands()]
+        except RunError:  # the status tells; rows go on
+            return []
         texts = {(kind, str(content["id"])): encode(content) for kind, content in found}
         before, self._known = self._known, texts
         if before is None:

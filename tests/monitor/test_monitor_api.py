@@ -419,7 +419,10 @@ def test_damaged_stores_are_told(tmp_path: Path) -> None:
             answer = web.get(f"/api/runs/bad{rest}")
             assert answer.status_code < 500, answer.text
         assert web.get("/api/runs/bad/notes").status_code == 422
-        assert "good" in [r["id"] for r in get(web, "/api/runs")]
+        found = {r["id"]: r for r in get(web, "/api/runs")}
+        assert found["bad"]["incidents_open"] is None
+        assert "monitor.db" in found["bad"]["store_error"]
+        assert found["good"]["incidents_open"] == 0
         assert get(web, "/api/runs/good")["step"] == 20
 
 
