@@ -145,7 +145,7 @@ def drift(corpus: Corpus, healthy: int = 3000) -> None:
 
 def rollback() -> None:
     from deepseek.config import replace
-    from deepseek.events import Event, Sink
+    from deepseek.events import Event, Sink, read_jsonl
     from deepseek.monitor.control import request
     from deepseek.recipes.pretrain import preset, pretrain
     from deepseek.train import Stop
@@ -174,7 +174,7 @@ def rollback() -> None:
             train=replace(config.train, steps=40, precision_mode="fp32"),
         )
         pretrain(config, run, sinks=[watcher], stop=stop)
-        began = time.perf_counter()
+        began = time.time()
         command = [
             sys.executable,
             "-m",
@@ -187,9 +187,10 @@ def rollback() -> None:
             "--quiet",
         ]
         subprocess.run(command, check=True)
+        steps = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "train" and e["time"] > began]
         print(
             f"rollback: {watcher.took:.2f} s from the request to the end of the first step after it; a new process "
-            f"resumed from that checkpoint for one step in {time.perf_counter() - began:.2f} s"
+            f"that resumed from that checkpoint ended its first step after {steps[0]['time'] - began:.2f} s"
         )
 
 
