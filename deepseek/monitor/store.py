@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import RLock
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 from deepseek.errors import RunError
 from deepseek.monitor.commands import DATABASE, Command, Commands, Status
@@ -53,6 +54,7 @@ class RunStore:
         self.path = self.run / DATABASE
         self._lock = RLock()
         self._db: sqlite3.Connection | None = None
+        self._has_tables = False  #: and may be written
         self._queue: Commands | None = None
         self._reader: SeriesReader | None = None
         self._pid = os.getpid()
@@ -210,7 +212,13 @@ class RunStore:
 
     def commands(self, status: Status | None = None) -> list[Command]:
         """Requests, oldest first, or those of one status."""
-        return self._commands().commands(status) if self.path.exists() else []
+        columns = ("id", "action", "arguments", "by", "status", "result", "created", "finished")
+        rows = self._select("commands", columns, "ORDER BY id")
+        found = [
+            Command(**{**row, "arguments": _loads(row["arguments"]), "result": _loads(row["result"])})
+            for row in rows
+        ]
+        return [command for command in found if status is None or command.status == status]
 
     def take_command(self) -> Command | None:
         """The oldest request that nobody took; it is taken by this."""
@@ -228,6 +236,7 @@ class RunStore:
                     if opened is not None:
                         opened.close()
             self._db = self._queue = self._reader = None
+            self._has_tables = False
 
     def __enter__(self) -> RunStore:
         return self
@@ -269,28 +278,27 @@ class RunStore:
                 database = self._open(write)
                 return [] if database is None else database.execute(statement, values).fetchall()
             except (sqlite3.Error, OSError) as error:
+                if not write and str(error).startswith("no such table"):
+                    return []  # what was never kept
                 raise RunError(self._why(error)) from None
 
     def _open(self, write: bool) -> sqlite3.Connection | None:
         """The database; reading one that is not there makes none."""
         self._check_process()
-        if self._db is None and (write or self.path.exists()):
+        if self._db is not None and write and not self._has_tables:
+            self._db.close()
+            self._db = None
+        if self._db is None and write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
-            try:
-                database.execute("PRAGMA journal_mode=WAL")
-                database.execute("PRAGMA synchronous=NORMAL")
-                database.executescript(TABLES)
-            except BaseException:
-                database.close()
-                raise
-            self._db = database
+            self._db, self._has_tables = _connected(str(self.path), TABLES), True
+        elif self._db is None and self.path.exists():
+            self._db = _readable(self.path)
         return self._db
 
     def _check_process(self) -> None:
         """A forked child has connections that only its parent may use."""
         if self._pid != os.getpid():
-            self._pid, self._db, self._queue = os.getpid(), None, None
+            self._pid, self._db, self._queue, self._has_tables = os.getpid(), None, None, False
 
     def _why(self, error: Exception) -> str:
         text = f"{self.path}: {error}"
@@ -299,6 +307,32 @@ class RunStore:
                 "; move it away to go on without its incidents and notes (series and events are not in it)"
             )
         return text
+
+
+def _connected(address: str, script: str = "", uri: bool = False) -> sqlite3.Connection:
+    database = sqlite3.connect(address, timeout=10.0, isolation_level=None, check_same_thread=False, uri=uri)
+    try:
+        if script:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=NORMAL")
+            database.executescript(script)
+        else:
+            database.execute("SELECT name FROM sqlite_master").fetchall()  # it can be read
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _readable(path: Path) -> sqlite3.Connection:
+    """A database to read from, also where nothing may be written."""
+    if os.access(path.parent, os.W_OK):
+        return _connected(str(path))
+    address = f"file:{quote(str(path.absolute()))}"
+    try:
+        return _connected(f"{address}?mode=ro", uri=True)
+    except sqlite3.OperationalError:  # the write-ahead log's index cannot be made
+        return _connected(f"{address}?immutable=1", uri=True)
 
 
 def _now(time: float | None) -> float:

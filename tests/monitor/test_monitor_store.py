@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.errors import RunError
+from deepseek.monitor.commands import open_commands
 from deepseek.monitor.store import RunStore
 
 INCIDENT = {
@@ -98,6 +101,42 @@ def test_commands_are_taken_once(tmp_path: Path) -> None:
         assert asks.take_command() is None
         trains.finish_command(number, "done", {"path": "step-000003"})
         assert asks.commands("done")[0].result == {"path": "step-000003"}
+
+
+def test_a_store_is_read_where_nothing_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a read-only file system SQLite cannot make the files that a write-ahead log needs."""
+    with RunStore(tmp_path) as store:
+        store.put_incident(INCIDENT)
+        store.enqueue("pause", {"a": 1})
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    connect, asked = sqlite3.connect, list[str]()
+
+    def readonly(address: str, **options: object) -> sqlite3.Connection:
+        asked.append(str(address))
+        if "immutable=1" not in str(address):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(address, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(sqlite3, "connect", readonly)
+    with RunStore(tmp_path) as store:
+        assert store.incidents()[0]["id"] == "spike-31"
+        assert store.commands()[0].arguments == {"a": 1}
+        assert store.notes() == []
+        with pytest.raises(RunError, match="unable to open"):
+            store.add_note("x")
+    assert "mode=ro" in asked[0]
+
+
+def test_tables_that_were_never_made_are_empty(tmp_path: Path) -> None:
+    with open_commands(tmp_path) as commands:  # makes the database, with a table of its own
+        commands.enqueue("pause", {})
+    with RunStore(tmp_path) as store:
+        assert store.incidents() == store.alerts() == []
+        assert len(store.commands("queued")) == 1
+        store.add_note("x")
+        assert len(store.notes()) == 1
 
 
 def test_threads_and_processes_write_at_once(tmp_path: Path) -> None:
