@@ -53,7 +53,8 @@ class Inspector:
     Args:
         run: a run directory, one checkpoint of it, or a Hugging Face directory.
         text: a UTF-8 file to look with, instead of the run's held-out documents.
-        tokens: how many positions the figures are taken over. device: where to compute.
+        tokens: how many positions the figures are taken over. length: positions of a row; 0: the run's, at most 512.
+        device: where to compute.
 
     Raises:
         RunError: there is nothing at ``run``. Every method raises a ``DeepseekError`` for what does not exist.
@@ -65,9 +66,11 @@ class Inspector:
         text: Path | str | None = None,
         *,
         tokens: int = TOKENS,
+        length: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.path, self.text, self.tokens, self.device = Path(run), text, tokens, torch.device(device)
+        self.path, self.text, self.device = Path(run), text, torch.device(device)
+        self.tokens, self.length = tokens, length
         self._only: int | None = None
         if not (self.path / "config.json").is_file():
             self._open_run()
@@ -261,7 +264,9 @@ class Inspector:
         if step not in self._opened:
             path = self.path if step is None else self._checkpoint(step)
             loaded = assemble.load(path, self.device)
-            self._opened[step] = _Opened(loaded, held_out(loaded, self.text, self.tokens), self.text)
+            self._opened[step] = _Opened(
+                loaded, held_out(loaded, self.text, self.tokens, self.length), self.text
+            )
             while len(self._opened) > OPEN:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(step)
