@@ -111,6 +111,8 @@ class History:
             name, step = event["event"], finite(event.get("step"))
             if name == "interrupted":
                 reason = str(event.get("signal") or "stopped")
+            elif name == "rollback":
+                reason = "rolled back"
             elif name == "resume" or (name == "run" and finite(event.get("resumed_from")) is not None):
                 resumed_at = step if name == "resume" else finite(event.get("resumed_from"))
                 before = finite(event.get("previous_loss")) or before

@@ -302,6 +302,14 @@ def message(name: str, step: int | None, v: dict[str, Any], marks: Glyphs) -> tu
     if name == "resume":
         loss = f", loss was {fixed(v['previous_loss'])}" if "previous_loss" in v else ""
         return f"resumed{at}{loss}", ACCENT
+    if name == "rollback":
+        out = f", without the batches of steps {v['steps'][0]} to {v['steps'][1]}" if v.get("steps") else ""
+        return f"rolled back from step {v.get('from_step')} to step {step}{out}", WARN
+    if name == "action":
+        detail = v.get("detail") or {}
+        text = detail.get("text") or detail.get("error") or v.get("status")
+        who = f" by {v['by']}" if v.get("by") else ""
+        return f"{v.get('action')}{who}: {text}", WARN if v.get("status") == "failed" else ACCENT
     if name == "warning":
         return f"{marks.warning} {v.get('text')}", WARN
     if name == "bad_record":

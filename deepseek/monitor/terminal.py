@@ -34,7 +34,9 @@ from deepseek.monitor.units import (
 )
 
 #: shown at once; anything else, floods of warnings included, waits for the next drawing
-RARE = frozenset({"run", "interrupted", "resume", "evaluate", "checkpoint", "done", "export"})
+RARE = frozenset(
+    {"run", "interrupted", "resume", "rollback", "action", "evaluate", "checkpoint", "done", "export"}
+)
 
 
 class TerminalSink(Sink):

@@ -17,6 +17,10 @@ from deepseek.errors import ConfigError, RunError
 from deepseek.events import Event
 from deepseek.monitor.commands import Commands
 from deepseek.monitor.control import request, trainer, validate, wait
+from deepseek.monitor.history import History
+from deepseek.monitor.narrator import ASCII
+from deepseek.monitor.panel import message
+from deepseek.monitor.store import RunStore
 from deepseek.recipes import control
 from deepseek.recipes.pretrain import PretrainConfig, pretrain, resume_run
 from deepseek.recipes.replay import replay_run
@@ -83,8 +87,18 @@ def test_rollback_and_skip_is_the_run_resumed_from_that_checkpoint_without_those
         assert (rewind.to_step, rewind.steps, rewind.batches, rewind.settled) == (6, (8, 9), ((7, 8),), True)
     told = [e for e in events(tmp_path / "live") if e["event"] == "rollback"]
     assert [(e["step"], e["from_step"], e["steps"], e["incident"]) for e in told] == [(6, 10, [8, 9], "i7")]
-    assert [e["status"] for e in events(tmp_path / "live") if e["event"] == "action"] == ["started", "done"]
+    answered = [e for e in events(tmp_path / "live") if e["event"] == "action"]
+    assert [e["status"] for e in answered] == ["started", "done"]
     assert checkpoint.load(tmp_path / "live" / "step-000009").manifest.parent == 6
+    (stop,) = History.read(tmp_path / "live").breaks()
+    assert (stop.stopped, stop.resumed, stop.reason) == (10, 6, "rolled back")
+    with RunStore(tmp_path / "live") as store:
+        assert [line["data"]["from_step"] for line in store.lineage() if line["kind"] == "rollback"] == [10]
+        steps, values = store.series.raw("train/loss", 1, STEPS + 1)
+    assert dict(zip(steps.tolist(), values.tolist())) == pytest.approx(losses(tmp_path / "live"))
+    lines = [message(e["event"], e["step"], e, ASCII)[0] for e in [*told, *answered]]
+    assert lines[0] == "rolled back from step 10 to step 6, without the batches of steps 8 to 9"
+    assert lines[-1].startswith("rollback_skip by test: back at step 6, from 10")
 
 
 def test_batch_ten_is_trained_on_where_step_eight_would_have_been(
