@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 import time
 from pathlib import Path
 from threading import RLock
@@ -18,7 +19,7 @@ from deepseek.monitor.eventlog import EventLog
 from deepseek.monitor.follow import newest_step
 from deepseek.monitor.history import EVENTS_FILE, EventDict
 from deepseek.monitor.replay import Replay
-from deepseek.monitor.runs import status_of
+from deepseek.monitor.runs import SILENT, status_of
 from deepseek.monitor.series import Latest, SeriesReader, Window
 from deepseek.monitor.store import RunStore
 from deepseek.monitor.units import finite
@@ -136,13 +137,13 @@ class OpenRun:
             rare = self.log.rare
             seen = [finite(e.get("time")) for e in [*rare[:1], *rare[-1:], train]]
             times = [t for t in seen if t is not None]
-            times += [latest["train/loss"].time] if "train/loss" in latest else []
+            times += [newest.time for newest in latest.values()]
             updated = max(times, default=None)
             step = self.step
             return {
                 "id": self.name,
                 "name": self.name.replace("~", "/"),
-                "status": status_of(rare, train, self.log.last("run"), updated),
+                "status": self._status(rare, train, updated),
                 "step": step,
                 "total_steps": facts.get("total_steps"),
                 "loss": _value(latest, "train/loss"),
@@ -249,6 +250,22 @@ class OpenRun:
             if stamp != self._incidents[0]:
                 self._incidents = stamp, self.store.incidents()
             return self._incidents[1]
+
+    def _status(self, rare: list[EventDict], train: EventDict, updated: float | None) -> str:
+        """What became of the run. Of one on another machine, whose processes cannot be seen, its silence tells."""
+        status = status_of(rare, train, self.log.last("run"), updated)
+        writers = self.reader.writers()
+        if status not in ("crashed", "empty") or not writers:
+            return status
+        newest = max(writers, key=lambda w: finite(w.get("created")) or 0.0)
+        if newest.get("host") != socket.gethostname():
+            quiet = time.time() - (updated or 0.0)
+            return "running" if quiet < SILENT else "finished" if status == "empty" else status
+        if status == "empty":  # a store without events: somebody's own loop
+            return status_of(
+                [{"event": "run", **newest}], train, {**newest, "time": newest.get("created")}, updated
+            )
+        return status
 
     def _open_incidents(self) -> dict[str, Any]:
         """A database that is damaged hides its incidents and nothing else of the run."""

@@ -483,3 +483,33 @@ def test_a_database_of_another_program_is_told(tmp_path: Path) -> None:
         answer = web.get("/api/runs/r/notes")
         assert answer.status_code == 422
         assert "monitor.db" in answer.json()["error"]
+
+
+# --- what became of a run -----------------------------------------------------------------------------------------
+
+
+def test_a_run_on_another_machine_is_judged_by_its_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "far", steps=5, status="running")
+    lines = (run / "events.jsonl").read_text().splitlines()
+    (run / "events.jsonl").write_text(
+        "\n".join([lines[0].replace(f'"pid": {os.getpid()}', '"pid": 99999999'), *lines[1:], ""])
+    )
+    with client(tmp_path) as web:
+        assert (
+            get(web, "/api/runs")[0]["status"] == "crashed"
+        )  # it was this machine, and no such process is here
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    with client(tmp_path) as web:
+        assert get(web, "/api/runs")[0]["status"] == "running"
+    monkeypatch.setattr("deepseek.monitor.openrun.SILENT", 0.0)
+    with client(tmp_path) as web:
+        assert get(web, "/api/runs")[0]["status"] == "crashed"
+
+
+def test_a_store_without_events(tmp_path: Path) -> None:
+    with SeriesWriter(tmp_path / "own" / "monitor") as writer:
+        writer.log(3, {"loss": 1.0})
+        with client(tmp_path) as web:
+            assert get(web, "/api/runs")[0]["status"] == "running"
