@@ -1,40 +1,35 @@
 """``Loader``: batches of packed documents, prefetched by a thread, whose place is a small piece of JSON.
 
-All ranks follow one global plan of rows; rank r of w builds only rows r, r + w, r + 2w, ... of each global
-batch. The
-state is therefore the same on every rank and knows nothing of the number of ranks: save it on 8, go on with
-    3, and the
+All ranks follow one global plan of rows; rank r of w builds only rows r, r + w, r + 2w, ... of each global batch. The
+state is therefore the same on every rank and knows nothing of the number of ranks: save it on 8, go on with 3, and the
 sequence of global rows is the one that an undisturbed run would have seen.
 
-Reading and packing run in a background thread; ``state_dict()`` speaks of the batch *delivered* last, not of
-those waiting in the queue.
+Reading and packing run in a background thread; ``state_dict()`` speaks of the batch *delivered* last, not of those
+waiting in the queue. What is left out, documents or whole batches, changes nothing of the plan (``data.quarantine``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import queue
-import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from deepseek.batch import Batch
+from deepseek.data.delivery import Delivery, Maker, Worker, build
 from deepseek.data.mixture import Cursor
-from deepseek.data.plan import Planner, Position, Row, count, materialize, plan_rows, streams
+from deepseek.data.plan import Planner, Position, Row, plan_rows, streams
 from deepseek.data.quarantine import (
     Quarantined,
     Skips,
     delivered_index,
     find_documents,
-    is_skipped,
     merged,
 )
 from deepseek.data.store import TokenStore
@@ -60,14 +55,6 @@ class Sample:
     start: int
     store: int = field(default=0, compare=False)  # where its tokens are: document ``document`` of that store
     document: int = field(default=-1, compare=False)
-
-
-class Delivery(NamedTuple):
-    """A batch as it was delivered: its number, this rank's part, and the rows of all ranks it was built from."""
-
-    number: int
-    batch: Batch
-    rows: list[Row]
 
 
 class Loader:
@@ -128,14 +115,14 @@ class Loader:
             )
         self._stores = held
         self._planner_of = lambda: Planner(found, shares, seed, length, shuffle=shuffle, epochs=epochs)
-        self._maker = _Maker(self._planner_of(), held, rows, length, rank, world, token_bytes, pin)
+        self._maker = Maker(self._planner_of(), held, rows, length, rank, world, token_bytes, pin)
         order = json.dumps([dict(zip(names, shares)), shuffle], sort_keys=True)
         mixture = hashlib.blake2b(order.encode(), digest_size=8).hexdigest()
         corpus = corpus_identity([s.fingerprint for s in held])
         self._identity = {"corpus": corpus, "mixture": mixture, "seed": seed, "length": length}
         self._at = self._first = self._maker.planner.start()
         self._prefetch = prefetch
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
         self._past: deque[tuple[Position, int]] = deque(maxlen=REMEMBERED)
         self._quarantined: dict[tuple[str, str, int | None], Quarantined] = {}
         self._looking: Planner | None = None
@@ -146,7 +133,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self._prefetch:
-            self._worker = self._worker or _Worker(self._maker, self._at, self._prefetch)
+            self._worker = self._worker or Worker(self._maker, self._at, self._prefetch)
             try:
                 made = self._worker.get()
             except BaseException:
@@ -368,106 +355,6 @@ def _natural(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """Builds this rank's part of the batch at a position. Holds no reference to the loader."""
-
-    planner: Planner
-    stores: list[TokenStore]
-    rows: int
-    length: int
-    rank: int
-    world: int
-    token_bytes: npt.NDArray[Any] | None
-    pin: bool
-    skips: Skips = ()
-    excluded: frozenset[tuple[int, int]] = frozenset()
-
-    def make(self, at: Position) -> tuple[Delivery, Position, Position] | None:
-        """The batch at ``at``, or the first after it that is not skipped; where it began, and where it ends."""
-        rows, after = self.planner.batch(at, self.rows)
-        while rows and is_skipped(self.skips, at.batch):
-            at = after
-            rows, after = self.planner.batch(at, self.rows)
-        if not rows:
-            return None
-        rows = self.kept(rows + [[] for _ in range(self.rows - len(rows))])
-        batch = build(rows, self.length, self.stores, self.token_bytes, self.rank, self.world, self.pin)
-        return Delivery(at.batch, batch, rows), at, after
-
-    def kept(self, rows: list[Row]) -> list[Row]:
-        """``rows`` without quarantined documents."""
-        if not self.excluded:
-            return rows
-        return [[p for p in row if (p.store, p.document) not in self.excluded] for row in rows]
-
-
-def build(
-    rows: list[Row],
-    length: int,
-    stores: Sequence[TokenStore],
-    token_bytes: npt.NDArray[Any] | None,
-    rank: int,
-    world: int,
-    pin: bool = False,
-) -> Batch:
-    """Rank ``rank``'s rows of a global batch, with the counts of the whole."""
-    n_targets, n_bytes = count(rows, stores, token_bytes)
-    return materialize(rows[rank::world], length, stores, n_targets, n_bytes, pin)
-
-
-class _Worker:
-    """A thread that builds batches ahead into a bounded queue."""
-
-    def __init__(self, maker: _Maker, at: Position, ahead: int) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(ahead)
-        self._stop = threading.Event()
-        arguments = (maker, at, self._queue, self._stop)
-        self._thread = threading.Thread(target=_produce, args=arguments, name="deepseek-loader", daemon=True)
-        self._thread.start()
-        self._finalizer = weakref.finalize(self, _shut_down, self._queue, self._stop, self._thread)
-
-    def get(self) -> tuple[Delivery, Position, Position] | None:
-        while True:
-            try:
-                found = self._queue.get(timeout=1.0)
-                break
-            except queue.Empty:
-                if not self._thread.is_alive() and self._queue.empty():
-                    raise DataError("the loader's background thread has died") from None
-        if isinstance(found, BaseException):
-            raise found
-        made: tuple[Delivery, Position, Position] | None = found
-        return made
-
-    def close(self) -> None:
-        self._finalizer()
-
-
-def _produce(maker: _Maker, at: Position, out: queue.Queue[Any], stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            made: Any = maker.make(at)
-        except BaseException as error:  # handed to the consumer, whatever it is
-            made = error
-        while not stop.is_set():
-            try:
-                out.put(made, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if made is None or isinstance(made, BaseException):
-            return
-        at = made[2]
-
-
-def _shut_down(waiting: queue.Queue[Any], stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    while not waiting.empty():
-        waiting.get_nowait()
-    thread.join(timeout=10)
-
-
 def eval_batches(
     store: TokenStore,
     *,
@@ -523,3 +410,6 @@ def _check_stores(stores: list[TokenStore]) -> None:
             raise DataError(
                 f"{stores[0].directory} and {store.directory} were written with different tokenizers"
             )
+
+
+__all__ = ["Delivery", "Loader", "Sample", "corpus_identity", "eval_batches"]
