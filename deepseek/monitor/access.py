@@ -32,8 +32,14 @@ POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'self'"
 )
+#: The trace viewer makes its styles, workers and WebAssembly itself; it is a page of its own, and as closed to others.
+VIEWER = "/speedscope/"
+VIEWER_POLICY = (
+    "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; worker-src 'self' blob:; connect-src 'self' blob: data:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
 HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"SAMEORIGIN"),
     (b"referrer-policy", b"no-referrer"),
@@ -162,7 +168,9 @@ class Guard:
         async def protected(message: Any) -> None:
             if message["type"] == "http.response.start":
                 present = {name.lower() for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(h for h in HEADERS if h[0] not in present)]
+                policy = VIEWER_POLICY if scope["path"].startswith(VIEWER) else POLICY
+                added = [(b"content-security-policy", policy.encode()), *HEADERS]
+                message["headers"] = [*message["headers"], *(h for h in added if h[0] not in present)]
             await send(message)
 
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -25,6 +26,11 @@ from deepseek.monitor.store import RunStore
 from deepseek.monitor.units import finite
 
 STORE = "monitor"  #: the directory in a run that holds its store
+LOSSES = (
+    "train/loss",
+    "loss",
+    "eval/loss",
+)  #: what stands for a run in the list of runs: the first that it has
 SPARK = 48  #: points of the small loss curve in the list of runs
 FRESH = 0.1  #: seconds for which what was read of the files is good
 MOST_KEPT = 1_000_000  #: points of windows that are kept in memory
@@ -146,7 +152,7 @@ class OpenRun:
                 "status": self._status(rare, train, updated),
                 "step": step,
                 "total_steps": facts.get("total_steps"),
-                "loss": _value(latest, "train/loss"),
+                "loss": _value(latest, *LOSSES),
                 "tokens_per_second": _value(latest, "train/tokens_per_second"),
                 "started": min(times, default=None),
                 "updated": updated,
@@ -275,10 +281,11 @@ class OpenRun:
             return {"incidents_open": None, "store_error": str(error)}
 
     def _spark_of(self, step: int | None) -> list[float | None]:
-        if step is None or "train/loss" not in self.reader.names():
+        name = _first(self.reader.latest(), LOSSES)
+        if step is None or name is None:
             return []
         if step != self._spark[0]:
-            mean = self.reader.read("train/loss", points=SPARK).mean
+            mean = self.reader.read(name, points=SPARK).mean
             self._spark = (step, [finite(float(v)) for v in mean])
         return self._spark[1]
 
@@ -338,8 +345,13 @@ def _described(name: str, newest: Latest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _value(latest: dict[str, Any], name: str) -> Any:
-    return np.float32(latest[name].value) if name in latest else None
+def _first(latest: dict[str, Latest], names: Iterable[str]) -> str | None:
+    return next((name for name in names if name in latest), None)
+
+
+def _value(latest: dict[str, Latest], *names: str) -> Any:
+    name = _first(latest, names)
+    return None if name is None else np.float32(latest[name].value)
 
 
 def window_dict(window: Window) -> dict[str, Any]:

@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.errors import DeepseekError
+from deepseek.events import Event
 from deepseek.files import InUse, claimed, write_atomic
 from deepseek.monitor.history import EventDict, parse_line
+from deepseek.monitor.rows import RowMaker
 from deepseek.monitor.series import SeriesWriter
-from deepseek.monitor.units import finite, number
+from deepseek.monitor.units import finite
 
 CHUNK = 4 << 20
 AT_ONCE = 4 << 20  #: bytes that are read while somebody waits; more are read by a thread
 STATE, LOCK = "replayed.json", ".replaying"
-HUGE = 3e38
+HUGE = 3e38  #: beyond it a float32 overflows
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Replay:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._writer: SeriesWriter | None = None
+        self._rows = RowMaker()
         self._held, self._closing = contextlib.ExitStack(), False
 
     @property
@@ -97,7 +100,7 @@ class Replay:
                 return
             for end, lines in _lines(self.path, start):
                 for line in lines:
-                    log_event(writer, parse_line(line))
+                    log_event(writer, self._rows, parse_line(line))
                 state = {"run": str(self.path.parent), "inode": inode, "offset": end}
                 write_atomic(self.directory / STATE, json.dumps(state))
                 if self._closing:
@@ -136,50 +139,31 @@ class Replay:
         return found if isinstance(found, dict) and isinstance(found.get("offset"), int) else {}
 
 
-def log_event(writer: SeriesWriter, event: EventDict | None) -> None:
+def log_event(writer: SeriesWriter, rows: RowMaker, event: EventDict | None) -> None:
     """Log what an event says in numbers; a run that went back makes the later steps void."""
     if event is None or (step := finite(event.get("step"))) is None:
         return
-    name = event["event"]
+    name, when = event["event"], finite(event.get("time"))
     if name == "resume" or (name == "run" and finite(event.get("resumed_from")) is not None):
-        writer.rewind(int(step), finite(event.get("time")))
-    row = dict(flatten(event))
-    if row:
-        writer.log(int(step), row, finite(event.get("time")))
-
-
-def flatten(event: EventDict) -> Iterator[tuple[str, float]]:
-    """The numbers of a 'train' or 'evaluate' event under the names of the catalogue."""
-    name = event["event"]
-    if name == "evaluate":
-        yield from _numbers("eval", event)
-    if name != "train":
+        writer.rewind(int(step), when)
+    values = {key: _revived(value) for key, value in event.items() if key not in ("event", "step", "time")}
+    try:
+        row = rows(Event(name, int(step), values))
+        if row:
+            writer.log(int(step), row, when)
+    except (TypeError, ValueError, AttributeError):  # nonsense where numbers belong costs its own event
         return
-    yield from _numbers("train", event)
-    yield from _numbers("time", event.get("seconds"))
-    for layer, loads in enumerate(event.get("load") or []):
-        if isinstance(loads, list):
-            yield from _listed(f"expert/{layer}/{{}}/load", loads)
-    gates = event.get("gates")
-    for layer, heads in gates.items() if isinstance(gates, dict) else ():
-        if isinstance(heads, list):
-            yield from _listed(f"attention/{layer}/{{}}/gate", heads)
 
 
-def _listed(pattern: str, values: list[Any]) -> Iterator[tuple[str, float]]:
-    for i, value in enumerate(values):
-        found = number(value)
-        if found is not None:
-            yield pattern.format(i), found
-
-
-def _numbers(group: str, values: Any) -> Iterator[tuple[str, float]]:
-    for key, value in values.items() if isinstance(values, dict) else ():
-        if key in ("step", "time", "event"):
-            continue
-        found = float(value) if isinstance(value, bool) else number(value)
-        if found is not None:
-            yield f"{group}/{key}", math.copysign(math.inf, found) if abs(found) > HUGE else found
+def _revived(value: Any) -> Any:
+    """Numbers that JSON lacks, from the texts that stand for them."""
+    if isinstance(value, str):
+        return float(value) if value in ("nan", "inf", "-inf") else value
+    if isinstance(value, float):
+        return math.copysign(math.inf, value) if abs(value) > HUGE else value
+    if isinstance(value, list):
+        return [_revived(v) for v in value]
+    return {k: _revived(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _lines(path: Path, start: int) -> Iterator[tuple[int, list[bytes]]]:

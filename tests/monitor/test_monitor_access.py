@@ -181,6 +181,19 @@ def test_every_answer_carries_the_protective_headers(headers: dict[str, str]) ->
     assert answer.header("referrer-policy") == "no-referrer"
 
 
+def test_only_the_trace_viewer_may_make_its_own_styles() -> None:
+    for path, made in (
+        ("/speedscope/index.html", True),
+        ("/", False),
+        ("/api/x", False),
+        ("/x/speedscope/", False),
+    ):
+        policy = ask(Access(), path).header("content-security-policy")
+        assert ("'unsafe-inline'" in policy) is made
+        assert "http" not in policy
+        assert "'unsafe-eval'" not in policy
+
+
 def test_websockets_are_closed() -> None:
     sent: list[Any] = []
 

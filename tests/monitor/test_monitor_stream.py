@@ -207,6 +207,27 @@ def test_a_slow_reader_holds_nobody_up_and_is_told_of_its_gap(
         quick.close()
 
 
+def test_a_client_that_takes_nothing_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "STALLED", 0.3)
+    monkeypatch.setattr(stream, "INTERVAL", 0.02)
+    run = make_run(tmp_path / "live", steps=10, status="running")
+    wide = {f"user/{'x' * 480}/{i}": float(i) for i in range(600)}
+    with served(tmp_path) as port, SeriesWriter(run / "monitor") as writer:
+        stuck, quick = Stream(port, "live", buffer=4096), Stream(port, "live")
+        stuck.until("status")
+        quick.until("status")
+        time.sleep(0.2)
+        for step in range(11, 36):
+            writer.log(step, wide)
+            while not any(n == "row" and r["step"] >= step for n, r in quick.events[-3:]):
+                quick.read()
+        time.sleep(1.0)
+        with pytest.raises((AssertionError, ConnectionError)):  # what lay in the buffers, and then the end
+            stuck.until("nothing of that name")
+        stuck.close()
+        quick.close()
+
+
 def test_a_run_that_vanishes_and_returns(tmp_path: Path) -> None:
     run = make_run(tmp_path / "live", steps=10, status="running")
     with served(tmp_path) as port:
