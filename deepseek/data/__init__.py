@@ -6,6 +6,7 @@ from deepseek.data.clean import CleanConfig, Cleaner
 from deepseek.data.corpus import Corpus, DataConfig, prepare
 from deepseek.data.dedup import DedupConfig, Deduplicator, Duplicate
 from deepseek.data.loader import Loader, Sample, eval_batches
+from deepseek.data.quality import DriftAlert, QualityConfig, QualityMonitor
 from deepseek.data.records import open_source
 from deepseek.data.source import BadRecord, BadRecords, Document, Source, SourceConfig, is_held_out
 from deepseek.data.store import StoreWriter, TokenStore
@@ -21,9 +22,12 @@ __all__ = [
     "DedupConfig",
     "Deduplicator",
     "Document",
+    "DriftAlert",
     "Duplicate",
     "IncrementalDecoder",
     "Loader",
+    "QualityConfig",
+    "QualityMonitor",
     "Sample",
     "Source",
     "SourceConfig",
