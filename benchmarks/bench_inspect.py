@@ -29,13 +29,17 @@ from deepseek.config import replace
 from deepseek.models import ModelConfig, Transformer
 from deepseek.monitor.inspect.examine import attentions, examine
 from deepseek.monitor.inspect.experts import examine_experts, suspect_experts
+from deepseek.monitor.inspect.heads import head_statistics
 from deepseek.monitor.inspect.held_out import held_out
 from deepseek.monitor.inspect.suspects import Suspect, rank_heads
+from deepseek.monitor.inspect.trace import TraceCapture
 from deepseek.nn.attention import Attention, AttentionConfig
 from deepseek.nn.hybrid import HybridAttention
 from deepseek.nn.moe import MoE, MoEConfig
+from deepseek.precision import choose
 from deepseek.recipes.plan import PretrainConfig
 from deepseek.recipes.pretrain import pretrain
+from deepseek.train import TrainStep, build_optimizer, next_token_loss
 
 STEPS = 400
 BASE = PretrainConfig()
@@ -323,6 +327,53 @@ def experts(work: Path, trials: int) -> dict[str, Any]:
             f"{kind}: found in {tally.flagged} of {trials}, among the first three in {tally.top3}", flush=True
         )
     return report
+
+
+def overhead(repeats: int = 15) -> dict[str, Any]:
+    """What live figures of all heads cost beside a step, and what an idle trace hook does; alternating, one process.
+
+    A run takes such a sample as often as ``monitor.overhead`` (half a percent) allows; this tells how often that is.
+    """
+    model = Transformer(shapes()["hybrid"]).train()
+    optimizer = build_optimizer(model, BASE.optim)
+    step = TrainStep(model, next_token_loss, optimizer, choose("fp32", torch.device("cpu")))
+    batch = Batch.from_rows(torch.randint(0, 1024, (8, 257), generator=torch.Generator().manual_seed(0)))
+    tracer, one = TraceCapture(Path(), step), next(batch.split(1))
+    seconds: dict[str, list[float]] = {"step": [], "heads": [], "hook": []}
+    inputs = head_inputs(model, one)
+    for _ in range(repeats):
+        seconds["step"].append(timed(lambda: step(batch)))
+        seconds["heads"].append(timed(lambda: [head_statistics(a, x, y, queries=32) for a, x, y in inputs]))
+        seconds["hook"].append(timed(lambda: [tracer(1, None) for _ in range(1000)]) / 1000)
+    told = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    every = told["heads"] / 0.005 / told["step"]
+    print(
+        f"step {told['step'] * 1e3:.1f} ms; figures of all {4 * 6} heads {told['heads'] * 1e3:.2f} ms "
+        f"({told['heads'] / told['step']:.1%} of a step): 0.5% when taken every {every:.0f} steps; "
+        f"idle trace hook {told['hook'] * 1e6:.2f} µs ({told['hook'] / told['step']:.5%})"
+    )
+    return {**told, "every": every}
+
+
+def timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def head_inputs(model: Transformer, batch: Batch) -> list[tuple[Attention, torch.Tensor, torch.Tensor]]:
+    """The inputs and the heads' outputs of every attention layer, as live probes get them from hooks."""
+    found: list[list[Any]] = [[attention] for attention in attentions(model)]
+    handles = []
+    for own, attention in zip(found, attentions(model)):
+        for module in (attention, attention.output):
+            hook = module.register_forward_pre_hook(lambda m, args, own=own: own.append(args[0]))
+            handles.append(hook)
+    model(batch.tokens)
+    for handle in handles:
+        handle.remove()
+    return [(a, x, y) for a, x, y in found]
 
 
 def main() -> None:

@@ -193,6 +193,15 @@ def test_what_is_not_there(run: Path, tmp_path: Path) -> None:
         Inspector(run).trace("step-000001")
 
 
+def test_a_loop_of_ones_own_has_traces_only(tmp_path: Path) -> None:
+    (tmp_path / "monitor").mkdir()
+    inspector = Inspector(tmp_path)
+    assert inspector.traces() == []
+    for ask in (inspector.overview, inspector.heads):
+        with pytest.raises(RunError, match=r"config\.toml"):
+            ask()
+
+
 def test_a_table_for_people_in_eighty_columns(run: Path) -> None:
     text = io.StringIO()
     render(inspect_run(run, device="cpu", ablate=True), Console(file=text, width=80))

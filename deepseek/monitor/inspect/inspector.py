@@ -85,10 +85,12 @@ class Inspector:
         return inspector
 
     def _open_run(self) -> None:
-        inside = self.path.name.startswith("step-") and (self.path.parent / "config.toml").is_file()
-        if inside:
+        if (self.path / "monitor").is_dir() and not (self.path / "config.toml").is_file():
+            return  # somebody's own loop: it may have traces, and says what it lacks when asked for more
+        if self.path.name.startswith("step-") and (self.path.parent / "config.toml").is_file():
             self._only = checkpoint.load(self.path, groups=()).step
-        self.path = Run.open(self.path.parent if inside else self.path).path
+            self.path = self.path.parent
+        self.path = Run.open(self.path).path
 
     @property
     def is_run(self) -> bool:
@@ -239,11 +241,14 @@ class Inspector:
     # --- how ------------------------------------------------------------------------------------------------------
 
     def _config(self) -> ModelConfig:
-        return Run.open(self.path).model_config() if self.is_run else read_config(self.path)
+        if (self.path / "config.json").is_file():
+            return read_config(self.path)
+        return Run.open(self.path).model_config()
 
     def _at(self, step: int | None) -> _Opened:
         """The checkpoint of ``step``, loaded; the newest one by default."""
-        if self.is_run:
+        if not (self.path / "config.json").is_file():
+            Run.open(self.path)
             steps = self.steps()
             step = (
                 step
