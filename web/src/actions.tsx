@@ -60,8 +60,9 @@ export function ActionButton({ name, incident, values, label, detail }: { name: 
           incident={incident}
           detail={detail}
           onClose={() => setAsking(false)}
-          onYes={async () => {
-            await send<Command>("POST", runPath(run.id, "/actions"), { action: name, incident: incident?.id, arguments: values ?? {} });
+          values={values ?? {}}
+          onYes={async (chosen) => {
+            await send<Command>("POST", runPath(run.id, "/actions"), { action: name, incident: incident?.id, arguments: chosen });
             run.live.actions.value++;
             setAsking(false);
           }}
@@ -71,13 +72,15 @@ export function ActionButton({ name, incident, values, label, detail }: { name: 
   );
 }
 
-function Confirm({ action, incident, detail, onYes, onClose }: { action: Action; incident?: Incident; detail?: string; onYes: () => Promise<void>; onClose: () => void }) {
+function Confirm({ action, incident, detail, values, onYes, onClose }: { action: Action; incident?: Incident; detail?: string; values: Record<string, unknown>; onYes: (values: Record<string, unknown>) => Promise<void>; onClose: () => void }) {
   const [busy, setBusy] = useState(false);
   const [failed, setFailed] = useState<string | null>(null);
+  const [skip, setSkip] = useState(values.skip as [number, number] | undefined);
+  const wrong = skip && !(skip[0] >= 1 && skip[1] >= skip[0]);
   const press = async () => {
     setBusy(true);
     try {
-      await onYes();
+      await onYes(skip ? { ...values, skip } : values);
     } catch (error) {
       setFailed((error as Error).message);
       setBusy(false);
@@ -86,12 +89,27 @@ function Confirm({ action, incident, detail, onYes, onClose }: { action: Action;
   return (
     <Dialog title={`${t(action.label)}?`} onClose={onClose}>
       <p class="effect">{t(action.effect)}</p>
+      {skip && (
+        <p class="skip-steps">
+          {t("Leave out the batches of steps")}{" "}
+          {([0, 1] as const).map((i) => (
+            <input
+              key={i}
+              type="number"
+              min={1}
+              value={skip[i]}
+              aria-label={t(i ? "Last step left out" : "First step left out")}
+              onInput={(e) => setSkip(skip.map((x, k) => (k === i ? Math.round(Number((e.target as HTMLInputElement).value)) : x)) as [number, number])}
+            />
+          ))}
+        </p>
+      )}
       {detail && <p class="effect-detail">{detail}</p>}
       {incident && <p class="note">{t("Incident at step {step}: {title}", { step: grouped(incident.step), title: incident.title })}</p>}
       {failed && <p class="failed" role="alert">{failed}</p>}
       <footer>
         <button type="button" class="button" onClick={onClose}>{t("Not now")}</button>
-        <button type="button" class={action.danger ? "button danger solid" : "button primary"} disabled={busy} onClick={press} data-confirm>
+        <button type="button" class={action.danger ? "button danger solid" : "button primary"} disabled={busy || wrong} onClick={press} data-confirm>
           {busy ? t("Sending…") : t(action.label)}
         </button>
       </footer>

@@ -70,7 +70,7 @@ export const ZH: Record<string, string> = {
   "Nothing yet: the first checkpoint starts the line.": "暂无:第一个检查点会开始这条线。", "{n} attempts up to step {step}": "{n} 次尝试,至第 {step} 步", "{n} checkpoints": "{n} 个检查点", "start": "开始", "resume": "恢复", "rollback": "回滚",
   "rollback_skip": "回滚并跳过", "skip": "跳过", "quarantine": "隔离", "config": "配置变更", "run": "运行", "This run logs nothing about alignment.": "此运行没有记录对齐情况。",
   // inspector
-  "Left out: the batches of steps {a} to {b}.": "跳过第 {a} 至 {b} 步的批次。", "The batch of step {step}.": "第 {step} 步的批次。", "Choose documents in the list of samples first.": "请先在样本列表中勾选文档。",
+  "Leave out the batches of steps": "跳过这些步的批次", "First step left out": "跳过的第一步", "Last step left out": "跳过的最后一步", "The batch of step {step}.": "第 {step} 步的批次。", "Choose documents in the list of samples first.": "请先在样本列表中勾选文档。",
   "Choose {x} for quarantine": "勾选 {x} 以隔离", "Branch": "分支", "both": "合并", "window": "窗口", "pooled": "池化", "Use": "作用", "Twin": "相似", "How much the loss would change without the head, by its gradient: near zero is idle.": "按梯度估计,没有该头时损失会变多少:接近零即闲置。",
   "Largest likeness to another head of the layer: 1 is a copy.": "与同层其他头的最大相似度:1 为复制品。", "Activations and weights": "激活与权重", "What is counted": "统计对象", "activations": "激活", "weights": "权重", "residual": "残差流", "attention": "注意力", "feed-forward": "前馈",
   "kurtosis": "峰度", "{n} outside, {a} … {b}": "{n} 个在外,{a} … {b}", "a step": "每步", "data-bound": "受限于数据", "host-bound": "受限于主机", "communication-bound": "受限于通信", "compute-bound": "受限于计算", "memory-bound": "受限于内存带宽",

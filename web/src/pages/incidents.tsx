@@ -112,10 +112,17 @@ function actionNames(incident: Incident): string[] {
   return ["rollback_skip", "quarantine", "replay", "pause"];
 }
 
+const NEAR = 10;
+
+/** The step of the first bad batch: where the loss or a gradient moved, shortly before the alarm. */
+function firstBad(incident: Incident): number {
+  const moved = (incident.movers ?? []).filter((m) => /loss|grad_norm/.test(m.name) && m.step <= incident.step && incident.step - m.step <= NEAR);
+  return Math.max(1, Math.min(incident.step, ...moved.map((m) => m.step)));
+}
+
 /** The arguments an action needs, from what the incident knows: the steps that moved, the documents that were chosen. */
 function argumentsOf(name: string, incident: Incident, chosen: Sample[]): Record<string, unknown> {
-  const first = Math.max(1, Math.min(incident.first_step, incident.step));
-  if (name === "rollback_skip") return { skip: [first, Math.max(1, incident.step)] };
+  if (name === "rollback_skip") return { skip: [firstBad(incident), Math.max(1, incident.step)] };
   if (name === "replay") return { step: Math.max(1, incident.step) };
   if (name === "capture") return { steps: 3 };
   if (name === "quarantine")
@@ -150,8 +157,6 @@ function Act({ incident, chosen }: { incident: Incident; chosen: Sample[] }) {
 }
 
 function detail(name: string, incident: Incident, chosen: Sample[]): string {
-  const first = Math.min(incident.first_step, incident.step);
-  if (name === "rollback_skip") return t("Left out: the batches of steps {a} to {b}.", { a: grouped(first), b: grouped(incident.step) });
   if (name === "replay") return t("The batch of step {step}.", { step: grouped(incident.step) });
   if (name === "quarantine") return chosen.length ? chosen.map(place).join("\n") : t("Choose documents in the list of samples first.");
   return "";

@@ -1,0 +1,80 @@
+"""The thirty seconds on a real run: red pin, cause, roll back; everything real but the batch that was spoilt."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from live_run import BAD, EVERY
+from page_browser import chromium, watched
+from test_page_spike import dashboard
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Runs, one of them training in a process of its own until the test ends."""
+    folder = tmp_path_factory.mktemp("live")
+    command = [sys.executable, str(HERE / "live_run.py"), str(folder / "runs" / "live"), str(folder / "corpus")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        yield folder / "runs"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def events(root: Path) -> list[dict[str, Any]]:
+    path = root / "live" / "events.jsonl"
+    return [json.loads(x) for x in path.read_text().splitlines() if x.endswith("}")] if path.exists() else []
+
+
+def until(what: Any, seconds: float, why: str) -> Any:
+    """``what()`` once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(why)
+
+
+@pytest.mark.slow
+def test_from_red_pin_to_cause_to_rollback(root: Path) -> None:
+    from deepseek.monitor.store import RunStore
+
+    with chromium() as browser:
+        found = until(lambda: [e for e in events(root) if e["event"] == "incident" and e["verdict"] == "DATA"], 150,
+                      "the spike was not seen, or its cause was not found")  # fmt: skip
+        assert found[0]["step"] == BAD
+        with dashboard(root) as address, watched(browser) as window:
+            page = window.open(f"{address}#/run/live", ".pin")
+            page.locator(f".pin[aria-label*='{BAD}']").first.click()
+            page.wait_for_selector(".incident")
+            assert page.inner_text(".verdict.large b") == "DATA"
+            assert page.locator(".sample").count() >= 1, "the batch's documents are named"
+            page.click("[data-action=rollback_skip]")
+            assert page.get_by_label("Last step left out").input_value() == str(BAD)
+            page.click("[data-confirm]")
+            page.wait_for_selector(".incident .command.done", timeout=30_000)
+            assert window.troubles == []
+    back = until(lambda: [e for e in events(root) if e["event"] == "rollback"], 10, "the run did not go back")[0]
+    assert back["step"] == (BAD - 1) // EVERY * EVERY, "the newest checkpoint before the bad batch"
+    again = until(lambda: [e for e in events(root) if e["event"] == "train" and e["step"] == BAD][1:], 60,
+                  "the run did not come by again")  # fmt: skip
+    spike = next(e for e in events(root) if e["event"] == "train" and e["step"] == BAD)
+    assert spike["loss"] > 2 * again[0]["loss"], "what was drawn instead of the bad batch is no spike"
+    with RunStore(root / "live") as store:
+        _, values = until(lambda: (lambda x: x if len(x[0]) else None)(store.series.raw("train/loss", BAD, BAD)), 20, "no row")
+        assert np.allclose(values[-1], again[0]["loss"], rtol=1e-4), "the later row replaced the earlier"
