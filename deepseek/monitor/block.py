@@ -235,6 +235,13 @@ class Block:
         return self._steps
 
     @property
+    def last_step(self) -> int:
+        """The highest step."""
+        if self.stride:
+            return self.first_step + self.stride * (self.rows - 1)
+        return int(self.steps.max())
+
+    @property
     def times(self) -> Array:
         """Unix seconds, float64 [R]."""
         return np.frombuffer(self.read(8 * self.rows, self._times_at), "<f8")

@@ -42,23 +42,7 @@ def newest(segments: list[Segment], rewinds: Rewinds, visible: Visible) -> dict[
 
 def _of_segment(segment: Segment, rewinds: Rewinds, visible: Visible) -> Iterator[tuple[str, Latest]]:
     names = {series: name for name, series in segment.names.items()}
-    size = max(names, default=-1) + 1
-    last, where = np.full(size, NEVER), np.full(size, -1)
-    for i, block in enumerate(segment.blocks):
-        entries = block.directory[block.directory["series"] < size]
-        limit = min((step for step, _ in rewinds(segment, block)), default=None)
-        if limit is not None and len(entries) and int(entries["last"].max()) > limit:
-            yield from _piecewise(segment, block.index, names, visible)
-            continue
-        series = entries["series"]
-        later = entries["last"] >= last[series]
-        last[series[later]], where[series[later]] = entries["last"][later], i
-    for number, name in names.items():
-        if where[number] >= 0:
-            block = segment.blocks[int(where[number])]
-            piece = BlockPiece(block, block.find(number), ())
-            if piece.check():
-                yield name, _end(piece)
+    yield from _of_blocks(segment, rewinds, visible, names)
     for index, tail in segment.tails.items():
         limit = min((step for step, _ in rewinds(segment, tail)), default=None)
         steps = tail.steps
@@ -68,6 +52,35 @@ def _of_segment(segment: Segment, rewinds: Rewinds, visible: Visible) -> Iterato
             yield from _piecewise(segment, index, names, visible)
         else:
             yield from _of_tail(tail, names)
+
+
+def _of_blocks(
+    segment: Segment, rewinds: Rewinds, visible: Visible, names: dict[int, str]
+) -> list[tuple[str, Latest]]:
+    """Of the sealed blocks; kept until there are more, or the run goes back."""
+    limits = [min((step for step, _ in rewinds(segment, block)), default=None) for block in segment.blocks]
+    state = (len(names), *limits)
+    if segment.newest is not None and segment.newest[0] == state:
+        return segment.newest[1]
+    size = max(names, default=-1) + 1
+    last, where = np.full(size, NEVER), np.full(size, -1)
+    found: list[tuple[str, Latest]] = []
+    for i, (block, limit) in enumerate(zip(segment.blocks, limits)):
+        entries = block.directory[block.directory["series"] < size]
+        if limit is not None and len(entries) and int(entries["last"].max()) > limit:
+            found += _piecewise(segment, block.index, names, visible)
+            continue
+        series = entries["series"]
+        later = entries["last"] >= last[series]
+        last[series[later]], where[series[later]] = entries["last"][later], i
+    for number, name in names.items():
+        if where[number] >= 0:
+            block = segment.blocks[int(where[number])]
+            piece = BlockPiece(block, block.find(number), ())
+            if piece.check():
+                found.append((name, _end(piece)))
+    segment.newest = state, found
+    return found
 
 
 def _piecewise(

@@ -118,6 +118,11 @@ class BlockPiece(Piece):
         if limit is not None:
             self.last = int(self.steps_at(np.array([limit - 1]))[0])
 
+    def rows(self) -> Array:
+        """The rows of the block that the values are from."""
+        rows = self._rows()
+        return np.arange(self._stored) if rows is None else rows
+
     def check(self) -> bool:
         """Whether the rows that the values are from can be read; they are read now."""
         try:

@@ -41,6 +41,7 @@ class Segment:
         self.blocks: list[Block] = []
         self.tails: dict[int, TailView] = {}
         self.damaged, self._skipped = 0, 0
+        self.newest: Any = None  #: what ``newest`` found in the blocks, and in which state of them
         self._journal_read, self._blocks_read, self._descriptor = 0, 0, -1
         self._unreadable: set[Path] = set()
         self._columns: dict[str, tuple[int, list[Piece]]] = {}

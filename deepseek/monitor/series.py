@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,18 +22,11 @@ from deepseek.errors import RunError, did_you_mean
 from deepseek.monitor.block import Array, Block
 from deepseek.monitor.newest import Latest, newest
 from deepseek.monitor.piece import ArrayPiece, Piece, in_order, until, without
+from deepseek.monitor.recent import Row, recent
 from deepseek.monitor.segment import Segment
 from deepseek.monitor.tail import TailView
 from deepseek.monitor.window import Part, Window, cell_window, joined, raw, raw_window
 from deepseek.monitor.writer import SeriesWriter
-
-
-class Row(NamedTuple):
-    """What was logged of one step."""
-
-    step: int
-    time: float
-    values: dict[str, float]
 
 
 class SeriesReader:
@@ -102,7 +95,7 @@ class SeriesReader:
     def steps(self) -> tuple[int, int]:
         """The first and the last step of anything logged; ``(0, -1)`` if nothing was."""
         with self._lock:
-            found = [self._kept(s, chunk) for s in self._in_time() for chunk in s.chunks()]
+            found = [chunk.steps[self._kept(s, chunk)] for s in self._in_time() for chunk in s.chunks()]
             found = [steps for steps in found if len(steps)]
             self._release()
             return (min(int(s.min()) for s in found), max(int(s.max()) for s in found)) if found else (0, -1)
@@ -154,16 +147,10 @@ class SeriesReader:
         The newest row may grow: ask again from its step to see what was added.
         """
         with self._lock:
-            found: dict[int, Row] = {}
-            for name in self.names():
-                for piece, a, b in self._range(name, start, None):
-                    a = max(a, b - limit)
-                    steps, times, values = piece.steps()[a:b], piece.times()[a:b], piece.values(a, b)
-                    for step, time, value in zip(steps.tolist(), times.tolist(), values.tolist()):
-                        row = found.get(step) or found.setdefault(step, Row(step, time, {}))
-                        row.values[name] = value
+            chunks = [(s, c) for s in self._in_time() for c in s.chunks() if c.last_step >= start]
+            found = recent(((s, chunk, self._kept(s, chunk)) for s, chunk in chunks), start, limit)
             self._release()
-            return [found[step] for step in sorted(found)[-limit:]]
+            return found
 
     def verify(self) -> int:
         """Read everything and compare it with its checksums; the number of columns that do not match."""
@@ -222,12 +209,11 @@ class SeriesReader:
         ]
 
     def _kept(self, segment: Segment, chunk: Block | TailView) -> Array:
-        """The steps of a chunk that are not void."""
-        steps = chunk.steps
-        keep = np.ones(len(steps), bool)
+        """Which rows of a chunk are not void, bool [R]."""
+        keep = np.ones(len(chunk.steps), bool)
         for step, time in self._rewinds(segment, chunk):
-            keep &= (steps <= step) | (chunk.times > time)
-        return steps[keep]
+            keep &= (chunk.steps <= step) | (chunk.times > time)
+        return keep
 
     def _visible(self, segment: Segment, index: int, piece: Piece) -> Piece | None:
         """What is left of a piece when the run went back."""

@@ -105,7 +105,7 @@ class TailView:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.inode, self.rows, self.version, self.torn = path, -1, 0, 0, 0
+        self.path, self.inode, self.rows, self.version = path, -1, 0, 0
         self._last = b""
         self.refresh()
 
@@ -120,6 +120,11 @@ class TailView:
     @property
     def table_RC(self) -> Array:
         return self._table[: self.rows]
+
+    @property
+    def last_step(self) -> int:
+        """The highest step; of a tail with rows."""
+        return int(self.steps.max())
 
     @property
     def first_time(self) -> float:

@@ -93,7 +93,9 @@ class SeriesWriter:
                 if layout is None:
                     _slow(values)  # refuses what is no number before its name is written down
                     layout = self._learn(values)
-                layout.fill(values)
+                whole = layout.fill(values)
+                if not (whole or layout.given().any()):
+                    return
                 tail = self._tail
                 if tail is None or (step != self._step and tail.rows == tail.capacity):
                     tail = self._place()
@@ -102,7 +104,11 @@ class SeriesWriter:
             row = tail.rows if step != self._step else tail.rows - 1
             tail.steps[row] = step
             tail.times[row] = clock.time() if time is None else time
-            tail.bits_RC[row, layout.places] = layout.bits ^ MISSING
+            if whole or step != self._step:
+                tail.bits_RC[row, layout.places] = layout.bits ^ MISSING
+            else:  # what is not given now may have been before
+                given = layout.given()
+                tail.bits_RC[row, layout.each[given]] = layout.bits[given] ^ MISSING
             if step != self._step:
                 tail.publish(row + 1)
                 self._step = step
@@ -239,17 +245,24 @@ class Layout:
 
     def __init__(self, places: Array) -> None:
         run = bool(np.all(np.diff(places) == 1))
+        self.each = places
         self.places: slice | Array = slice(int(places[0]), int(places[-1]) + 1) if run else places
         self._floats = np.zeros(len(places), np.float32)
         self.bits = self._floats.view(np.uint32)  #: of the values, after ``fill``
         self._pack, self._room = struct.Struct(f"={len(places)}f").pack_into, self._floats.data.cast("B")
 
-    def fill(self, values: Mapping[str, Any]) -> None:
-        """Put the values' bits into ``bits``. Raises as ``SeriesWriter.log``."""
+    def given(self) -> Array:
+        """Which values are not ``None``."""
+        return self.bits != MISSING
+
+    def fill(self, values: Mapping[str, Any]) -> bool:
+        """Put the values' bits into ``bits``; whether all are given. Raises as ``SeriesWriter.log``."""
         try:
             self._pack(self._room, 0, *values.values())
         except (struct.error, OverflowError, TypeError, ValueError):
             self.bits[:] = _slow(values)
+            return None not in values.values()
+        return True
 
 
 def _slow(values: Mapping[str, Any]) -> Array:

@@ -90,6 +90,16 @@ def check_all(
     assert set(reader.names()) == set(expected)
     newest = {name: (max(series), series[max(series)]) for name, series in expected.items() if series}
     np.testing.assert_equal({k: (v.step, np.float32(v.value)) for k, v in reader.latest().items()}, newest)
+    rows: dict[int, dict[str, np.float32]] = {}
+    for name, series in expected.items():
+        for step, value in series.items():
+            rows.setdefault(step, {})[name] = value
+    for start, _, limit in ranges:
+        recent = [
+            (r.step, {k: np.float32(v) for k, v in r.values.items()}) for r in reader.rows(start or 0, limit)
+        ]
+        wanted = [(step, rows[step]) for step in sorted(rows) if step >= (start or 0)]
+        np.testing.assert_equal(recent, wanted[-limit:])
     for name, series in expected.items():
         steps = np.array(sorted(series), np.int64)
         values = np.array([series[s] for s in steps.tolist()], np.float32)
@@ -179,6 +189,13 @@ def test_missing_nan_and_infinities_are_told_apart(tmp_path: Path) -> None:
         window = reader.read("x", points=2)
         assert window.bad == 4
         assert (window.high.max(), window.low.min()) == (1.0, 0.0)
+
+
+def test_none_takes_nothing_back(tmp_path: Path) -> None:
+    with SeriesWriter(tmp_path) as writer:
+        writer.log(1, {"a": 1.0, "b": 2.0})
+        writer.log(1, {"a": None, "b": 3.0})
+    assert SeriesReader(tmp_path).last() == {"a": 1.0, "b": 3.0}
 
 
 def test_late_series_and_many_columns(tmp_path: Path) -> None:
