@@ -112,7 +112,7 @@ class Controller:
         if self._commands is not None:
             try:
                 found = self._commands.take_command() if self._commands.changed() else None
-            except RunError as error:  # a full or foreign disk must not end the run
+            except Exception as error:  # a full or foreign disk, or a damaged row, must not end the run
                 emit("warning", self.step, text=f"actions cannot be read: {error}")
                 self._commands.close()
                 self._commands = None

@@ -148,6 +148,22 @@ def test_two_incidents_one_after_the_other(config: PretrainConfig, straight: Pat
     assert identical(tensors(run), tensors(tmp_path / "offline"))
 
 
+def test_a_rollback_at_the_very_last_step_with_a_request_behind_it(
+    config: PretrainConfig, straight: Path, tmp_path: Path
+) -> None:
+    """What was asked for after the rollback waits for the run to stand there."""
+    sink = with_actions(
+        config, tmp_path / "run", {STEPS: [("rollback_skip", {"skip": [11, 11]}), ("checkpoint", {})]}
+    )
+    answers = sink.answers()
+    assert [a.status for a in answers] == ["done", "done"]
+    assert answers[1].result["step"] == 10
+    assert sink.told == [*range(1, STEPS + 1), 10, 11, 12]
+    shutil.copytree(straight, tmp_path / "offline")
+    assert resume_run(tmp_path / "offline", skip=(11, 11)).finished
+    assert identical(tensors(tmp_path / "run"), tensors(tmp_path / "offline"))
+
+
 def test_rollback_without_skip_repeats_history(
     config: PretrainConfig, straight: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,8 @@ from deepseek.precision import Policy, choose
 from deepseek.recipes import control, plan, replay
 from deepseek.recipes.pretrain import PretrainConfig, pretrain, resume_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,6 +13,7 @@ from recipe_runs import checkpointed, identical, losses, smallest, tensors, writ
 from deepseek.assemble import load
 from deepseek.config import replace
 from deepseek.errors import DataError, RunError
+from deepseek.monitor.store import RunStore
 from deepseek.recipes import control
 from deepseek.recipes.pretrain import PretrainConfig, pretrain, resume_run
 from deepseek.recipes.provenance import open_data, samples_of
@@ -109,6 +110,24 @@ def test_the_batch_is_that_of_its_time(config: PretrainConfig, tmp_path: Path) -
     assert {step: samples_of(run, step) for step in range(1, 7)} == before
     assert {s.row for s in samples_of(run, 7)} == set(range(4))
     assert replay_run(run, 7).loss == pytest.approx(losses(run)[7], rel=1e-6)
+
+
+def test_what_a_replay_finds_is_kept_beside_its_incident(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "EVERY", 0.0)
+    run = tmp_path / "run"
+    with RunStore(run) as store:
+        store.put_incident({"id": "spike", "step": 5, "kind": "loss_spike"})
+        asked = {6: [("replay", {"step": 5, "incident": "spike"}), ("checkpoint", {"incident": "none such"})]}
+        answers = with_actions(config, run, asked).answers()
+        assert [a.status for a in answers] == ["done", "done"]
+        incident = store.incident("spike")
+        assert incident["samples"] == answers[0].result["documents"]
+        assert [(a["action"], a["status"], a["by"]) for a in incident["actions"]] == [
+            ("replay", "done", "test")
+        ]
+        assert store.samples(5) == [{**d, "step": 5} for d in incident["samples"]]
 
 
 def test_what_is_not_there_is_told(straight: Path, config: PretrainConfig, tmp_path: Path) -> None:
