@@ -215,3 +215,24 @@ def markdown(language: Literal["en", "zh"] = "en") -> str:
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def page() -> str:
+    """``docs/metrics.md``."""
+    holes = "In a name `{layer}`, `{head}`, `{expert}` and `{rank}` stand for numbers from 0 (a layer may also be "
+    return (
+        "# Metrics\n\n"
+        "Every series that a run of this package may keep. The dashboard, this page and Prometheus have it from one "
+        "list, `deepseek.monitor.catalogue`.\n\n"
+        f"{holes}`embedding` or `head`), `{{source}}` for a source of data. A share lies between 0 and 1. What you log "
+        "yourself keeps the name that you give it.\n\n"
+        f"{markdown('en').replace('### ', '## ')}\n"
+        "## 中文\n\n"
+        "名称中的 `{layer}`、`{head}`、`{expert}`、`{rank}` 是从 0 开始的编号（层也可以是 `embedding` 或 `head`），"
+        "`{source}` 是数据来源。share 表示 0 到 1 之间的比例。\n\n"
+        f"{markdown('zh')}"
+    )
+
+
+if __name__ == "__main__":
+    print(page(), end="")

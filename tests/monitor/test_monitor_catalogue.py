@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from deepseek.monitor.catalogue import GROUPS, METRICS, catalogue, describe, group_of, markdown
+from deepseek.monitor.catalogue import GROUPS, METRICS, catalogue, describe, group_of, markdown, page
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,11 @@ def test_every_entry_is_complete_and_fits_no_other() -> None:
         assert metric.zh.endswith("。")
         assert re.search("[一-鿿]", metric.zh)
     assert {metric.group for metric in METRICS} == set(GROUPS)
+
+
+def test_the_docs_are_those_of_the_code() -> None:
+    """Write them anew with ``python -m deepseek.monitor.catalogue > docs/metrics.md``."""
+    assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8") == page()
 
 
 def test_page_and_docs_have_all_of_it() -> None:

@@ -19,6 +19,7 @@ from deepseek.config import replace
 from deepseek.data import DataConfig, SourceConfig
 from deepseek.events import Event, MemorySink, attached, emit, read_jsonl
 from deepseek.models.config import tiny
+from deepseek.monitor.catalogue import describe, group_of
 from deepseek.monitor.series import SeriesReader
 from deepseek.monitor.sink import StoreSink
 from deepseek.monitor.store import RunStore
@@ -102,6 +103,20 @@ def test_a_run_and_its_continuation_are_in_the_store(tmp_path: Path) -> None:
         evaluated = {e["step"]: e["loss"] for e in told(run, "evaluate")}
         steps, values = store.series.raw("eval/loss")
         np.testing.assert_array_equal(values, np.float32([evaluated[s] for s in steps.tolist()]))
+
+
+def test_a_run_that_watches_itself_emits_nothing_the_catalogue_lacks(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    made = replace(
+        made, monitor=replace(made.monitor, enabled=True, every=2), train=replace(made.train, steps=4)
+    )
+    pretrain(made, tmp_path / "run")
+    reader = SeriesReader(tmp_path / "run" / "monitor")
+    names = reader.names()
+    assert [name for name in names if describe(name) is None] == []
+    groups = {group_of(name) for name in names}
+    assert {"train", "eval", "time", "memory", "layer", "attention", "router", "expert"} <= groups
+    assert reader.raw("train/loss")[0].tolist() == [1, 2, 3, 4]
 
 
 @dataclass
