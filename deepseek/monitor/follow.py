@@ -44,15 +44,19 @@ class RowFollower:
             return News([], False)
         before, self._newest = self._newest, None
         rewound = before is not None and last < before.step
-        if not self._started or rewound:
-            start = last
-        else:
-            start = before.step if before is not None else self.reader.steps()[0]
-        rows = self.reader.rows(start, self.most)
-        self._newest = rows[-1] if rows else before
+        rows = self.reader.rows(self._start(before, last, rewound), self.most)
+        if rewound and before is not None:  # what was logged since, wherever it went back to
+            rows = [row for row in rows if row.time > before.time]
+        self._newest = rows[-1] if rows else None if rewound else before
         fresh = [row for row in rows if row != before] if self._started else []
         self._started = True
         return News(fresh, rewound)
+
+    def _start(self, before: Row | None, last: int, rewound: bool) -> int:
+        """The first step that may have something new."""
+        if not self._started:
+            return last
+        return self.reader.steps()[0] if before is None or rewound else before.step
 
 
 def newest_step(reader: SeriesReader) -> int | None:

@@ -35,6 +35,9 @@ HEARTBEAT = 15.0  #: seconds of silence after which a comment is sent, so that p
 STALLED = 60.0  #: seconds after which a client that takes nothing is dropped
 BATCH = 8  #: rows of one look that are sent one by one; more become one row with extremes
 
+BACK = frozenset({"resume", "rollback"})  #: events after which steps are done again
+ELSEWHERE = frozenset({"incident", "action"})  #: events that the store tells better
+
 log = logging.getLogger(__name__)
 
 
@@ -123,6 +126,7 @@ class Watcher:
     def __init__(self, run: OpenRun) -> None:
         self.run = run
         self._rows_of: RowFollower | None = None
+        self._told_events: int | None = None
         self._stamp: tuple[int, ...] = ()
         self._known: dict[tuple[str, str], bytes] | None = None
         self._status: dict[str, Any] = {}
@@ -131,7 +135,7 @@ class Watcher:
 
     def look(self) -> list[tuple[str, Any]]:
         """Raises what reading the run's files raises."""
-        found = [*self._rows(), *self._journal()]
+        found = [*self._rows(), *self._events(), *self._journal()]
         now = time.monotonic()
         if now - self._told < STATUS_INTERVAL and not self._lost:
             return found
@@ -143,6 +147,16 @@ class Watcher:
             found.append(("status", status))
         self._status, self._told, self._lost = status, now, ""
         return found
+
+    def _events(self) -> list[tuple[str, Any]]:
+        """Rare events that are new: a checkpoint, an evaluation, the end. After a run went back, a gap."""
+        rare = self.run.log.rare
+        before, self._told_events = self._told_events, len(rare)
+        if before is None or before > len(rare):
+            return []
+        new = [e for e in rare[before:] if e["event"] not in ELSEWHERE]
+        back: list[tuple[str, Any]] = [("gap", {"reason": e["event"]}) for e in new if e["event"] in BACK]
+        return [("event", event) for event in new] + back[:1]
 
     def _journal(self) -> list[tuple[str, Any]]:
         """Incidents and actions that are new or have changed; at the first look, none."""

@@ -130,10 +130,24 @@ def test_a_run_that_goes_back_says_so(tmp_path: Path) -> None:
         with SeriesWriter(run / "monitor") as writer:
             time.sleep(2 * stream.INTERVAL)
             writer.rewind(50)
+            for step in range(51, 55):  # all between two looks: none is lost
+                writer.log(step, values(step))
             assert reader.until("gap")
-            writer.log(51, values(51))
-            while not any(name == "row" and row["step"] == 51 for name, row in reader.events):
-                reader.read()
+            assert [row["step"] for row in reader.until("row", 4)] == [51, 52, 53, 54]
+        reader.close()
+
+
+def test_rare_events_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "live", steps=10, status="running")
+    with served(tmp_path) as port:
+        reader = Stream(port, "live")
+        reader.until("status")
+        time.sleep(2 * stream.INTERVAL)
+        with (run / "events.jsonl").open("a") as file:
+            for name in ("checkpoint", "train", "action", "rollback"):
+                file.write(json.dumps({"event": name, "step": 10, "time": time.time()}) + "\n")
+        assert [event["event"] for event in reader.until("event", 2)] == ["checkpoint", "rollback"]
+        assert reader.until("gap") == [{"reason": "rollback"}]
         reader.close()
 
 
