@@ -287,19 +287,22 @@ class Monitor:
     host: str = "127.0.0.1"  # anything else can be reached from other machines, and needs a token
     token: str = ""  # 'auto' makes one; or in the environment as DEEPSEEK_MONITOR_TOKEN
     open: bool = False  # open the browser
+    webhook: str = ""  # told, as JSON, of runs that die or fall silent
+    command: str = ""  # the same for a program, on its standard input
     ends_with_stdin: bool = False  # end when the standard input ends: for a program that starts this one
 
     def go(self, rest: Sequence[str]) -> int:
         import os
 
         from deepseek.monitor.access import new_token
+        from deepseek.monitor.alerts import receivers_of
         from deepseek.monitor.dashboard import serve
 
         token = self.token or os.environ.get("DEEPSEEK_MONITOR_TOKEN", "")
         token = new_token() if token == "auto" else token
         serve(
             _run_or_root(self.root), host=self.host, port=self.port, token=token, open_browser=self.open,
-            ends_with=sys.stdin if self.ends_with_stdin else None,
+            ends_with=sys.stdin if self.ends_with_stdin else None, receivers=receivers_of(self.webhook, self.command),
         )  # fmt: skip
         return 0
 

@@ -13,12 +13,13 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from deepseek.errors import ConfigError, MissingExtraError
 from deepseek.monitor.access import Access, Guard, is_loopback
+from deepseek.monitor.alerts import Receiver
 
 PORT = 6060  #: the first port that is tried
 TRIES = 50
@@ -76,8 +77,12 @@ class Page:
             return self._assets
 
 
-def application(root: Path | str, access: Access | None = None, *, dist: Path = DIST) -> Any:
+def application(
+    root: Path | str, access: Access | None = None, *, dist: Path = DIST, receivers: Sequence[Receiver] = ()
+) -> Any:
     """The dashboard of the runs below ``root`` as an ASGI application; ``root`` may be one run.
+
+    ``receivers`` are told of runs that die or fall silent (``Sentinel``).
 
     Raises:
         RunError: ``root`` is a file.
@@ -96,6 +101,7 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
     from deepseek.monitor.api_inspect import InspectApi
     from deepseek.monitor.api_journal import JournalApi
     from deepseek.monitor.library import Library
+    from deepseek.monitor.sentinel import Sentinel
 
     library, page = Library(root), Page(dist)
     api = Api(library)
@@ -106,7 +112,8 @@ def application(root: Path | str, access: Access | None = None, *, dist: Path = 
     async def lifespan(_: Any) -> AsyncIterator[None]:
         warming = threading.Thread(target=library.warm, name="deepseek-open-runs", daemon=True)
         warming.start()
-        yield
+        with Sentinel(library, receivers, failed=_warn) if receivers else contextlib.nullcontext():
+            yield
         library.close()
         warming.join(5)
 
@@ -131,6 +138,7 @@ def serve(
     token: str = "",
     open_browser: bool = False,
     ends_with: IO[Any] | None = None,
+    receivers: Sequence[Receiver] = (),
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve the dashboard until interrupted, or until the stream ``ends_with`` ends.
@@ -142,7 +150,7 @@ def serve(
         MissingExtraError: without the extra ``web``.
     """
     access = Access(host, token)
-    app = application(root, access)
+    app = application(root, access, receivers=receivers)
     bound = bind(host, port)
     address = url(bound, token)
     say(f"dashboard of {root}: {address}  (Ctrl-C ends it)")
@@ -153,6 +161,10 @@ def serve(
         threading.Thread(target=_end_with, args=(ends_with, runs), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt), bound:
         runs.run(sockets=[bound])
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _end_with(stream: IO[Any], runs: Any) -> None:
