@@ -102,41 +102,61 @@ def encode(index: int, steps: Array, times: Array, table_RC: Array) -> bytes:
         index: its number in its file. steps: int64 [R], times: float64 [R]; table_RC: float32, with ``MISSING``.
     """
     present = table_RC.view(np.uint32) != MISSING
-    counts = present.sum(0)
-    ids = np.flatnonzero(counts)
-    bad = (present & ~np.isfinite(table_RC)).sum(0)
-    smooth = _stride(steps) or bool(np.all(np.diff(steps) > 0))
-    plain = (counts == len(steps)) & (bad == 0) & smooth
+    ids = np.flatnonzero(present.any(0))
     entries = np.zeros(len(ids), ENTRY)
-    entries["series"], entries["count"], entries["bad"] = ids, counts[ids], bad[ids]
-    whole = iter(_plain_columns(table_RC[:, np.flatnonzero(plain)]))
-    columns: list[bytes] = []
-    offset, stride = 0, _stride(steps)
-    for entry, column in zip(entries, ids):
-        entry["first"], entry["last"] = steps[0], steps[-1]
-        data = (
-            next(whole) if plain[column] else _column(table_RC[:, column], present[:, column], steps, entry)
-        )
-        entry["offset"], entry["crc"] = offset, zlib.crc32(data)
-        columns.append(data)
-        offset += len(data)
+    entries["series"] = ids
+    columns: list[bytes] = [b""] * len(ids)
+    for places in _alike(present[:, ids]):
+        rows = np.flatnonzero(present[:, ids[places[0]]])
+        own = steps[rows]
+        ordered = bool(np.all(np.diff(own) > 0))
+        flags = (HOLES if len(rows) < len(steps) else 0) | (0 if ordered else UNORDERED)
+        table = table_RC[rows[:, None], ids[places]] if flags & HOLES else table_RC[:, ids[places]]
+        bad = ~np.isfinite(table)
+        for key, value in (("count", len(rows)), ("first", own.min()), ("last", own.max()), ("flags", flags)):
+            entries[key][places] = value
+        entries["bad"][places] = bad.sum(0)
+        for place, data, wrong in zip(places.tolist(), _columns(table, rows, bool(flags & HOLES)), bad.T):
+            columns[place] = data + _shorts(np.flatnonzero(wrong)) if wrong.any() else data
+    return _assembled(index, steps, times, entries, columns)
+
+
+def _alike(present_RC: Array) -> list[Array]:
+    """The columns that have values in the same rows, together."""
+    bits = np.ascontiguousarray(np.packbits(present_RC, axis=0).T)
+    patterns = bits.view(np.dtype((np.void, bits.shape[1]))).reshape(-1)
+    _, group = np.unique(patterns, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else []
+
+
+def _columns(table_RC: Array, rows: Array, holes: bool) -> list[bytes]:
+    """Values, rows if there are ``holes``, and levels of columns with the same rows."""
+    levels = pyramid(table_RC)
+    parts = [table_RC.view(np.uint32)]
+    if holes:
+        shorts = np.frombuffer(_shorts(rows), np.uint32)
+        parts.append(np.broadcast_to(shorts[:, None], (len(shorts), table_RC.shape[1])))
+    parts += [x.astype(np.float32, copy=False).view(np.uint32) for cells in levels for x in cells[:3]]
+    wide = np.ascontiguousarray(np.concatenate(parts).T, dtype="<u4")
+    return [row.tobytes() for row in wide]
+
+
+def _assembled(index: int, steps: Array, times: Array, entries: Array, columns: list[bytes]) -> bytes:
+    sizes = np.array([len(data) for data in columns], np.int64)
+    stride = _stride(steps)
     body = (b"" if stride else steps.astype("<i8").tobytes()) + times.astype("<f8").tobytes()
-    entries["offset"] += HEADER.size + entries.nbytes + len(body)
-    size = -(-(HEADER.size + entries.nbytes + len(body) + offset) // ALIGN) * ALIGN
+    start = HEADER.size + entries.nbytes + len(body)
+    entries["offset"] = start + np.cumsum(sizes) - sizes
+    entries["crc"] = [zlib.crc32(data) for data in columns]
+    size = -(-(start + int(sizes.sum())) // ALIGN) * ALIGN
     meta = entries.tobytes() + body
-    facts = (
-        MAGIC,
-        index,
-        len(steps),
-        len(ids),
-        0,
-        size,
-        int(steps[0]),
-        stride,
-        float(times[0]),
-        float(times[-1]),
+    shape, ends = (
+        (len(steps), len(columns), 0, size),
+        (int(steps[0]), stride, float(times.min()), float(times.max())),
     )
-    head = HEADER.pack(*facts, zlib.crc32(meta, zlib.crc32(HEADER.pack(*facts, 0))))
+    blank = HEADER.pack(MAGIC, index, *shape, *ends, 0)
+    head = HEADER.pack(MAGIC, index, *shape, *ends, zlib.crc32(meta, zlib.crc32(blank)))
     return b"".join([head, meta, *columns]).ljust(size, b"\0")
 
 
@@ -147,33 +167,6 @@ def _stride(steps: Array) -> int:
     stride = int(steps[1]) - int(steps[0])
     even = stride > 0 and bool(np.all(np.diff(steps) == stride))
     return stride if even else 0
-
-
-def _plain_columns(table_RC: Array) -> list[bytes]:
-    """Columns without holes and without NaN, all at once."""
-    if not table_RC.shape[1]:
-        return []
-    levels = pyramid(table_RC)
-    parts = [table_RC, *(x for cells in levels for x in cells[:3])]
-    wide = np.ascontiguousarray(np.concatenate(parts).T, dtype="<f4")
-    return [row.tobytes() for row in wide]
-
-
-def _column(values: Array, present: Array, steps: Array, entry: Any) -> bytes:
-    """A column with holes, bad values or steps out of order; fills in its ``entry``."""
-    rows = np.flatnonzero(present)
-    values, own = values[rows].astype("<f4"), steps[rows]
-    holes = len(rows) < len(present)
-    ordered = bool(np.all(np.diff(own) > 0))
-    entry["first"], entry["last"] = own.min(), own.max()
-    entry["flags"] = (HOLES if holes else 0) | (0 if ordered else UNORDERED)
-    parts = [values.tobytes()]
-    if holes:
-        parts.append(_shorts(rows))
-    for cells in pyramid(values):
-        parts += [x.astype("<f4").tobytes() for x in cells[:3]]
-    parts.append(_shorts(np.flatnonzero(~np.isfinite(values))))
-    return b"".join(parts)
 
 
 def _shorts(numbers: Array) -> bytes:

@@ -128,11 +128,11 @@ class TailView:
 
     @property
     def first_time(self) -> float:
-        return float(self._times[0]) if self.rows else 0.0
+        return float(self.times.min()) if self.rows else 0.0
 
     @property
     def last_time(self) -> float:
-        return float(self._times[self.rows - 1]) if self.rows else 0.0
+        return float(self.times.max()) if self.rows else 0.0
 
     def refresh(self) -> bool:
         """Read the rows that are new, and the newest known one again; whether anything changed."""

@@ -32,7 +32,8 @@ from deepseek.monitor.seal import TornBlock, append_block, claim, seal_abandoned
 from deepseek.monitor.tail import Tail
 
 ROWS = 4096  #: of a block
-TAIL_BYTES = 16 << 20  #: a tail with many columns has fewer rows
+TAIL_BYTES = 16 << 20  #: a tail with many columns has fewer rows,
+FEWEST = 256  #: but not fewer than this
 LONGEST_NAME = 500
 LAYOUTS = 256  #: sets of names whose places are remembered
 
@@ -192,7 +193,7 @@ class SeriesWriter:
         if self._tail is not None:
             self._rotate()
         columns = self._width()
-        fitting = max(TAIL_BYTES // (16 + 4 * columns), 64)
+        fitting = max(TAIL_BYTES // (16 + 4 * columns), FEWEST)
         capacity = min(self.rows, 1 << (fitting.bit_length() - 1))
         path = self.directory / f"{self._stem}.tail-{self._next:06d}"
         self._tail, self._step = Tail(path, self._next, capacity, columns), None
