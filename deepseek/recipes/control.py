@@ -207,21 +207,23 @@ class Controller:
         return {"added": added, "from_step": self.step + 1, "text": text}
 
     def _do_replay(self, command: Command, arguments: Answer) -> Answer:
-        done = self._replay(arguments["step"], arguments["at"])
-        text = f"step {done.step} with the weights of step {done.weights}: loss {done.loss:.4f}"
-        return {**done.to_dict(), "text": text}
+        return self._replay(arguments["step"], arguments["at"]).to_dict()
 
     def _replay(self, step: int, at: str | int) -> ReplayResult:
         t, policy = self.trainer, self.trainer.plan.policy
         if step > t.config.train.steps:
             raise RunError(f"step {step} lies beyond the run's {t.config.train.steps}")
         micro = t.config.train.micro_rows
-        t.checkpointer.wait()
-        with open_data(t.path, step, corpus=t.corpus, rank=t.rank, world=t.world) as data:
+        together(t.checkpointer.wait)
+        data = together(partial(open_data, t.path, step, corpus=t.corpus, rank=t.rank, world=t.world))
+        assert data is not None
+        with data:
             delivery = data.loader.peek(data.state, data.ahead)
             if at == "current":
                 return replay(t.model, delivery, data.loader, t.corpus, policy, micro, step, self.step)
-            found = checkpoint.load(weights_at(t.path, step, at), groups=("model",))
+            path = weights_at(t.path, step, at)
+            found = together(partial(checkpoint.load, path, groups=("model",)))
+            assert found is not None
             with weights_of(t.model, found):
                 return replay(t.model, delivery, data.loader, t.corpus, policy, micro, step, found.step)
 
@@ -239,8 +241,7 @@ class Controller:
     def _do_rollback_skip(self, command: Command, arguments: Answer) -> None:
         """Everything that can fail happens here, before anything has changed."""
         t, asked = self.trainer, Rollback.of(arguments)
-        t.checkpointer.wait()
-        comm.barrier()
+        together(t.checkpointer.wait)
         first = asked.skip[0] if asked.skip else self.step + 1
         if first > self.step + 1:
             raise RunError(f"the run is at step {self.step}: steps from {first} on have not been done yet")
@@ -300,14 +301,22 @@ class Controller:
 
 
 def together(do: Callable[[], T] | None) -> T | None:
-    """``do()`` on every rank that has something to do; what fails on one raises ``RunError`` on all."""
-    problem, value = "", None
+    """``do()`` on every rank that has something to do; what fails on one rank fails on all.
+
+    Raises:
+        DeepseekError, OSError: on the ranks where it failed, as it was there. RunError: on the others.
+    """
+    failed: Exception | None = None
+    value = None
     try:
         value = do() if do is not None else None
     except (DeepseekError, OSError) as error:
-        problem = str(error)
-    if problems := [p for p in comm.gather(problem) if p]:
-        raise RunError(problems[0])
+        failed = error
+    problems = comm.gather("" if failed is None else str(failed) or type(failed).__name__)
+    if failed is not None:
+        raise failed
+    if any(problems):
+        raise RunError(next(p for p in problems if p))
     return value
 
 

@@ -36,7 +36,7 @@ from deepseek.ops.jit import compile_blocks
 from deepseek.parallel.memory import activation_checkpoint
 from deepseek.precision import lower
 from deepseek.recipes import rollback
-from deepseek.recipes.control import Controller
+from deepseek.recipes.control import Controller, together
 from deepseek.recipes.observe import Observer
 from deepseek.recipes.plan import (
     EvaluateConfig,
@@ -394,8 +394,8 @@ class _Pretraining:
             "model": self.optimizer.master_state(self.model.state_dict()), "optimizer": self.optimizer.state_dict()
         }  # fmt: skip
         metric = self.evaluation.bits_per_byte if self.evaluation and self.evaluated_at == step else None
-        self.checkpointer.save(step, tensors=tensors, state=state, metric=metric, wait=wait)
-        comm.barrier()
+        save = partial(self.checkpointer.save, step, tensors=tensors, state=state, metric=metric, wait=wait)
+        together(save)  # no rank goes on before it is written, and none waits for one that could not write
 
 
 def _check_ours(found: checkpoint.Checkpoint) -> None:

@@ -49,8 +49,9 @@ class ReplayResult:
     documents: list[PlacedSample]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values, and what they say as ``text``."""
+        text = f"step {self.step} with the weights of step {self.weights}: loss {self.loss:.4f}"
+        return {**asdict(self), "text": text}
 
 
 def replay_run(run: Path | str, step: int, at: str | int = "before", device: str = "auto") -> ReplayResult:

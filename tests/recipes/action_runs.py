@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,7 @@ class Asks(MemorySink):
         return [wait(self.run, number, 1.0) for number in self.ids]
 
 
-def with_actions(
-    config: PretrainConfig,
-    run: Path,
-    asked: dict[Any, list[tuple[str, dict[str, Any]]]],
-    resume: bool = False,
-) -> Asks:
+def with_actions(config: PretrainConfig, run: Path, asked: Mapping[Any, Any], resume: bool = False) -> Asks:
     sink = Asks(run, {k if isinstance(k, tuple) else (k, 1): v for k, v in asked.items()})
     resume_run(run, sinks=[sink]) if resume else pretrain(config, run, sinks=[sink])
     return sink

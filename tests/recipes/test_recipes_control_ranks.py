@@ -39,7 +39,9 @@ from action_runs import Asks
 from deepseek.dist import comm
 from deepseek.events import Sink
 from deepseek.recipes import control
+from deepseek.errors import CheckpointError
 from deepseek.recipes.pretrain import pretrain, read_config, resume_run
+from deepseek.weights.checkpoint import Checkpointer
 
 folder = Path(sys.argv[1])
 rank, world = comm.start()
@@ -52,8 +54,16 @@ asked = {
     (4, 1): [("quarantine", {"documents": [gone]}), ("replay", {"step": 4})],
     (5, 1): [("pause", {}), ("replay", {"step": 5, "at": "current"}), ("continue", {}), ("checkpoint", {})],
     (7, 1): [("rollback_skip", {"skip": [2, 2]}), ("quarantine", {"documents": [{**gone, "path": "none"}]})],
+    (8, 1): [("checkpoint", {})],
     (9, 1): [("rollback_skip", {"skip": [7, 8]})],
 }
+if rank == 0:
+    real = Checkpointer._check_space
+    def full(self, job):
+        if job.manifest.step == 8:
+            raise CheckpointError("disk full")
+        real(self, job)
+    Checkpointer._check_space = full
 assert pretrain(config, run, sinks=[Asks(run, asked)] if rank == 0 else []).finished
 assert resume_run(folder / "offline", skip=(7, 8)).finished
 comm.barrier()
@@ -108,8 +118,10 @@ def test_every_action_is_answered(two: list[dict[str, Any]]) -> None:
         ("checkpoint", "done"),
         ("rollback_skip", "failed"),
         ("quarantine", "failed"),
+        ("checkpoint", "failed"),
         ("rollback_skip", "done"),
     ]
+    assert two[-2]["result"] == {"error": "disk full"}  # rank 0 alone found out, and no rank waited for ever
     assert two[-1]["result"]["to_step"] == 6
     assert two[-1]["result"]["batches"] == [[6, 7]]
 

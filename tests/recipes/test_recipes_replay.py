@@ -82,7 +82,9 @@ def test_samples_and_their_losses_are_the_documents_own(
     result = replay_run(run, step, "current")
     assert result.weights == STEPS
     assert result.targets == sum(d.length for d in result.documents)
-    assert [d.loss for d in result.documents] == sorted((d.loss for d in result.documents), reverse=True)
+    assert [d.loss for d in result.documents] == sorted(
+        (d.loss or 0.0 for d in result.documents), reverse=True
+    )
     places = {(s.row, s.column) for s in samples_of(run, step)}
     assert {(d.row, d.column) for d in result.documents} == places
     loaded = load(run)
