@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from deepseek.errors import RunError
-from deepseek.monitor.history import EVENTS_FILE, EventDict, parse_line
+from deepseek.monitor.eventlog import EventLog
+from deepseek.monitor.history import EVENTS_FILE, EventDict
 from deepseek.monitor.narrator import table
 from deepseek.monitor.units import MISSING, duration, finite, fixed, one_line, si, size
 
@@ -77,7 +78,9 @@ def list_runs(root: Path | str) -> list[RunSummary]:
 
 def summarize(directory: Path) -> RunSummary:
     """Read the events of one run; only the last training step is parsed, so that long runs are quick."""
-    others, train = _read(directory / EVENTS_FILE)
+    log = EventLog(directory / EVENTS_FILE)
+    log.refresh()
+    others, train = log.rare, log.last("train")
     runs = [e for e in others if e["event"] == "run"]
     latest: EventDict = runs[-1] if runs else {}
     evaluations = [e for e in others if e["event"] == "evaluate"]
@@ -125,26 +128,7 @@ def _row(run: RunSummary, now: float) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> tuple[list[EventDict], EventDict]:
-    """Every event but the training steps, and the last training step that can be read."""
-    others: list[EventDict] = []
-    steps: list[bytes] = []
-    with path.open("rb") as file:
-        for line in file:
-            if line.startswith(b'{"event": "train"'):
-                steps = [*steps[-3:], line]  # more than one, as the last may be torn
-            else:
-                event = parse_line(line)
-                if event is not None:
-                    others.append(event)
-    parsed = [e for e in map(parse_line, steps) if e is not None]
-    parsed = parsed or [e for e in others if e["event"] == "train"]
-    return [e for e in others if e["event"] != "train"], parsed[-1] if parsed else {}
-
-
-def status_of(
-    others: list[EventDict], train: EventDict, latest: EventDict, updated: float | None
-) -> Status:
+def status_of(others: list[EventDict], train: EventDict, latest: EventDict, updated: float | None) -> Status:
     """What became of a run: from its other events, its last training step, its last ``run`` event, and the
     time of the last event of all."""
     if not others and not train:
@@ -170,21 +154,24 @@ def _alive(pid: int | None, started: float | None, updated: float | None) -> boo
         pass
     except (OSError, OverflowError):
         return False
-    born = _born(pid)
+    state, born = _state_and_birth(pid)
+    if state in ("Z", "X"):  # dead, and nobody has asked what became of it
+        return False
     return born is None or started is None or born <= started + 2.0
 
 
-def _born(pid: int) -> float | None:
-    """When a process started, in Unix seconds, where /proc tells; it unmasks a recycled process id."""
+def _state_and_birth(pid: int) -> tuple[str, float | None]:
+    """A process's state letter and when it started, in Unix seconds, where /proc tells; the time unmasks a recycled
+    process id."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1]
-        ticks = int(after_name.split()[19])
+        state, *fields = after_name.split()
         boot = next(
             x for x in Path("/proc/stat").read_text(encoding="utf-8").splitlines() if x.startswith("btime")
         )
-        return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+        return state, int(boot.split()[1]) + int(fields[18]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, StopIteration):
-        return None
+        return "", None
 
 
 def _size(directory: Path) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from monitor_runs import START, events, write_run
 from rich.console import Console
 
 from deepseek.errors import RunError
-from deepseek.monitor.runs import list_runs, render
+from deepseek.monitor.runs import list_runs, render, summarize
 
 
 def until(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -102,3 +103,18 @@ def test_no_runs_and_wrong_root(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunError, match="is a file; expected a directory of runs"):
         list_runs(tmp_path / "file")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="where /proc tells")
+def test_a_process_that_nobody_has_buried_is_dead(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    try:
+        while " Z " not in Path(f"/proc/{process.pid}/stat").read_text():
+            time.sleep(0.01)
+        directory = tmp_path / "run"
+        directory.mkdir()
+        event = {"event": "run", "step": 0, "pid": process.pid, "time": time.time()}
+        (directory / "events.jsonl").write_text(json.dumps(event) + "\n")
+        assert summarize(directory).status == "crashed"
+    finally:
+        process.wait()
