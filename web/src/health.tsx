@@ -87,13 +87,13 @@ function judged(run: RunState, key: string, calm: string, known: boolean, page: 
   return { key, why: worst.title + more, state: worst.severity as State, href };
 }
 
-const missing = () => t("not logged by this run");
+const missing = (run: RunState) => (run.listed ? t("not logged by this run") : "…");
 
 function loss(run: RunState, value: Value, windows: Map<string, Window>): Tile {
   const now = value("train/loss") ?? run.info?.loss ?? null;
   const slope = trend(windows.get("train/loss"));
   const words = slope === null ? t("steady") : t(slope < 0 ? "falling {x} over the last fifth" : "rising {x} over the last fifth", { x: percent(Math.abs(slope)) });
-  return { label: "Loss", value: figures(now), unit: "nats", ...judged(run, "loss", now === null ? missing() : words, now !== null, "") };
+  return { label: "Loss", value: figures(now), unit: "nats", ...judged(run, "loss", now === null ? missing(run) : words, now !== null, "") };
 }
 
 function speed(run: RunState, value: Value, windows: Map<string, Window>): Tile {
@@ -103,7 +103,7 @@ function speed(run: RunState, value: Value, windows: Map<string, Window>): Tile 
   const mfu = value("train/mfu");
   const calm = Math.abs(ratio) < 0.03 ? t("at its median") : t(ratio < 0 ? "{x} below its median" : "{x} above its median", { x: percent(Math.abs(ratio)) });
   const words = mfu === null ? calm : `${calm} · MFU ${percent(mfu)}`;
-  const tile = { label: "Speed", value: short(now), unit: "tok/s", ...judged(run, "speed", now === null ? missing() : words, now !== null, "") };
+  const tile = { label: "Speed", value: short(now), unit: "tok/s", ...judged(run, "speed", now === null ? missing(run) : words, now !== null, "") };
   const quiet = silence(run, value("time/step"));
   return quiet && tile.state === "ok" ? { ...tile, state: "warning", why: t("no step heard since {x}", { x: quiet }) } : tile;
 }
@@ -125,7 +125,7 @@ function data(run: RunState, value: Value): Tile {
   const known = Boolean(waits || drifts);
   const shown = drift ? figures(drift[0], 2) : wait !== null && step ? percent(wait / step) : NONE;
   const unit = drift ? "PSI" : known ? t("waiting") : "";
-  return { label: "Data", value: shown, unit, ...judged(run, "data", known ? [drifts, waits].filter(Boolean).join(" · ") : missing(), known, run.info?.pages.includes("data") ? "data" : "") };
+  return { label: "Data", value: shown, unit, ...judged(run, "data", known ? [drifts, waits].filter(Boolean).join(" · ") : missing(run), known, run.info?.pages.includes("data") ? "data" : "") };
 }
 
 function memory(run: RunState, value: Value): Tile {
@@ -133,7 +133,7 @@ function memory(run: RunState, value: Value): Tile {
   const held = value("memory/reserved");
   const words = held ? t("{x} reserved", { x: bytes(held) }) : value("memory/allocated") ? t("allocated") : t("resident");
   const [number, unit] = bytes(now).split("\u202f");
-  return { label: "Memory", value: number, unit: unit ?? "", ...judged(run, "memory", now === null ? missing() : words, now !== null, "") };
+  return { label: "Memory", value: number, unit: unit ?? "", ...judged(run, "memory", now === null ? missing(run) : words, now !== null, "") };
 }
 
 function experts(run: RunState, value: Value): Tile {
@@ -142,7 +142,7 @@ function experts(run: RunState, value: Value): Tile {
   const entropy = value("train/router_entropy");
   const violation = value("train/max_vio");
   const known = layers.length > 0 || entropy !== null || violation !== null;
-  const words = known ? [violation !== null && t("max violation {x}", { x: figures(violation, 3) }), layers.length && t("{n} dead", { n: dead })].filter(Boolean).join(" · ") : missing();
+  const words = known ? [violation !== null && t("max violation {x}", { x: figures(violation, 3) }), layers.length && t("{n} dead", { n: dead })].filter(Boolean).join(" · ") : missing(run);
   return { label: "Experts", value: figures(entropy, 3), unit: entropy === null ? "" : t("entropy"), ...judged(run, "experts", words, known, run.info?.pages.includes("experts") ? "experts" : "") };
 }
 
@@ -152,8 +152,8 @@ function precision(run: RunState, value: Value): Tile {
   const switches = value("precision/switches");
   const kind = String(run.info?.facts?.dtype ?? run.info?.facts?.precision ?? "");
   const known = Boolean(kind) || lost !== null || scale !== null;
-  const words = [lost !== null && t("{n} non-finite values", { n: short(lost) }), switches !== null && t("{n} switches", { n: switches }), scale !== null && `${t("scale")} ${short(scale)}`].filter(Boolean).join(" · ");
-  return { label: "Precision", value: kind || figures(lost), unit: "", ...judged(run, "precision", words || (known ? t("no trouble seen") : missing()), known, run.info?.pages.includes("precision") ? "precision" : "") };
+  const words = [lost !== null && t("non-finite values: {n}", { n: short(lost) }), switches !== null && t("switches: {n}", { n: switches }), scale !== null && `${t("scale")} ${short(scale)}`].filter(Boolean).join(" · ");
+  return { label: "Precision", value: kind || figures(lost), unit: "", ...judged(run, "precision", words || (known ? t("no trouble seen") : missing(run)), known, run.info?.pages.includes("precision") ? "precision" : "") };
 }
 
 /** Relative change from the first to the last quarter of a window, or null when it is within its own noise. */

@@ -84,8 +84,8 @@ export function Heat(props: HeatProps) {
       style={{
         left: `${(cell[1] / columns.length) * 100}%`,
         top: `${(cell[0] / rows.length) * 100}%`,
-        width: `${100 / columns.length}%`,
-        height: `${100 / rows.length}%`,
+        width: `${(100 / columns.length) * (grid ? 11 / 12 : 1)}%`,
+        height: `${(100 / rows.length) * (grid ? 11 / 12 : 1)}%`,
       }}
     />
   );

@@ -31,7 +31,7 @@ export function useSeen(): [preact.RefObject<HTMLElement | null>, boolean] {
   return [host, seen];
 }
 
-export function Panel({ names, title, labels = {}, log = false, smooth = 0.006, height = 210, wide = false, bounds, onRemove }: PanelProps) {
+export function Panel({ names, title, labels = {}, log = false, smooth = 0.004, height = 210, wide = false, bounds, onRemove }: PanelProps) {
   const run = useRun();
   const [host, seen] = useSeen();
   const [isLog, setLog] = useState(log);
@@ -56,7 +56,7 @@ export function Panel({ names, title, labels = {}, log = false, smooth = 0.006, 
           {unit && <span class="unit">{unit}</span>}
         </h3>
         <div class="tools">
-          <Toggle on={smoothing > 0} label={t("Smoothed line")} icon="eye" onClick={() => setSmoothing(smoothing ? 0 : smooth || 0.006)} />
+          <Toggle on={smoothing > 0} label={t("Smoothed line")} icon="eye" onClick={() => setSmoothing(smoothing ? 0 : smooth || 0.004)} />
           <Toggle on={isLog} label={t("Logarithmic scale")} icon="log" onClick={() => setLog(!isLog)} />
           <Toggle on={robust} label={t("Robust scale: leave outliers out of the picture")} icon="fit" onClick={() => setRobust(!robust)} />
           <Toggle on={large} label={t("Full width")} icon="out" onClick={() => setLarge(!large)} />

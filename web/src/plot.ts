@@ -75,28 +75,21 @@ function measure(window: Window, log: boolean): Spread {
   return { low, high, fence: [under - 0.75 * wide, over + 0.75 * wide] };
 }
 
-/** An exponential average over ``share`` of the window to both sides, so that the line does not lag; of logarithms
- * on a logarithmic scale. Steps without a value do not count. */
+/** An exponential average that looks back over ``share`` of the window, of logarithms on a logarithmic scale. It never
+ * looks ahead: a line that rises before its cause would point at the wrong step. Steps without a value do not count. */
 export function smoothed(window: Window, share: number, log = false): (number | null)[] {
   const { step, mean } = window;
   if (!share || step.length < 24) return mean;
   const reach = Math.max((step[step.length - 1] - step[0]) * share, 1e-9);
-  const values = log ? mean.map((m) => (m !== null && m > 0 ? Math.log(m) : null)) : mean;
-  const sums = new Float64Array(step.length);
-  const weights = new Float64Array(step.length);
-  for (const way of [1, -1]) {
-    let [sum, weight] = [0, 0];
-    for (let k = 0; k < step.length; k++) {
-      const i = way > 0 ? k : step.length - 1 - k;
-      const keep = k ? Math.exp(-Math.abs(step[i] - step[i - way]) / reach) : 0;
-      [sum, weight] = [sum * keep, weight * keep];
-      const v = values[i];
-      if (v !== null && Number.isFinite(v)) [sum, weight] = [sum + v, weight + 1];
-      sums[i] += sum;
-      weights[i] += weight;
-    }
-  }
-  return values.map((v, i) => (v === null || !weights[i] ? null : log ? Math.exp(sums[i] / weights[i]) : sums[i] / weights[i]));
+  let [sum, weight, before] = [0, 0, step[0]];
+  return mean.map((m, i) => {
+    const v = m === null || !Number.isFinite(m) || (log && m <= 0) ? null : log ? Math.log(m) : m;
+    if (v === null) return null;
+    const keep = Math.exp(-(step[i] - before) / reach);
+    before = step[i];
+    [sum, weight] = [sum * keep + v, weight * keep + 1];
+    return log ? Math.exp(sum / weight) : sum / weight;
+  });
 }
 
 /** How many buckets of a window the robust scale would leave out of the picture. */
@@ -360,7 +353,7 @@ function drawOutliers(c: CanvasRenderingContext2D, u: uPlot, trace: Trace, o: Pl
 /** Whether a value stands alone: at least a tenth of the fence beyond both sides, two to four buckets away. */
 function alone(values: (number | null)[], i: number, wide: number, way: 1 | -1): boolean {
   const v = values[i];
-  if (v === null) return false;
+  if (v === null || i < 2) return false; // a run's first values have nothing to stand out from
   const side = (from: number, to: number) => {
     let most = -Infinity;
     for (let k = from; k <= to; k++) most = Math.max(most, (values[k] ?? -Infinity * way) * way);

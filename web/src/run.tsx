@@ -13,6 +13,7 @@ export interface RunState {
   info: RunInfo | null;
   error: Error | null;
   series: Map<string, SeriesInfo>;
+  listed: boolean; // whether the list of series has arrived
   incidents: Incident[];
   lineage: LineageItem[];
   live: Live;
@@ -75,8 +76,8 @@ export function useRunState(id: string): RunState {
   const reload = useCallback(() => setAgain((n) => n + 1), []);
   const found = incidents.value ?? NOTHING;
   return useMemo(
-    () => ({ id, info: info.value, error: info.error, series, incidents: found, lineage: lines, live, view, zoom, extent, reload }),
-    [id, info.value, info.error, series, found, lines, live, view, zoom, extent, reload],
+    () => ({ id, info: info.value, error: info.error, series, listed: list.value !== null, incidents: found, lineage: lines, live, view, zoom, extent, reload }),
+    [id, info.value, info.error, series, list.value !== null, found, lines, live, view, zoom, extent, reload],
   );
 }
 

@@ -27,7 +27,7 @@ export const ZH: Record<string, string> = {
   "falling {x} over the last fifth": "最近五分之一下降 {x}", "rising {x} over the last fifth": "最近五分之一上升 {x}", "Speed": "速度", "at its median": "处于中位数",
   "{x} below its median": "低于中位数 {x}", "{x} above its median": "高于中位数 {x}", "no step heard since {x}": "自{x}起没有新的步", "{x} of a step waits for data": "每步 {x} 的时间在等数据",
   "most drift: {x}": "漂移最大:{x}", "Memory": "内存", "{x} reserved": "已预留 {x}", "allocated": "已分配", "resident": "常驻", "max violation {x}": "最大偏载 {x}", "{n} dead": "{n} 个失活",
-  "entropy": "熵", "{n} non-finite values": "{n} 个非有限值", "{n} switches": "{n} 次切换", "scale": "缩放", "no trouble seen": "未见异常", "and {n} more": "另有 {n} 个",
+  "entropy": "熵", "{n} non-finite values": "{n} 个非有限值", "non-finite values: {n}": "非有限值:{n}", "switches: {n}": "切换:{n}", "scale": "缩放", "no trouble seen": "未见异常", "and {n} more": "另有 {n} 个",
   // charts
   "waiting": "等待", "embedding": "嵌入层",
   "The whole run": "整个运行", "resumed": "恢复", "checkpoint": "检查点", "Zoom in": "放大", "Zoom out": "缩小", "Earlier": "更早", "Later": "更晚", "last": "最新", "no values": "无数值",
@@ -61,6 +61,7 @@ export const ZH: Record<string, string> = {
   "The run writes a checkpoint after the step it is in and ends. `deepseek` resumes it later from there.": "运行在当前步结束后写检查点并结束,之后可用 `deepseek` 从那里恢复。",
   "The profiler records the next three steps. They run slower while it does; the trace then opens in the viewer with a verdict on the bottleneck.": "性能分析器记录接下来的三步,期间会变慢;随后可在查看器中打开轨迹,并给出瓶颈结论。",
   "Incident at step {step}: {title}": "第 {step} 步的事件:{title}", "Not now": "暂不", "Sending…": "发送中…", "Actions and their results": "操作及结果", "queued": "排队中", "done": "完成", "refused": "被拒绝",
+  "Notes": "备注", "What the next reader should know": "留给下一位读者的话", "New note": "新备注", "Add": "添加", "All series as a file:": "导出全部序列:",
   // experts, data, precision, lineage, alignment
   "This run logs no expert.": "此运行没有记录专家。", "Load of every expert now": "当前每个专家的负载", "times the mean": "倍均值", "expert": "专家", "dead": "失活",
   "Blue gets less than its share, vermilion more. Click a layer for its history.": "蓝色少于应得份额,朱红多于。点击某层查看其历史。", "Layers": "层", "Layer": "层", "Entropy": "熵", "Max violation": "最大偏载", "Dead": "失活", "Coverage": "覆盖率",

@@ -486,6 +486,7 @@ class State:
         self.commands: list[dict[str, Any]] = []
         self.marks: dict[str, str] = {}
         self.asked: list[str] = []
+        self.notes: list[dict[str, Any]] = []
         self.posted: list[dict[str, Any]] = []
 
 
@@ -552,7 +553,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.json(SPEEDSCOPE)
         made = {
             "series": series, "incidents": self.marked, "lineage": lineage, "ranks": ranks, "experts": experts,
-            "notes": list, "actions": lambda: self.server.state.commands,
+            "notes": lambda: self.server.state.notes, "actions": lambda: self.server.state.commands,
             "events": lambda: [dict(event="precision", step=24_000, time=NOW - 50_000, format="bf16", reason="loss scale fell below 2^10")],
             "inspect": lambda: dict(steps=CHECKPOINTS, layers=[dict(index=i, kind="hybrid", heads=HEADS) for i in range(LAYERS)]),
             "inspect/heads": heads, "inspect/attention": lambda: attention(query), "inspect/histograms": histograms,
@@ -589,6 +590,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.json({"error": "the header X-Deepseek is missing"}, 403)
         path = urlsplit(self.path).path
         state = self.server.state
+        if path.endswith("/notes"):
+            state.notes.append({**body, "id": len(state.notes) + 1, "time": time.time(), "by": "you"})
+            return self.json(state.notes[-1])
         if path.endswith("/ablate"):
             return self.json(dict(loss=2.113, ablated_loss=2.1144, delta=0.0014))
         if path.endswith("/actions"):

@@ -237,3 +237,12 @@ def test_speedscope_opens_a_trace_of_this_server(server: FakeServer, window: Wat
     viewer.wait_for_selector("canvas", timeout=15_000)
     assert f"/api/runs/{RUN}/traces/step-049210" in server.state.asked
     assert window.foreign == []
+
+
+def test_a_note_is_kept_beside_its_step(server: FakeServer, window: Watched) -> None:
+    page = window.open(f"{server.url}#/run/{RUN}/incidents/3")
+    page.get_by_label("New note").fill("shard 417 is base64: told the data team")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".notes li")
+    assert server.state.notes[0]["step"] == SPIKE
+    assert "told the data team" in page.inner_text(".notes li")

@@ -15,7 +15,7 @@ export function Alignment() {
   return (
     <section class="alignment">
       <Timeline series={list[0].name} />
-      <div class="panels two">{list.slice(0, 40).map((s) => <Panel key={s.name} names={[s.name]} smooth={0.02} />)}</div>
+      <div class="panels two">{list.slice(0, 40).map((s) => <Panel key={s.name} names={[s.name]} smooth={0.006} />)}</div>
     </section>
   );
 }

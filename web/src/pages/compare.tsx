@@ -118,7 +118,7 @@ function Together({ name, wide, ids, cards, about, view, setView }: {
         </div>
       </header>
       {traces.length ? (
-        <Chart title={name} traces={traces} log={log} robust={false} smooth={0.006} height={260} sync="compare" range={view ?? undefined} onZoom={(a, b) => setView([Math.max(0, a), b])} onReset={() => setView(null)} />
+        <Chart title={name} traces={traces} log={log} robust={false} smooth={0.004} height={260} sync="compare" range={view ?? undefined} onZoom={(a, b) => setView([Math.max(0, a), b])} onReset={() => setView(null)} />
       ) : (
         <div class="empty" style={{ height: "280px" }}>{failed ?? (found ? t("None of these runs logs it.") : <span class="loading" />)}</div>
       )}

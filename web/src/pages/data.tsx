@@ -20,7 +20,7 @@ export function Data() {
   if (!sources.length) return <p class="empty">{t("This run logs nothing about its data.")}</p>;
   const chart = (key: string, title: string, log = false) => {
     const have = sources.filter((s) => run.series.has(`data/${s}/${key}`)).slice(0, 8);
-    return have.length ? <Panel key={key} title={t(title)} log={log} names={have.map((s) => `data/${s}/${key}`)} labels={Object.fromEntries(have.map((s) => [`data/${s}/${key}`, s]))} smooth={0.02} bounds={key === "psi" ? [0, PSI_MUCH] : undefined} /> : null;
+    return have.length ? <Panel key={key} title={t(title)} log={log} names={have.map((s) => `data/${s}/${key}`)} labels={Object.fromEntries(have.map((s) => [`data/${s}/${key}`, s]))} smooth={0.006} bounds={key === "psi" ? [0, PSI_MUCH] : undefined} /> : null;
   };
   return (
     <section class="data">

@@ -9,6 +9,7 @@ import { ago, figures, grouped, measured, percent } from "../format";
 import { Heat } from "../heat";
 import { Icon, severityIcon } from "../icons";
 import { useKeys } from "../keys";
+import { Notes } from "../notes";
 import { line } from "../palette";
 import type { Mark, Trace } from "../plot";
 import { go, link } from "../route";
@@ -98,6 +99,7 @@ export function IncidentPage({ id }: { id: string }) {
           <Act incident={incident} chosen={chosen} />
           <EvidenceList evidence={incident.evidence} />
           <Siblings incident={incident} />
+          <Notes step={incident.step} />
         </aside>
       </div>
     </article>

@@ -173,7 +173,7 @@ function HeadCard({ layer, head, step, values }: { layer: number; head: number; 
       <dl class="numbers">
         {Object.keys(MEASURES).filter((m) => found?.[m] !== null && found?.[m] !== undefined).map((m) => <div key={m}><dt>{t(MEASURES[m][0])}</dt><dd>{figures(found![m], 3)}</dd></div>)}
       </dl>
-      {found?.why && <p class="note">{found.why}</p>}
+      {found?.why && (found.score ?? 0) >= 1 && <p class="note">{found.why}</p>}
       <Ablate what={{ layer, head, step }} />
       {history.length > 0 && <div class="panels">{history.map((s) => <Panel key={s.name} names={[s.name]} title={s.name.split("/").pop()} height={120} />)}</div>}
         </div>
@@ -263,8 +263,8 @@ function LivePart() {
         <Commands only={(c) => c.action === "capture"} />
       </section>
       <div class="panels two">
-        {ratios.length > 0 && <Panel names={ratios.slice(0, 8)} labels={label(ratios)} title={t("Update / weight per layer")} log smooth={0.02} />}
-        {rms.length > 0 && <Panel names={rms.slice(0, 8)} labels={label(rms)} title={t("Activation RMS per layer")} log smooth={0.02} />}
+        {ratios.length > 0 && <Panel names={ratios.slice(0, 8)} labels={label(ratios)} title={t("Update / weight per layer")} log smooth={0.006} />}
+        {rms.length > 0 && <Panel names={rms.slice(0, 8)} labels={label(rms)} title={t("Activation RMS per layer")} log smooth={0.006} />}
       </div>
     </>
   );

@@ -7,6 +7,7 @@ import { duration, figures, grouped } from "../format";
 import { Health } from "../health";
 import { Heat } from "../heat";
 import { Icon } from "../icons";
+import { Notes } from "../notes";
 import { line } from "../palette";
 import { Panel, useSeen } from "../panel";
 import { Picker } from "../picker";
@@ -34,7 +35,7 @@ const LEARNING: Recipe[] = [
 const SPEED: Recipe[] = [
   { title: "Tokens per second", names: ["train/tokens_per_second"] },
   { title: "Share of peak FLOPs (MFU)", names: ["train/mfu"] },
-  { title: "Time per step", names: ["time/forward", "time/backward", "time/optimizer", "time/communication", "time/data", "time/other"], smooth: 0.02 },
+  { title: "Time per step", names: ["time/forward", "time/backward", "time/optimizer", "time/communication", "time/data", "time/other"], smooth: 0.006 },
 ];
 const MEMORY: Recipe[] = [
   { title: "Memory", names: ["memory/allocated", "memory/reserved", "memory/rss"], smooth: 0 },
@@ -64,12 +65,14 @@ export function Overview() {
       <Health />
       <Timeline series={known.has("train/loss") || !known.size ? "train/loss" : [...known.keys()][0]} />
       <Own />
+      {!run.listed && <div class="panels">{[0, 1, 2, 3].map((i) => <div key={i} class={i ? "card panel ghost" : "card panel wide ghost"}><span class="loading" /></div>)}</div>}
       {group("Learning", LEARNING)}
       {group("Speed", SPEED)}
       <StepTime />
       {group("Memory", MEMORY)}
       {group("Routing", ROUTING)}
       {[...known.keys()].some((n) => n.startsWith("rank/")) && <Ranks />}
+      {run.listed && <Notes />}
       <Facts />
     </>
   );
@@ -196,6 +199,8 @@ export function shared(names: string[]): string {
   return parts[0].map((p, i) => (parts.every((x) => x[i] === p) ? p : "*")).join("/");
 }
 
+const fact = (v: unknown) => (typeof v === "number" ? (Number.isInteger(v) ? grouped(v) : figures(v, 5)) : String(v));
+
 function Facts() {
   const run = useRun();
   const facts = Object.entries(run.info?.facts ?? {}).filter(([, v]) => v !== null && typeof v !== "object");
@@ -204,10 +209,13 @@ function Facts() {
     <section class="group facts-group" aria-label={t("Facts and configuration")}>
       <h2>{t("Facts and configuration")}</h2>
       <details class="card facts">
-        <summary>{facts.slice(0, 5).map(([k, v]) => `${k} ${typeof v === "number" ? figures(v) : v}`).join(" · ") || t("Configuration")}</summary>
-        <dl>{facts.map(([k, v]) => <div key={k}><dt>{k}</dt><dd>{typeof v === "number" ? figures(v, 6) : String(v)}</dd></div>)}</dl>
+        <summary>{facts.slice(0, 5).map(([k, v]) => `${k} ${fact(v)}`).join(" · ") || t("Configuration")}</summary>
+        <dl>{facts.map(([k, v]) => <div key={k}><dt>{k}</dt><dd>{fact(v)}</dd></div>)}</dl>
         {run.info.config && <pre tabIndex={0}>{run.info.config}</pre>}
       </details>
+      <p class="note">
+        {t("All series as a file:")} <a href={runPath(run.id, "/export?format=csv")}>CSV</a> · <a href={runPath(run.id, "/export?format=parquet")}>Parquet</a>
+      </p>
     </section>
   );
 }

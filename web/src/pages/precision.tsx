@@ -1,7 +1,7 @@
 // Number formats: loss scale, values lost, and every switch with its reason.
 
 import { type LineageItem, runPath } from "../api";
-import { clock, figures, grouped } from "../format";
+import { clock, duration, figures, grouped } from "../format";
 import { Panel } from "../panel";
 import { useGet, useRun } from "../run";
 import { t, word } from "../text";
@@ -34,11 +34,17 @@ export function Precision() {
   );
 }
 
+const SILENT = ["event", "kind", "step", "time", "id", "name", "path", "run", "directory", "stall_seconds", "incident"];
+
+/** A run's first event has a page of facts; of the others everything but what its line says already. */
+const tells = (item: LineageItem, key: string) =>
+  (item.kind ?? item.event) === "run" ? ["command", "device", "resumed_from"].includes(key) : !SILENT.includes(key);
+
 export function said(item: LineageItem): string {
   return Object.entries(item)
-    .filter(([k, v]) => !["event", "kind", "step", "time", "id", "name"].includes(k) && v !== null && v !== undefined && v !== "")
+    .filter(([k, v]) => tells(item, k) && v !== null && v !== undefined && v !== "")
     .filter(([, v]) => typeof v !== "object" || (Array.isArray(v) && v.length < 5 && v.every((x) => typeof x !== "object")))
     .slice(0, 6)
-    .map(([k, v]) => `${word(k)} ${Array.isArray(v) ? v.join("–") : typeof v === "number" ? figures(v) : String(v)}`)
+    .map(([k, v]) => `${word(k.replaceAll("_", " "))} ${Array.isArray(v) ? v.join("–") : typeof v === "number" ? (k === "seconds" ? duration(v) : figures(v)) : String(v)}`)
     .join(" · ");
 }
