@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek.monitor.block import MISSING, Array, Block
+from deepseek.monitor.block import HOLES, MISSING, UNORDERED, Array, Block
 from deepseek.monitor.piece import BlockPiece, Piece
 from deepseek.monitor.segment import Segment
 from deepseek.monitor.tail import TailView
 
 NEAR = 64  #: rows at the end of a tail in which most series are found
+FEW = 1000  #: columns that are read one by one; of more the whole block is read
 NEVER = np.iinfo(np.int64).min
 
 
@@ -73,14 +74,34 @@ def _of_blocks(
         series = entries["series"]
         later = entries["last"] >= last[series]
         last[series[later]], where[series[later]] = entries["last"][later], i
-    for number, name in names.items():
-        if where[number] >= 0:
-            block = segment.blocks[int(where[number])]
-            piece = BlockPiece(block, block.find(number), ())
-            if piece.check():
-                found.append((name, _end(piece)))
+    for i, block in enumerate(segment.blocks):
+        wanted = block.directory[np.isin(block.directory["series"], np.flatnonzero(where == i))]
+        found += [(names[n], latest) for n, latest in _of_block(block, wanted) if n in names]
     segment.newest = state, found
     return found
+
+
+def _of_block(block: Block, entries: Array) -> Iterator[tuple[int, Latest]]:
+    """The last values of some columns of a block."""
+    pieces = entries if len(entries) <= FEW else entries[(entries["flags"] & UNORDERED) > 0]
+    for entry in pieces:
+        piece = BlockPiece(block, entry, ())
+        if piece.check():
+            yield int(entry["series"]), _end(piece)
+    if len(entries) <= FEW:
+        return
+    entries = entries[(entries["flags"] & UNORDERED) == 0]
+    data, count = block.read(block.size, block.offset), entries["count"].astype(np.int64)
+    ends = entries["offset"].astype(np.int64) + 4 * count
+    values = np.frombuffer(data, "<f4")[ends // 4 - 1]
+    holes = (entries["flags"] & HOLES) > 0
+    rows = np.where(
+        holes, np.frombuffer(data, "<u2")[np.where(holes, ends // 2 + count - 1, 0)], block.rows - 1
+    )
+    times = block.times[np.minimum(rows, block.rows - 1)]
+    parts = (entries["series"], entries["last"], times, values)
+    for series, step, time, value in zip(*(part.tolist() for part in parts)):
+        yield series, Latest(step, time, value)
 
 
 def _piecewise(

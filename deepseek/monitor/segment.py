@@ -139,8 +139,9 @@ class Segment:
     def _entry(self, line: bytes) -> None:
         try:
             entry = json.loads(line)
-            if "name" in entry:
-                self.names[str(entry["name"])] = int(entry["id"])
+            if "names" in entry:
+                first = int(entry["first"])
+                self.names.update({str(name): first + i for i, name in enumerate(entry["names"])})
             elif "rewind" in entry:
                 self.rewinds.append(Rewind(int(entry["rewind"]), int(entry["block"]), float(entry["time"])))
             else:

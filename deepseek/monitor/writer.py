@@ -179,7 +179,7 @@ class SeriesWriter:
         new = [name for name in names if name not in self._ids]
         if new:
             first = len(self._ids)
-            self._write_journal(*({"id": first + i, "name": name} for i, name in enumerate(new)))
+            self._write_journal({"first": first, "names": new})
             self._ids.update({name: first + i for i, name in enumerate(new)})
         if self._tail is not None and len(self._ids) > self._tail.columns:
             self._tail = self._tail.wider(self._width())
@@ -233,8 +233,8 @@ class SeriesWriter:
             except (OSError, MemoryError):
                 self.failures += 1
 
-    def _write_journal(self, *lines: Mapping[str, Any]) -> None:
-        data = ("\n" * self._torn + "".join(json.dumps(line) + "\n" for line in lines)).encode()
+    def _write_journal(self, line: Mapping[str, Any]) -> None:
+        data = ("\n" * self._torn + json.dumps(line) + "\n").encode()
         self._torn = True
         if os.write(self._journal, data) < len(data):
             raise OSError(errno.ENOSPC, "no room for the names of the series")

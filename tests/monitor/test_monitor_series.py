@@ -212,6 +212,22 @@ def test_late_series_and_many_columns(tmp_path: Path) -> None:
             np.testing.assert_array_equal(values, np.float32(steps * i))
 
 
+def test_the_newest_of_thousands_of_series(tmp_path: Path) -> None:
+    """Many columns of one block are read at once."""
+    with SeriesWriter(tmp_path, rows=64) as writer:
+        for step in range(150):
+            row = {f"s/{i}": float(step * 10_000 + i) for i in range(0 if step % 7 else 1500)}
+            writer.log(
+                step, {**row, **{f"t/{i}": float(step) for i in range(1500 if step < 100 else 0)}, "u": 1.0}
+            )
+        live = SeriesReader(tmp_path).latest()
+    for latest in (live, SeriesReader(tmp_path).latest()):
+        assert {name: (x.step, x.value) for name, x in latest.items()} == {
+            **{f"s/{i}": (147, float(np.float32(1_470_000 + i))) for i in range(1500)},
+            **{f"t/{i}": (99, 99.0) for i in range(1500)}, "u": (149, 1.0),
+        }  # fmt: skip
+
+
 def test_a_run_that_went_back_hides_what_it_took_back(tmp_path: Path) -> None:
     first = SeriesWriter(tmp_path, rows=16)
     for step in range(100):
