@@ -130,10 +130,9 @@ def _of_tail(tail: TailView, names: dict[int, str]) -> Iterator[tuple[str, Lates
         present: Array = table[start:, columns].view(np.uint32) != MISSING
         rows = tail.rows - 1 - np.argmax(present[::-1], 0)
         seen[columns] = np.where(present.any(0), rows, -1)
-    for series in np.flatnonzero(seen >= 0).tolist():
+    found = np.flatnonzero(seen >= 0)
+    rows = seen[found]
+    parts = (found, tail.steps[rows], tail.times[rows], table[rows, found])
+    for series, step, time, value in zip(*(part.tolist() for part in parts)):
         if series in names:
-            row = int(seen[series])
-            yield (
-                names[series],
-                Latest(int(tail.steps[row]), float(tail.times[row]), float(table[row, series])),
-            )
+            yield names[series], Latest(step, time, value)
