@@ -30,6 +30,7 @@ Ints = NDArray[np.int64]
 
 MAD = 1.4826  #: the standard deviation of a normal distribution over its median absolute deviation
 FIRST = 8  #: rows from which the first level, trend and scale are computed
+LONG_CAP, LONG_SLACK = 3.0, 0.8  #: of the sums that look for small and lasting shifts
 TINY = 1e-30  #: below it a positive quantity counts as zero
 
 
@@ -40,7 +41,9 @@ class Trait:
     Attributes:
         log: the series is positive and varies by factors. bad: +1 where up is bad, -1 where down is, 0 for both.
         floor: the least scale, in the series' unit, or as a factor's logarithm. relative: a floor that grows with the
-            level. memory: rows that the level remembers. warmup: rows before it is judged.
+            level. memory: rows that the level remembers. warmup: rows before it is judged. shifts: the
+            scale is that of the changes from row to row, which a lasting shift does not widen; for series whose rows
+            are independent of each other.
     """
 
     log: bool = False
@@ -49,14 +52,16 @@ class Trait:
     relative: float = 1e-3
     memory: int = 64
     warmup: int = 40
+    shifts: bool = False
 
 
 #: First match wins. Times settle within a few rows; losses and norms need more; shares of tokens are counts.
 TRAITS: tuple[tuple[str, Trait], ...] = (
     (r"(train|eval)/(loss|bits_per_byte)", Trait(bad=1, floor=1e-4, memory=64, warmup=40)),
-    (r"data/.+/loss", Trait(bad=1, floor=1e-3, relative=0.01)),
-    (r"train/grad_norm|layer/.+/(grad_norm|update_ratio)", Trait(log=True, bad=1, floor=0.05)),
-    (r"layer/.+/(weight_norm|activation_rms)", Trait(log=True, floor=1e-3)),
+    (r"data/.+/loss", Trait(bad=1, floor=1e-3, relative=0.02, warmup=12, shifts=True)),
+    (r"layer/.+/update_ratio", Trait(log=True, floor=0.05, memory=32, warmup=12)),
+    (r"train/grad_norm|layer/.+/grad_norm", Trait(log=True, bad=1, floor=0.05)),
+    (r"layer/.+/(weight_norm|activation_rms)", Trait(log=True, floor=5e-3)),
     (r"layer/.+/activation_max|attention/.+/max_logit", Trait(log=True, bad=1, floor=0.03)),
     (r"(time|rank)/.+", Trait(log=True, bad=1, floor=0.01, warmup=12)),
     (r"train/(tokens_per_second|mfu)", Trait(log=True, bad=-1, floor=0.01, warmup=12)),
@@ -64,7 +69,7 @@ TRAITS: tuple[tuple[str, Trait], ...] = (
     (r"train/lr|precision/loss_scale", Trait(log=True, floor=0.02)),
     (r"expert/.+/load", Trait(floor=1e-3, relative=0.05)),
     (r"router/.+/entropy|train/router_entropy", Trait(bad=-1, floor=5e-3, relative=5e-3)),
-    (r"data/.+/(share|length|entropy|duplicates|psi)", Trait(floor=5e-3, relative=0.01)),
+    (r"data/.+/(share|length|entropy|duplicates|psi)", Trait(floor=0.01, relative=0.01, warmup=12)),
     (r"router/.+/dead|layer/.+/dead_units|expert/.+/dead_units", Trait(bad=1, floor=0.5, relative=0.05)),
     (r"train/(clipped|skipped)|precision/.+", Trait(bad=1, floor=0.5)),
     (r".*", Trait(relative=0.01)),
@@ -102,8 +107,11 @@ class Baselines:
         "level": 0.0,
         "trend": 0.0,
         "spread": 0.0,
+        "last": 0.0,
         "up": 0.0,
         "down": 0.0,
+        "long_up": 0.0,
+        "long_down": 0.0,
     }
 
     def __init__(self, *, clip: float = 3.0, slack: float = 2.0, cap: float = 40.0, rows: int = 512) -> None:
@@ -114,6 +122,7 @@ class Baselines:
         for key in self.STATE:
             setattr(self, key, np.zeros(0))
         self.log = np.zeros(0, bool)
+        self.shifts = np.zeros(0, bool)
         self.floor = self.relative = self.warmup = self.alpha = np.zeros(0)
         self.first = np.zeros((0, FIRST))
         self.values = np.full((rows, 0), np.nan, np.float32)
@@ -129,8 +138,11 @@ class Baselines:
     level: Floats
     trend: Floats
     spread: Floats
+    last: Floats
     up: Floats
     down: Floats
+    long_up: Floats
+    long_down: Floats
 
     def update(self, step: int, row: Mapping[str, float]) -> Scores:
         """Score ``row`` against the forecast, then learn from it.
@@ -181,12 +193,20 @@ class Baselines:
         fade = 1 - np.maximum(0.5 * self.alpha[i], np.minimum(2 / (seen + 1), 0.25))
         self.trend[i] += np.where(grown, 0.5 * alpha * move - (1 - fade) * self.trend[i], 0.0)
         rate = np.maximum(0.5 * self.alpha[i], 3 / (seen + 1))
-        away = np.where(np.abs(error) * MAD > spread, rate, -rate)
+        size = np.where(
+            self.shifts[i] & (seen > self.warmup[i]), np.abs(x - self.last[i]) / np.sqrt(2), np.abs(error)
+        )
+        self.last[i] = x
+        away = np.where(size * MAD > spread, rate, -rate)
         self.spread[i] = np.where(grown, np.maximum(spread * np.exp(away), floor), self.spread[i])
         z = np.where(seen >= self.warmup[i], z, 0.0)
         gain = np.clip(z, -self.cap, self.cap)
         self.up[i] = np.maximum(self.up[i] + gain - self.slack, 0.0)
         self.down[i] = np.maximum(self.down[i] - gain - self.slack, 0.0)
+        # The same for small shifts that last: a row counts for little, and so does what it is forgiven.
+        gain = np.clip(z, -LONG_CAP, LONG_CAP)
+        self.long_up[i] = np.maximum(self.long_up[i] + gain - LONG_SLACK, 0.0)
+        self.long_down[i] = np.maximum(self.long_down[i] - gain - LONG_SLACK, 0.0)
         return z
 
     def _begin(self, i: Ints, x: Floats, seen: Ints) -> None:
@@ -223,7 +243,8 @@ class Baselines:
 
     def forget(self, index: Ints) -> None:
         """Empty the cumulative sums of some series, after an alarm."""
-        self.up[index] = self.down[index] = 0.0
+        for sums in (self.up, self.down, self.long_up, self.long_down):
+            sums[index] = 0.0
 
     def expected(self, index: int) -> float:
         """The level of a series in its own unit."""
@@ -255,6 +276,7 @@ class Baselines:
         for key, start in self.STATE.items():
             setattr(self, key, np.append(getattr(self, key), np.full(len(new), start)))
         self.log = np.append(self.log, [t.log for t in traits])
+        self.shifts = np.append(self.shifts, [t.shifts for t in traits])
         self.floor = np.append(self.floor, [t.floor for t in traits])
         self.relative = np.append(self.relative, [t.relative for t in traits])
         self.warmup = np.append(self.warmup, [float(t.warmup) for t in traits])

@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from deepseek.errors import ConfigError
 from deepseek.events import plain
 from deepseek.monitor.baseline import Baselines
@@ -172,8 +174,7 @@ class Watch:
     def _go_back(self) -> None:
         """The run went back to a checkpoint: what was open is history, levels stay, sums start anew."""
         self._open.clear()
-        self.base.up[:] = 0.0
-        self.base.down[:] = 0.0
+        self.base.forget(np.arange(len(self.base.names)))
         self.base.steps[:] = -1
         self.base.z[:] = 0.0
 

@@ -13,18 +13,18 @@ import numpy as np
 
 from deepseek.monitor.detectors import CLOCK, MEMORY, Alarm, DetectConfig, Detector, View
 
-PARTS = ("time/data", "time/forward", "time/backward", "time/optimizer", "time/communication", "time/other")
+PARTS = tuple(
+    f"time/{x}" for x in ("data", "compute", "forward", "backward", "optimizer", "communication", "other")
+)
 
 
 def step_seconds(row: Mapping[str, float]) -> float | None:
     """The seconds of a step: ``time/step``, or all its parts together; ``None`` if the row tells neither."""
-    parts = [v for k, v in row.items() if k.startswith("time/") and math.isfinite(v)]
-    if not parts:
-        return None
-    whole, data = row.get("time/step"), row.get("time/data", 0.0)
-    return float(
-        sum(parts) if whole is None else max(whole, sum(parts) if "time/forward" in row else whole + data)
-    )
+    whole = row.get("time/step")
+    if whole is not None and math.isfinite(whole):
+        return float(whole)
+    parts = [v for name in PARTS if (v := row.get(name)) is not None and math.isfinite(v)]
+    return float(sum(parts)) if parts else None
 
 
 class SlowSteps(Detector):
@@ -115,7 +115,7 @@ class SlowRank(Detector):
             usual=usual.tolist(), spread=[max(spread, 0.002), n + 1], run=run.tolist(), lost=lost.tolist()
         )
         told = self.memory.setdefault("told", {})
-        for k in np.nonzero((run >= self.ROWS) & (lost >= self.config.lost_seconds / 4))[0]:
+        for k in np.nonzero((run >= self.ROWS) & (lost >= self.config.lost_seconds / 10))[0]:
             if view.step - told.get(ranks[k], -(10**9)) > self.config.merge_rows:
                 yield Alarm(
                     "slow_rank", f"rank/{ranks[k]}/step_seconds", view.step, float(seconds[k]),
@@ -157,7 +157,7 @@ class Hang(Detector):
 class Growing(Detector):
     """Memory grows by about as much with every stretch of steps: something is kept that should be let go."""
 
-    CHUNK, CHUNKS = 4, 6
+    CHUNK, CHUNKS = 3, 5
     LEAST = 8 * 2**20  #: bytes over all chunks; less is not worth a word
     SHARE = 0.01  #: of what was in use
 
@@ -169,28 +169,27 @@ class Growing(Detector):
             low, n, history = self.memory.get(name, [math.inf, 0, []])
             low, n = min(low, value), n + 1
             if n % self.CHUNK == 0:  # the least of each chunk: what was still in use at its quietest moment
-                history, low = [*history, low][-(self.CHUNKS + 1) :], math.inf
+                history, low = [*history, [low, view.step]][-(self.CHUNKS + 1) :], math.inf
                 yield from self._judge(view, name, history)
             self.memory[name] = [low, n, history]
 
-    def _judge(self, view: View, name: str, history: list[float]) -> Iterator[Alarm]:
+    def _judge(self, view: View, name: str, history: list[list[float]]) -> Iterator[Alarm]:
         if len(history) <= self.CHUNKS:
             return
-        steps = np.diff(history)
+        steps = np.diff([low for low, _ in history])
+        first, last, span = history[0][0], history[-1][0], history[-1][1] - history[0][1]
         total, middle = float(steps.sum()), float(np.median(steps))
-        if total < max(self.LEAST, self.SHARE * history[0]) or middle <= 0:
+        if total < max(self.LEAST, self.SHARE * first) or middle <= 0:
             return
         if (steps > 0.4 * middle).all() and (steps < 2.5 * middle).all():
             told = self.memory.get("told", -(10**9))
             if view.step - told > 4 * self.config.merge_rows:
-                rate = middle / self.CHUNK
+                rate = total / max(span, 1)
                 text = (
                     f"{name} grows by {rate / 2**20:.3g} MiB a step: {total / 2**20:.4g} MiB in "
-                    f"{self.CHUNK * self.CHUNKS} steps, evenly"
+                    f"{span} steps, evenly"
                 )
-                yield Alarm(
-                    "memory", name, view.step, history[-1], total / history[0] * 100, text, "warning", MEMORY
-                )
+                yield Alarm("memory", name, view.step, last, total / first * 100, text, "warning", MEMORY)
             self.memory["told"] = view.step
 
 

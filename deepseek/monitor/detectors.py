@@ -31,6 +31,10 @@ class DetectConfig:
     loss_sum: float = 28.0  # cumulative sum of the loss above its forecast
     loss_drop_sum: float = 15.0  # below it: repeated or leaked data
     gradient_sum: float = 16.0
+    long_sum: float = 14.0  # of the sums that look for small shifts that last
+    long_drop_sum: float = 22.0
+    source_sum: float = 7.0  # the same, for one source's loss or contents
+    joint: float = 0.3  # of both sums, when loss and gradient norm are high together
     habit: float = 2.0  # a sum must also exceed what the series has done before, by this factor
     growth: float = 10.0  # the gradient norm over its level, when it grows three rows in a row
     settled: int = 80  # steps or rows after which growth of norms and idle experts count: the start is wild
@@ -39,7 +43,9 @@ class DetectConfig:
     rank_ratio: float = 1.05  # of the other ranks' step time
     idle_factor: float = 8.0  # step times without a row: a hang
     idle_seconds: float = 10.0  # and at least so long
-    dead_rows: int = 10  # rows without tokens before an expert is called dead
+    dead_rows: int = (
+        10  # rows without tokens before an expert that was cut off is called dead; thrice if it faded
+    )
     psi: float = 0.25  # population stability index: the customary bound of a major shift
     merge_rows: int = 100  # alarms this close belong to one incident
     window: int = 200  # steps before and after that an incident shows
@@ -123,36 +129,57 @@ class Detector(ABC):
 
 
 class Excess(Detector):
-    """The loss or the gradient norm has been too high for too long, or far too high at once: a cumulative sum."""
+    """The loss or the gradient norm is far too high at once, or a little for too long: cumulative sums."""
 
-    WATCHED: ClassVar[tuple[tuple[str, str, str, str], ...]] = (
-        ("train/loss", "up", "loss_spike", "loss_sum"),
-        ("train/loss", "down", "data_drift", "loss_drop_sum"),
-        ("train/grad_norm", "up", "gradient_spike", "gradient_sum"),
+    WATCHED: ClassVar[tuple[tuple[str, str, str, str, str], ...]] = (
+        ("train/loss", "up", "loss_spike", "loss_sum", "long_sum"),
+        ("train/loss", "down", "data_drift", "loss_drop_sum", "long_drop_sum"),
+        ("train/grad_norm", "up", "gradient_spike", "gradient_sum", ""),
     )
 
     def check(self, view: View) -> Iterator[Alarm]:
-        for series, side, kind, bound in self.WATCHED:
+        for series, side, kind, bound, long_bound in self.WATCHED:
             place = view.place(series)
             if place is None:
                 continue
-            sums = view.base.up if side == "up" else view.base.down
-            total, least = float(sums[place]), getattr(self.config, bound)
+            total = float((view.base.up if side == "up" else view.base.down)[place])
+            lasting = float((view.base.long_up if side == "up" else view.base.long_down)[place])
             habit = self.memory.get(f"{series} {side}", 0.0)
-            if total > max(least, self.config.habit * habit):
-                sums[place] = 0.0
+            at_once = total > max(getattr(self.config, bound), self.config.habit * habit)
+            if at_once or (long_bound and lasting > getattr(self.config, long_bound)):
+                view.base.forget(np.array([place]))
                 z, value = float(view.base.z[view.now, place]), view.row[series]
-                yield Alarm(
-                    kind, series, view.step, value, total, self._text(view, series, side, z, value, place)
-                )
+                text = excess_text(view, series, side, z, value, place)
+                yield Alarm(kind, series, view.step, value, max(total, lasting), text)
             else:
                 self.memory[f"{series} {side}"] = max(habit * 0.9995, total)
 
-    @staticmethod
-    def _text(view: View, series: str, side: str, z: float, value: float, place: int) -> str:
-        name = {"train/loss": "loss", "train/grad_norm": "gradient norm"}[series]
-        where = "above" if side == "up" else "below"
-        return f"{name} {value:.4g}, {abs(z):.1f} standard deviations {where} {view.base.expected(place):.4g}"
+
+def excess_text(view: View, series: str, side: str, z: float, value: float, place: int) -> str:
+    """How far a series is from its level."""
+    name = {"train/loss": "loss", "train/grad_norm": "gradient norm"}[series]
+    where = "above" if side == "up" else "below"
+    return f"{name} {value:.4g}, {abs(z):.1f} standard deviations {where} {view.base.expected(place):.4g}"
+
+
+class Jointly(Detector):
+    """Loss and gradient norm are both too high: each needs less evidence than alone."""
+
+    def check(self, view: View) -> Iterator[Alarm]:
+        loss, norm = view.place("train/loss"), view.place("train/grad_norm")
+        if loss is None or norm is None:
+            return
+        up, c = view.base.up, self.config
+        both = float(up[loss]) > c.joint * c.loss_sum and float(up[norm]) > c.joint * c.gradient_sum
+        if both and view.step - self.memory.get("step", -(10**9)) > c.merge_rows:
+            self.memory["step"] = view.step
+            for series, kind, place in (
+                ("train/loss", "loss_spike", loss), ("train/grad_norm", "gradient_spike", norm),
+            ):  # fmt: skip
+                z, value = float(view.base.z[view.now, place]), view.row[series]
+                text = excess_text(view, series, "up", z, value, place)
+                yield Alarm(kind, series, view.step, value, float(up[place]), text)
+                up[place] = 0.0
 
 
 class Growth(Detector):
@@ -236,6 +263,8 @@ class Precision(Detector):
 
     def check(self, view: View) -> Iterator[Alarm]:
         yield from self._scale(view)
+        if view.row.get("precision/loss_scale", 1.0) == 1.0:
+            return  # a format that needs no scale has the range of fp32
         count = view.row.get("precision/nonfinite", self.memory.get("count", 0.0))  # so far, of the whole run
         lost = view.row.get("train/skipped", 0.0) > 0 or count > self.memory.get("count", count)
         self.memory["count"] = count
@@ -308,12 +337,17 @@ class Experts(Detector):
         fair = 1 / size
         run, mean = self._recall(f"run {size}", np.zeros_like(load)), self._recall(f"mean {size}", load)
         low = load < np.minimum(0.05 * fair, 0.2 * mean)
+        # An expert that fades may come back by its bias; one that is cut off from one row to the next does not.
+        last, abrupt = self._recall(f"last {size}", load), self._recall(f"abrupt {size}", np.zeros_like(load))
+        abrupt = np.where(low & (run == 0), last > 0.5 * mean, abrupt)
         run = np.where(low, run + 1, 0.0)
         mean = np.where(low, mean, 0.95 * mean + 0.05 * load)
-        self.memory[f"run {size}"], self.memory[f"mean {size}"] = run, mean
+        for key, kept in (("run", run), ("mean", mean), ("last", load), ("abrupt", abrupt)):
+            self.memory[f"{key} {size}"] = kept
         if run.max() < self.config.dead_rows or self.memory.get(f"n {size}", 0) < self.config.settled:
             return
-        for k, e in np.argwhere((run == self.config.dead_rows) & (mean > 0.15 * fair)).tolist():
+        patience = np.where(abrupt > 0, self.config.dead_rows, 3 * self.config.dead_rows)
+        for k, e in np.argwhere((run == patience) & (mean > 0.15 * fair)).tolist():
             name = view.base.names[self._found[size][1][k, e]]
             yield Alarm(
                 "dead_expert", name, view.step, float(load[k, e]), float(mean[k, e] / fair),
@@ -347,12 +381,14 @@ class Sources(Detector):
     def check(self, view: View) -> Iterator[Alarm]:
         for metric in ("loss", "length", "entropy", "duplicates"):
             labels, places = view.groups("data", metric)
-            if not len(places):
+            base, bound = view.base, self.config.source_sum
+            if not len(places) or not np.isfinite(view.values(places)).any():
                 continue
-            up, down = view.base.up[places], view.base.down[places]
-            bound = self.config.loss_sum
-            for k in np.nonzero((up > bound) | ((down > bound) & (metric != "duplicates")))[0]:
-                view.base.forget(places[k : k + 1])
+            up = np.maximum(base.up[places] / 2, base.long_up[places])
+            down = np.maximum(base.down[places] / 2, base.long_down[places])
+            falls = metric in ("length", "entropy")  # a loss falls by learning, duplicates by their window
+            for k in np.nonzero((up > bound) | (falls & (down > bound)))[0]:
+                base.forget(places[k : k + 1])
                 yield self._alarm(view, f"data/{labels[k]}/{metric}", float(max(up[k], down[k])))
         yield from self._psi(view)
 
@@ -376,35 +412,50 @@ class Sources(Detector):
 
 
 class Weights(Detector):
-    """A weight norm changed by more than the update that was made: the optimizer did not write that.
+    """One layer's weight norm jumped while updates were as usual: the optimizer did not write that.
 
     By the triangle inequality the norm of ``w + d`` differs from that of ``w`` by at most ``|d|``, the update ratio
-    times ``|w|``. What is left over came from elsewhere: a flipped bit, a bad copy, a bug that writes.
+    times ``|w|``, and in fact by far less, for updates have little in common with the weights. What is left over came
+    from elsewhere: a flipped bit, a bad copy, a bug that writes.
     """
+
+    ROWS = 6  #: samples before it is known how norms change
 
     def check(self, view: View) -> Iterator[Alarm]:
         labels, places = view.groups("layer", "weight_norm")
         if not len(places):
             return
-        now = view.values(places)
+        now, lost = view.values(places), view.base.lost[view.now, places]
+        if not (np.isfinite(now).any() or lost.any()):
+            return
         last = np.asarray(self.memory.get("norm", []), float)
         gap = view.step - self.memory.get("step", view.step)
-        if np.isfinite(now).any():
-            self.memory.update(norm=[v if math.isfinite(v) else 0.0 for v in now.tolist()], step=view.step)
+        self.memory.update(norm=[v if math.isfinite(v) else 0.0 for v in now.tolist()], step=view.step)
         if len(last) != len(now) or gap < 1:
             return
         change = np.abs(now - last) / np.maximum(last, 1e-30)
         change[np.isnan(change)] = 0.0
-        lost = ~np.isfinite(now) & view.base.lost[view.now, places] & (last > 0)
-        change[lost] = np.inf
+        change[lost & ~np.isfinite(now) & (last > 0)] = np.inf
         allowed = self._allowed(view, labels) * gap
-        odd = (change > 3 * allowed + 0.01) & (last > 0) & (change > 10 * float(np.median(change)))
+        usual = np.asarray(self.memory.get("usual", change), float)
+        usual = usual if len(usual) == len(change) else change
+        odd = (change > 0.2 * allowed + 0.005) & (last > 0)
+        growth = change / np.maximum(usual, 1e-4)
+        odd &= (growth > 7) & (float(np.median(growth)) < 3)  # if all layers move, it is the optimizer
+        odd &= self.memory.get("n", 0) >= self.ROWS
+        n = self.memory.get("n", 0)
+        rate = max(0.25, 1 / (n + 1))
+        most = 4 * usual + 0.002 if n >= self.ROWS else np.full_like(usual, 1.0)
+        self.memory.update(usual=(usual + rate * (np.minimum(change, most) - usual)).tolist(), n=n + 1)
         for k in np.nonzero(odd)[0][:3]:
+            limit = f"an update changes them by {allowed[k]:.2%} at most"
+            text = limit if change[k] > allowed[k] else f"usually they change by {usual[k]:.2%}"
             yield Alarm(
                 "corruption", f"layer/{labels[k]}/weight_norm", view.step, float(now[k]),
-                float(min(change[k] / (allowed[k] + 1e-3), 1e6)),
-                f"weights of layer {labels[k]} went from norm {last[k]:.4g} to {now[k]:.4g}, {change[k]:.2%}, while an "
-                f"update changes them by {allowed[k]:.2%} at most", "critical",
+                float(min(change[k] / (usual[k] + 1e-3), 1e6)),
+                f"weights of layer {labels[k]} went from norm {last[k]:.4g} to {now[k]:.4g}, {change[k]:.2%}, while "
+                f"{text}",
+                "critical",
             )  # fmt: skip
 
     @staticmethod
@@ -433,7 +484,7 @@ class Updates(Detector):
         if len(places) < 2:
             return
         now = view.values(places)
-        if not np.isfinite(now).any() or float(np.nanmax(now)) <= 0 or view.base.count[places].min() < 40:
+        if not np.isfinite(now).any() or float(np.nanmax(now)) <= 0 or view.base.count[places].min() <= 12:
             return
         z = float(np.median(view.z(places)))
         factor = float(np.nanmedian(now / np.exp(np.minimum(view.base.level[places], 700.0))))
@@ -459,6 +510,6 @@ class Updates(Detector):
 def row_detectors(config: DetectConfig) -> list[Detector]:
     """One of each of this file."""
     kinds: tuple[type[Detector], ...] = (
-        Excess, Growth, NonFinite, Divergence, Precision, Experts, Sources, Weights, Updates,
+        Excess, Jointly, Growth, NonFinite, Divergence, Precision, Experts, Sources, Weights, Updates,
     )  # fmt: skip
     return [kind(config) for kind in kinds]

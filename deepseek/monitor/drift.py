@@ -133,9 +133,10 @@ class Adwin:
         if self.ticks % self.clock or self.width <= self.GRACE:
             return False
         changed = False
-        while self._cut():
+        while old := self._cut():
             changed = True
-            self._drop_oldest()
+            for _ in range(old):
+                self._drop_oldest()
         return changed
 
     def _compress(self) -> None:
@@ -159,26 +160,26 @@ class Adwin:
         """Size, sum and variance sum of every bucket, the oldest first."""
         return [(1 << k, s, v) for k in range(len(self.rows) - 1, -1, -1) for s, v in self.rows[k]]
 
-    def _cut(self) -> bool:
-        """Whether some division of the window has parts whose means differ by more than chance allows."""
+    def _cut(self) -> int:
+        """How many of the oldest buckets are of another mean than the rest, beyond chance: at the clearest cut."""
         buckets = self._buckets()
-        n, total = sum(b[0] for b in buckets), sum(b[1] for b in buckets)
-        if n < 2 * self.SHORTEST:
-            return False
+        n, total = max(sum(b[0] for b in buckets), 2), sum(b[1] for b in buckets)
+        best, old = 1.0, 0
         mean = total / n
         variance = sum(v + size * (s / size - mean) ** 2 for size, s, v in buckets) / n
         log = math.log(2 * math.log(n) / self.delta)
         n0, s0 = 0, 0.0
-        for size, s, _ in buckets[:-1]:
+        for k, (size, s, _) in enumerate(buckets[:-1], 1):
             n0, s0 = n0 + size, s0 + s
             n1 = n - n0
             if n0 < self.SHORTEST or n1 < self.SHORTEST:
                 continue
             m = 1 / (1 / (n0 - self.SHORTEST + 1) + 1 / (n1 - self.SHORTEST + 1))
             bound = math.sqrt(2 / m * variance * log) + 2 / (3 * m) * log
-            if abs(s0 / n0 - (total - s0) / n1) > bound:
-                return True
-        return False
+            clear = abs(s0 / n0 - (total - s0) / n1) / bound if bound else 0.0
+            if clear > best:
+                best, old = clear, k
+        return old
 
 
 def psi(reference: Sequence[float] | Floats, window: Sequence[float] | Floats) -> float:
@@ -191,7 +192,7 @@ def psi(reference: Sequence[float] | Floats, window: Sequence[float] | Floats) -
         DataError: a sample is empty or not finite.
     """
     a, b = _sample(reference, "reference"), _sample(window, "window")
-    return Histogram(a).psi(b)
+    return Histogram(np.sort(a)).psi(np.sort(b))
 
 
 def ks(reference: Sequence[float] | Floats, window: Sequence[float] | Floats) -> tuple[float, float]:
@@ -202,7 +203,7 @@ def ks(reference: Sequence[float] | Floats, window: Sequence[float] | Floats) ->
     Raises:
         DataError: a sample is empty or not finite.
     """
-    a, b = np.sort(_sample(reference, "reference")), _sample(window, "window")
+    a, b = np.sort(_sample(reference, "reference")), np.sort(_sample(window, "window"))
     distance = ks_distance(a, b)
     root = math.sqrt(len(a) * len(b) / (len(a) + len(b)))
     x = (root + 0.12 + 0.11 / root) * distance

@@ -40,7 +40,8 @@ TITLES = {
 }  # fmt: skip
 
 MOVED = 5.0  #: standard deviations that count as a move
-LOOKBACK = 60  #: rows before the first alarm in which a move is looked for
+LOOKBACK = 40  #: rows before the first alarm in which a move is looked for
+NEAR = 5  #: rows before it in which a single odd row counts; earlier ones must last
 BEFORE = 32  #: rows before that which say how a series was
 
 
@@ -142,6 +143,10 @@ def movers(base: Baselines, first_alarm: int, limit: int = 40) -> list[Mover]:
     steps, z, values = base.steps[kept], base.z[kept], base.values[kept]
     strong = np.abs(z) >= MOVED
     strong |= ~np.isfinite(values) & (np.isinf(values) | _was_logged(base, kept, values))
+    alarm = int(np.searchsorted(steps, first_alarm, "left"))
+    early = strong[: max(alarm - NEAR, 0)]
+    if len(early):  # what came and went long before the alarm is noise
+        early &= np.abs(z[1 : len(early) + 1]) >= MOVED / 2
     found = []
     for k in np.nonzero(strong.any(0))[0]:
         first = _onset(z[:, k], int(strong[:, k].argmax()))

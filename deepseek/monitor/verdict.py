@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek.monitor.baseline import MAD, Baselines
-from deepseek.monitor.detectors import Alarm
+from deepseek.monitor.detectors import NUMBERS, Alarm
 from deepseek.monitor.incident import Mover
 
 Cause = Literal["DATA", "MODEL", "OPTIMISER", "PRECISION", "HARDWARE", "UNKNOWN"]
 
 LEAST = 0.3  #: below it the verdict is UNKNOWN
+LASTING = 5.0  #: of a sum that looks for small and lasting shifts: enough to be evidence, not an alarm
 LATE = 10**12  #: the step of what did not move
 
 
@@ -118,7 +119,8 @@ Rule = Callable[[Case], Iterator[Finding]]
 
 def diagnose(case: Case) -> Verdict:
     """Weigh everything the rules find."""
-    findings = [finding for rule in RULES for finding in rule(case)]
+    rules = NUMERIC if any(a.family == NUMBERS for a in case.alarms) else RESOURCES
+    findings = [finding for rule in rules for finding in rule(case)]
     findings.sort(key=lambda f: -f.weight)
     doubt = dict[Cause, float]()
     for finding in findings:
@@ -183,22 +185,22 @@ def _sources(case: Case) -> Iterator[Finding]:
         value = contents[0].after if contents else alarmed[0].value
         text = f"the data itself changed: {name.removeprefix('data/')} moved at step {step}"
         yield Finding("DATA", 0.85, text, name, step, value, score)
-    yield from _one_source(case)
 
 
 def _one_source(case: Case) -> Iterator[Finding]:
-    losses = [n for n in case.base.names if n.startswith("data/") and n.endswith("/loss")]
+    """Some sources' loss rose, by a jump or little by little, and others' did not."""
+    names = [n for n in case.base.names if n.startswith("data/") and n.endswith("/loss")]
     moved = {m.name: m for m in case.moved("data/", "/loss")}
-    moved.update(
-        {
-            a.series: Mover(a.series, a.step, a.score, math.nan, a.value)
-            for a in case.alarms
-            if a.series in losses
-        }
-    )
-    if moved and len(moved) < len(losses):
+    for name in names:
+        place = case.base.place[name]
+        if name not in moved and (lasting := float(case.base.long_up[place])) > LASTING:
+            moved[name] = Mover(name, case.step, lasting, math.nan, case.base.expected(place))
+    for alarm in case.alarms:
+        if alarm.series in names:
+            moved[alarm.series] = Mover(alarm.series, alarm.step, alarm.score, math.nan, alarm.value)
+    if moved and len(moved) < len(names):
         worst = max(moved.values(), key=lambda m: m.score)
-        text = f"only {len(moved)} of {len(losses)} sources changed their loss: {', '.join(sorted(moved))}"
+        text = f"only {len(moved)} of {len(names)} sources changed their loss: {', '.join(sorted(moved))}"
         yield Finding("DATA", 0.8, text, worst.name, worst.step, worst.after, worst.score)
 
 
@@ -327,7 +329,9 @@ def _experts(case: Case) -> Iterator[Finding]:
     if alarm is None:
         return
     load = min(case.first("expert/"), case.first("router/"), alarm.step)
-    alone = load <= min(case.first("train/loss"), case.first("train/lr"))
+    place = case.base.place.get("train/loss")
+    uneasy = place is not None and float(case.base.long_up[place]) > LASTING
+    alone = load <= min(case.first("train/loss"), case.first("train/lr")) and not uneasy
     text = alarm.text + ("; it began before the loss moved" if alone else "; the loss had moved before")
     yield Finding("MODEL", 0.85 if alone else 0.5, text, alarm.series, alarm.step, alarm.value, alarm.score)
 
@@ -348,7 +352,8 @@ def _memory(case: Case) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Rule, ...] = (
-    _siblings, _sources, _single_batch, _falls, _gradient_first, _learning_rate, _updates, _precision, _not_a_number,
-    _corruption, _clock, _experts, _memory,
+NUMERIC: tuple[Rule, ...] = (
+    _siblings, _sources, _one_source, _single_batch, _falls, _gradient_first, _learning_rate, _updates, _precision,
+    _not_a_number, _corruption, _experts,
 )  # fmt: skip
+RESOURCES: tuple[Rule, ...] = (_clock, _memory)
