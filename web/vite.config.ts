@@ -18,5 +18,5 @@ export default defineConfig({
       },
     },
   },
-  server: { proxy: { "/api": process.env.DEEPSEEK_MONITOR ?? "http://127.0.0.1:6007" } },
+  server: { proxy: { "/api": process.env.DEEPSEEK_MONITOR ?? "http://127.0.0.1:6060" } },
 });
