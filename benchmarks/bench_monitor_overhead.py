@@ -108,7 +108,8 @@ def accounts() -> Account:
 
 def one(config: PretrainConfig, run: Path) -> Clock:
     clock = Clock()
-    pretrain(config, run, sinks=[clock])
+    if not pretrain(config, run, sinks=[clock]).finished:
+        raise SystemExit("interrupted")  # by a signal, which a run takes as a wish to save and stop
     return clock
 
 

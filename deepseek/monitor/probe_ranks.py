@@ -19,6 +19,7 @@ from deepseek.monitor.probe_memory import device_memory
 from deepseek.train.step import TrainStep
 
 PERIOD = 0.1  #: seconds between two gatherings, at least; a step longer than that is told by itself
+ALONE = 1.0  #: the same for a single rank, whose steps say it all
 SELDOM = 1000  #: steps between them, at most
 
 
@@ -32,8 +33,9 @@ class RankProbe:
             same step, once; 0 otherwise.
     """
 
-    def __init__(self, step: TrainStep, period: float = PERIOD) -> None:
-        self.step, self.period, self.every = step, period, 1
+    def __init__(self, step: TrainStep) -> None:
+        self.step, self.every = step, 1
+        self.period = PERIOD if comm.world() > 1 else ALONE
         self._own: list[float] = []
         self._data: list[float] = []
         self._whole: list[float] = []
@@ -53,7 +55,7 @@ class RankProbe:
             self._send(step)
 
     def _send(self, step: int) -> None:
-        every = math.ceil(self.period / max(_mean(self._whole), 1e-6))
+        every = max(1, math.ceil(self.period / max(_mean(self._whole), 1e-6)))
         row = [_mean(self._own), _mean(self._data), device_memory(self.step.device)]
         row += [min(every, SELDOM), self.ask]
         self.ask = 0

@@ -252,6 +252,8 @@ class Observer:
     def _answer(self) -> None:
         """What was found since the last step: do what the config says, and have the documents named."""
         self.responder.respond(data_watched=self.data is not None)
+        while comm.world() == 1 and self.responder.wanted:
+            self._explain_together(self.responder.wanted)
         self.ranks.ask = self.responder.wanted
 
     def _explain_together(self, step: int) -> None:
@@ -259,20 +261,20 @@ class Observer:
         own: list[dict[str, Any]] = []
         self._safely("the documents behind incidents", lambda: own.extend(self.explain(step)))
         found = worst(itertools.chain(*comm.gather(own)), self.config.samples)
-        self._safely("the documents behind incidents", self.responder.explained, step, found)
+        self._safely("what is done about incidents", self.responder.explained, step, found, again=True)
         self.ranks.ask = self.responder.wanted
 
-    def _safely(self, what: str, do: Callable[..., None], *args: Any) -> None:
-        """Do it; what fails is told, and not done again."""
-        if what in self._failed:
+    def _safely(self, what: str, do: Callable[..., None], *args: Any, again: bool = False) -> None:
+        """Do it; what fails is told once, and not done ``again``."""
+        if what in self._failed and not again:
             return
         try:
             do(*args)
         except Exception as error:
             heard = self._step is not None
-            self._failed[what] = None if heard else error
-            if heard:
+            if heard and what not in self._failed:
                 tell_failure(what, error)
+            self._failed[what] = None if heard else error
 
 
 class Ear(Sink):

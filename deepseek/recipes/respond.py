@@ -21,8 +21,9 @@ MOST_ACTIONS = 3  #: incidents that a run answers by itself
 class Responder(Sink):
     """Hears of incidents, from any thread; answers between two steps, when ``respond`` is called.
 
-    An incident is told again, under the same ``id``, when more is known of it: it is answered once. Actions go the way
-    that a person's go (``monitor.control.request``), one at a time, and end after ``MOST_ACTIONS``.
+    An incident is told again, under the same ``id``, when more is known of it: it is answered once. Its documents are
+    named first: after a rollback the same step has others. Actions go the way that a person's go
+    (``monitor.control.request``), one at a time, and end after ``MOST_ACTIONS``.
     """
 
     def __init__(self, config: MonitorConfig, run: Path) -> None:
@@ -47,11 +48,14 @@ class Responder(Sink):
         """Answer what was heard. ``data_watched``: somebody else names the documents of a drift."""
         while self._heard:
             incident = self._heard.popleft()
-            if self._is_to_explain(incident, data_watched):
+            waiting = next((i for i in self._unexplained if i.get("id") == incident.get("id")), None)
+            if waiting is not None:
+                waiting.update(incident)
+            elif self._is_to_explain(incident, data_watched):
                 self._explained.add(incident.get("id"))
                 self._unexplained.append(incident)
-            if self.config.on_incident != "none" and _severe(incident, self.config.act_from):
-                self._act(incident)
+            else:
+                self._consider(incident)
 
     def _is_to_explain(self, incident: Mapping[str, Any], data_watched: bool) -> bool:
         kind = incident.get("kind")
@@ -66,13 +70,18 @@ class Responder(Sink):
         return int(self._unexplained[0]["step"]) if self._unexplained else 0
 
     def explained(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Put the documents of ``step``'s batch into the incidents that wait for them."""
+        """Put the documents of ``step``'s batch into the incidents that wait for them, and act on these."""
         waiting = [incident for incident in self._unexplained if int(incident["step"]) == step]
+        self._unexplained = deque(i for i in self._unexplained if int(i["step"]) != step)
         for incident in waiting:
-            self._unexplained.remove(incident)
             if samples:
                 with RunStore(self.run) as store:
                     store.change_incident(incident["id"], samples=list(samples))
+            self._consider(incident)
+
+    def _consider(self, incident: Mapping[str, Any]) -> None:
+        if self.config.on_incident != "none" and _severe(incident, self.config.act_from):
+            self._act(incident)
 
     def _act(self, incident: Mapping[str, Any]) -> None:
         """Ask the run for what the config says; once at a time, and not for ever."""
