@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseek.monitor.keepers import MovingAverage, MultiGPUAggregator, RateCounter
     from deepseek.monitor.narrator import Narrator, comparison, headline, table
     from deepseek.monitor.report import write_report
     from deepseek.monitor.runs import RunSummary, list_runs
@@ -27,23 +28,17 @@ if TYPE_CHECKING:
     from deepseek.monitor.sink import StoreSink
     from deepseek.monitor.store import RunStore
     from deepseek.monitor.terminal import TerminalSink
-    from deepseek.monitor.training_monitor import (
-        Alert,
-        MovingAverage,
-        MultiGPUAggregator,
-        RateCounter,
-        TrainingMonitor,
-    )
+    from deepseek.monitor.training_monitor import Alert, TrainingMonitor
 
     run: Run | None
     summary: Any
 
 _HOMES = {
     "Alert": "training_monitor",
-    "MovingAverage": "training_monitor",
-    "MultiGPUAggregator": "training_monitor",
+    "MovingAverage": "keepers",
+    "MultiGPUAggregator": "keepers",
     "Narrator": "narrator",
-    "RateCounter": "training_monitor",
+    "RateCounter": "keepers",
     "Run": "session",
     "RunStore": "store",
     "RunSummary": "runs",

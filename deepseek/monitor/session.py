@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from deepseek.errors import RunError
-from deepseek.files import write_atomic
+from deepseek.monitor.session_config import Config, options_of
 from deepseek.monitor.store import RunStore
 
 SUMMARIES = ("last", "min", "max", "mean", "none")  #: what ``define_metric`` can ask for
@@ -43,54 +43,6 @@ LONGEST = 80  #: characters of a directory's name
 _logger = logging.getLogger(__name__)
 _open: list[Run] = []
 _lock = threading.RLock()
-
-
-class Config(MutableMapping[str, Any]):
-    """A run's options: ``config["lr"]`` or ``config.lr``; every change is written to ``config.toml`` at once."""
-
-    def __init__(self, path: Path | None, values: Mapping[str, Any]) -> None:
-        self.__dict__["_path"], self.__dict__["_values"] = path, dict(values)
-        if values:
-            self._save()
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._values[key] = value
-        self._save()
-
-    def __delitem__(self, key: str) -> None:
-        del self._values[key]
-        self._save()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name not in self._values:
-            raise AttributeError(f"the config has no '{name}'")
-        return self._values[name]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-    def __repr__(self) -> str:
-        return f"Config({self._values})"
-
-    def update(self, *args: Any, allow_val_change: bool = True, **values: Any) -> None:
-        """Set several options; ``allow_val_change`` is taken for compatibility, changes are always allowed."""
-        self._values.update(_options(args[0]) if args else {}, **values)
-        self._save()
-
-    def _save(self) -> None:
-        import tomli_w
-
-        if self._path is not None:
-            write_atomic(self._path, tomli_w.dumps(_toml(self._values)))
 
 
 class Summary(MutableMapping[str, Any]):
@@ -335,7 +287,7 @@ def init(
             path = _made(path, shared=bool(given))
         except OSError as error:
             raise RunError(f"{path} cannot be a run directory: {error.strerror or error}") from error
-    made = Run(path, label, _options(config), facts, writes)
+    made = Run(path, label, options_of(config), facts, writes)
     with _lock:
         if not _open:
             atexit.unregister(_finish_all)
@@ -437,21 +389,6 @@ def _safe(name: str) -> str:
     return safe[:LONGEST]
 
 
-def _options(config: Any) -> dict[str, Any]:
-    """A config of any form as a dictionary."""
-    if config is None:
-        return {}
-    if isinstance(config, Mapping):
-        return dict(config)
-    if hasattr(config, "__dataclass_fields__"):
-        from dataclasses import asdict
-
-        return asdict(config)
-    if hasattr(config, "__dict__"):
-        return dict(vars(config))
-    raise RunError(f"a config is a dictionary, a namespace or a dataclass, not a {type(config).__name__}")
-
-
 def _number(value: Any) -> float | None:
     if (
         isinstance(value, str)
@@ -463,12 +400,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
-
-
-def _toml(value: Any) -> Any:
-    """What TOML can hold: no ``None``, text for what it does not know."""
-    if isinstance(value, Mapping):
-        return {str(k): _toml(v) for k, v in value.items() if v is not None}
-    if isinstance(value, (list, tuple, set)):
-        return [_toml(v) for v in value if v is not None]
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
