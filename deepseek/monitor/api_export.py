@@ -66,7 +66,7 @@ class ExportApi:
             raise BadRequest(
                 f"{len(names)} series are more than {MOST_SERIES} in one file; choose with name=…"
             )
-        file = "".join(c if c.isalnum() or c in "._-" else "_" for c in run.name)
+        file = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in run.name)
         if kind == "csv":
             headers = {
                 "content-disposition": f'attachment; filename="{file}.csv"',

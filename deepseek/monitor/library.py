@@ -76,14 +76,17 @@ class Library:
 
     def _scan(self) -> None:
         if _is_run(self.root):
-            self._found = {self.root.resolve().name or "run": self.root}
+            self._found = {_id(Path(self.root.resolve().name or "run")): self.root}
         else:
-            self._found = {
-                p.relative_to(self.root).as_posix().replace("/", "~"): p for p in _runs(self.root, DEPTH)
-            }
+            self._found = {_id(p.relative_to(self.root)): p for p in _runs(self.root, DEPTH)}
         for name in self._open.keys() - self._found.keys():
             self._open.pop(name).close()
         self._scanned = time.monotonic()
+
+
+def _id(path: Path) -> str:
+    """A name for a URL and for JSON: bytes that are no UTF-8 are written as such."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace").replace("/", "~")
 
 
 def _is_run(path: Path) -> bool:

@@ -14,6 +14,7 @@ from deepseek.errors import DeepseekError
 from deepseek.monitor.units import number
 
 LONGEST = 400  #: characters of a name or a value in an error message or a query
+OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 BODY_BYTES = 256 << 10
 
 
@@ -39,7 +40,22 @@ class Json(Response):
 
 def encode(content: Any) -> bytes:
     """JSON as UTF-8. What JSON cannot hold is written as its ``str``."""
-    return orjson.dumps(content, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    try:
+        return orjson.dumps(content, default=_plain, option=OPTIONS)
+    except (
+        TypeError
+    ):  # a number of more than 64 bits, a name that is no UTF-8: somewhere, so all is looked at
+        return orjson.dumps(_scrubbed(content), default=_plain, option=OPTIONS)
+
+
+def _scrubbed(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, dict):
+        return {_scrubbed(k): _scrubbed(v) for k, v in value.items()}
+    return [_scrubbed(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:

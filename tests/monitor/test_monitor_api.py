@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -513,3 +514,36 @@ def test_a_store_without_events(tmp_path: Path) -> None:
         writer.log(3, {"loss": 1.0})
         with client(tmp_path) as web:
             assert get(web, "/api/runs")[0]["status"] == "running"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are bytes")
+@pytest.mark.parametrize(
+    "name",
+    ["中文 é", "a b&c=d?e#f", "<img src=x onerror=alert(1)>", "\udcff\udcfe", 'it\'s "quoted"', "-rf"],
+)
+def test_runs_of_any_name(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path / "runs" / name, steps=5)
+    with client(tmp_path / "runs") as web:
+        (listed,) = get(web, "/api/runs")
+        url = "/api/runs/" + quote(listed["id"], safe="")
+        assert get(web, url)["step"] == 5
+        assert get(web, f"{url}/data?name=train/loss")["train/loss"]["step"] == [1, 2, 3, 4, 5]
+        for kind in ("csv", "parquet"):
+            answer = web.get(f"{url}/export?format={kind}")
+            assert answer.status_code == 200
+            assert "attachment" in answer.headers["content-disposition"]
+        assert 'deepseek_run_step{run="' in web.get("/metrics").text
+
+
+def test_numbers_and_texts_that_json_lacks(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "odd", steps=3)
+    with (run / "events.jsonl").open("a") as file:
+        file.write(
+            '{"event": "run", "step": 0, "parameters": '
+            + "9" * 40
+            + ', "device": "\\ud800", "x": [1e999, NaN]}\n'
+        )
+    with client(tmp_path) as web:
+        assert get(web, "/api/runs/odd")["facts"]["parameters"] == "9" * 40
+        assert get(web, "/api/runs")[0]["device"] == "?"
+        assert web.get("/metrics").status_code == 200
