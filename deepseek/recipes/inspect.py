@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from deepseek.assemble import Run, pick_device
@@ -17,6 +18,7 @@ from deepseek.monitor.narrator import BAD, GOOD, QUIET, WARN, encodable, glyphs,
 
 MOST_PARTS = 20  #: rows of the ablation table
 MOST_HEADS = 48  #: rows of the heads' table
+MOST_SUSPECTS = 20
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,15 @@ def _render_suspects(found: dict[str, Any], console: Console) -> None:
         console.print(encodable(line, console))
         return
     console.print(Text(f"{len(suspects)} suspect{'s' if len(suspects) > 1 else ''}", style="bold"))
-    for suspect in suspects:
+    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    for suspect in suspects[:MOST_SUSPECTS]:
         part = f"head {suspect['head']}" if "head" in suspect else f"expert {suspect['expert']}"
-        line = Text("  ").append(f"{suspect['score']:5.2f}  ", BAD if suspect["score"] >= 2 else WARN)
-        line.append(f"layer {suspect['layer']} {part}  ", "bold").append(suspect["why"])
-        console.print(encodable(line, console))
+        where = encodable(Text(f"layer {suspect['layer']} {part}", style="bold", no_wrap=True), console)
+        score = Text(f"{suspect['score']:.2f}", style=_style(suspect["score"]), no_wrap=True)
+        grid.add_row(score, where, encodable(Text(suspect["why"]), console))
+    console.print(grid)
+    if len(suspects) > MOST_SUSPECTS:
+        console.print(Text(f"  and {len(suspects) - MOST_SUSPECTS} more: --json lists all", style=QUIET))
 
 
 def _render_grid(found: dict[str, Any], console: Console) -> None:
