@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from deepseek.monitor.report import write_report
     from deepseek.monitor.runs import RunSummary, list_runs
     from deepseek.monitor.series import SeriesReader, SeriesWriter, Window
-    from deepseek.monitor.session import Run, alert, define_metric, finish, init, log, login
+    from deepseek.monitor.session import alert, define_metric, finish, init, log, login
+    from deepseek.monitor.session_run import Run
     from deepseek.monitor.sink import StoreSink
     from deepseek.monitor.store import RunStore
     from deepseek.monitor.terminal import TerminalSink
@@ -39,7 +40,7 @@ _HOMES = {
     "MultiGPUAggregator": "keepers",
     "Narrator": "narrator",
     "RateCounter": "keepers",
-    "Run": "session",
+    "Run": "session_run",
     "RunStore": "store",
     "RunSummary": "runs",
     "SeriesReader": "series",
