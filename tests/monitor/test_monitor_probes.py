@@ -22,7 +22,7 @@ from deepseek.monitor.probes import Cadence, Groups, Reading, SampledProbe, Step
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.parallel.memory import activation_checkpoint
-from deepseek.precision import choose
+from deepseek.precision import Policy, choose, lower
 from deepseek.train import OptimConfig, TrainStep, build_optimizer, next_token_loss
 from deepseek.train.losses import token_losses
 
@@ -198,6 +198,32 @@ def test_the_update_ratio_of_a_large_weight_is_estimated_from_a_sample() -> None
     wanted = joint64([model.embedding.weight.double() - before]) / joint64([before])
     assert told["layer/embedding/update_ratio"] == pytest.approx(wanted, rel=0.05)
     assert told["layer/0/update_ratio"] == 0.0
+
+
+def test_weights_kept_in_bf16_are_measured_by_their_fp32_masters() -> None:
+    model, batch = make_model(), packed()
+    policy = Policy("bf16", torch.bfloat16, 1.0, "", masters=True)
+    optimizer = build_optimizer(
+        model, OptimConfig(lr=1e-5, name="adamw", weight_decay=0.0), lower(model, policy)
+    )
+    step = TrainStep(model, next_token_loss, optimizer, policy)
+    probe = SampledProbe(step)
+    masters = {optimizer.names[p]: m for p, m in optimizer.masters.items()}
+    before = {n: masters.get(n, p).detach().double().clone() for n, p in model.named_parameters()}
+    probe.prepare()
+    step(batch)
+    reading, seen = probe(batch)
+    told = figures(reading)
+    names = [n for n in before if group_of(n) == "0"]
+    moved = joint64([masters.get(n, dict(model.named_parameters())[n]).double() - before[n] for n in names])
+    assert told["layer/0/update_ratio"] == pytest.approx(
+        moved / joint64([before[n] for n in names]), rel=1e-2
+    )
+    assert 0 < told["layer/0/update_ratio"] < 1e-3  # far below what bf16 can hold
+    assert seen.losses.dtype == torch.float32
+    assert all(math.isfinite(value) for value in told.values())
+    memory = MemoryProbe(step)(batch)
+    assert memory["memory/optimizer"] > 2 * memory["memory/weights"]  # masters and two moments
 
 
 def test_activations_after_every_block() -> None:

@@ -47,6 +47,13 @@ def project(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, linear.weight.to(x.dtype), bias)
 
 
+def gates(attention: HybridAttention, x_BTC: Tensor) -> Tensor:
+    """``attention.gates`` in the dtype of ``x``, whatever the weights are kept in: ``[B, H, T]``."""
+    if attention.gate is None:
+        return attention.gates(x_BTC)
+    return (project(attention.gate, x_BTC) + widen(attention.gate_bias)).sigmoid().transpose(1, 2)
+
+
 class AttentionView:
     """What the queries ``rows`` of a layer see.
 
@@ -83,7 +90,7 @@ class AttentionView:
             q = self._heads(attention.query, attention.query_norm, x_BRC)
             k = self._heads(attention.key, attention.key_norm, x)
             self._place(q, k, positions)
-            self.gate_BHR = attention.gates(x_BRC) if isinstance(attention, HybridAttention) else None
+            self.gate_BHR = gates(attention, x_BRC) if isinstance(attention, HybridAttention) else None
             self.starts_BJ = self._pool(k) if isinstance(attention, HybridAttention) else None
 
     def _heads(self, linear: nn.Linear, norm: RMSNorm | None, x: Tensor) -> Tensor:
