@@ -119,7 +119,9 @@ class InspectApi:
 
         found = await anyio.to_thread.run_sync(work, limiter=self._limiter)
         if isinstance(found, Path):
-            return FileResponse(found, filename=found.name, headers={"cache-control": "no-store"})
+            kind = "application/gzip" if found.suffix == ".gz" else None
+            headers = {"cache-control": "no-store"}
+            return FileResponse(found, filename=found.name, media_type=kind, headers=headers)
         return Json(found)
 
     def _inspector(self, name: str) -> Any:
