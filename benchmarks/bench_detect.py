@@ -3,6 +3,7 @@
     python benchmarks/bench_detect.py curves   # false incidents per 100k steps; the mean + 6 sigma rule beside it
     python benchmarks/bench_detect.py bloom    # the gradient lead and the slow GPU of the BLOOM-176B logs
     python benchmarks/bench_detect.py faults   # 14 kinds of faults on live training runs, and healthy runs
+    python benchmarks/bench_detect.py siblings # do real runs with one data order jump at the same steps?
     python benchmarks/bench_detect.py nab      # the Numenta benchmark's windows: an outside check
     python benchmarks/bench_detect.py cost     # microseconds a row at 300 series
 
@@ -31,6 +32,7 @@ import numpy as np
 from deepseek.monitor.detect import Watch
 from deepseek.monitor.detectors import DetectConfig
 from deepseek.monitor.incident import Incident
+from deepseek.monitor.verdict import jumped
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SPLIT_SEED = 4  #: of the halves of the public curves
@@ -80,24 +82,25 @@ def six_sigma(values: np.ndarray, window: int = 100) -> int:
 
 def run_curves() -> None:
     found = curves()
-    recipe_half = held_out(list(found), "recipe")
+    halves = {by: held_out(list(found), by) for by in ("recipe", "run")}
     total, flagged, listed = Counter[str](), Counter[str](), []
     for name, values in found.items():
-        half = "held out" if name in recipe_half else "tuned on"
         incidents = incidents_of((step, {"train/loss": v}) for step, v in enumerate(values.tolist()))
-        listed += [f"  {half}: {recipe(name)} step {i.step} {i.kind}: {i.summary}" for i in incidents]
-        total[half] += len(values)
-        flagged[half] += len(incidents)
-        flagged[f"{half}, 6 sigma"] += six_sigma(values)
-    for half in ("tuned on", "held out"):
-        n = total[half]
+        listed += [f"  {recipe(name)} step {i.step} {i.kind}: {i.summary}" for i in incidents]
+        keys = ["tuned on"] if name not in halves["recipe"] else ["held out, by recipe"]
+        keys += ["held out, by run (with twins of tuned-on runs)"] if name in halves["run"] else []
+        for key in keys:
+            total[key] += len(values)
+            flagged[key] += len(incidents)
+            flagged[f"{key}: six sigma"] += six_sigma(values)
+    for key, n in total.items():
+        common = flagged[f"{key}: six sigma"]
         print(
-            f"{half}: {n} steps, {flagged[half]} false incidents = {flagged[half] / n * 1e5:.2f} per 100k; "
-            f"mean + 6 sigma (window 100): {flagged[half + ', 6 sigma']} = "
-            f"{flagged[half + ', 6 sigma'] / n * 1e5:.0f} per 100k"
+            f"{key}: {n} steps, {flagged[key]} false incidents = {flagged[key] / n * 1e5:.2f} per 100k; "
+            f"mean + 6 sigma (window 100): {common} = {common / n * 1e5:.0f} per 100k"
         )
     print("\n".join(listed))
-    run_spikes(found, recipe_half)
+    run_spikes(found, halves["recipe"])
 
 
 def run_spikes(found: Mapping[str, np.ndarray], names: set[str], each: int = 4) -> None:
@@ -112,6 +115,48 @@ def run_spikes(found: Mapping[str, np.ndarray], names: set[str], each: int = 4) 
                 seen = incidents_of((s, {"train/loss": v}) for s, v in enumerate(values.tolist()))
                 hits, trials = hits + any(place <= i.step <= place + rows for i in seen), trials + 1
         print(f"planted +{height} nats for {rows} step(s): found {hits} of {trials}")
+
+
+class Curve:
+    """A public run as a sibling: one series."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    @property
+    def series(self) -> Curve:
+        return self
+
+    def raw(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        stop = min(stop, len(self.values))
+        return np.arange(start, stop), self.values[start:stop]
+
+
+def run_siblings(least: float = 10.0) -> None:
+    """Steps at which a run jumps by 10 deviations, asked of its siblings; and steps drawn at random for comparison."""
+    by_recipe = dict[str, list[Curve]]()
+    for name, values in curves().items():
+        by_recipe.setdefault(recipe(name), []).append(Curve(values))
+    random, seen = np.random.default_rng(0), Counter[str]()
+    for runs in by_recipe.values():
+        for one, other in [(a, b) for a in runs[:4] for b in runs[:4] if a is not b]:
+            limit = min(len(one.values), len(other.values)) - 60
+            jumps = [s for s in range(400, limit) if _jumps(one.values, s, least)]
+            for label, steps in (("jump", jumps[:50]), ("random", random.integers(400, limit, 20).tolist())):
+                answers = [found[0] for s in steps if (found := jumped(other, s)) is not None]
+                seen[f"{label}, same"] += sum(abs(z) >= 6 for z in answers)
+                seen[label] += len(answers)
+    for label in ("jump", "random"):
+        share = seen[label + ", same"] / max(seen[label], 1)
+        print(
+            f"steps chosen by {label}: a sibling jumped at {seen[label + ', same']} of {seen[label]} = {share:.1%}"
+        )
+
+
+def _jumps(values: np.ndarray, step: int, least: float) -> bool:
+    before = values[step - 40 : step]
+    noise = np.median(np.abs(np.diff(before))) * 1.4826 / math.sqrt(2)
+    return bool(values[step] - np.median(before[-10:]) > least * noise)
 
 
 # BLOOM-176B.
@@ -269,7 +314,7 @@ def run_cost(series: int = 300, rows: int = 1500) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("curves", "bloom", "faults", "nab", "cost", "table"))
+    parser.add_argument("what", choices=("curves", "siblings", "bloom", "faults", "nab", "cost", "table"))
     parser.add_argument(
         "--seeds", default=f"{FIRST_TEST_SEED}:{FIRST_TEST_SEED + 3}", help="of faulty runs: first:last"
     )
@@ -287,7 +332,13 @@ def main() -> None:
     elif given.what == "table":
         tell_faults([json.loads(x) for x in given.out.read_text().splitlines()])
     else:
-        {"curves": run_curves, "bloom": run_bloom, "nab": run_nab, "cost": run_cost}[given.what]()
+        {
+            "curves": run_curves,
+            "siblings": run_siblings,
+            "bloom": run_bloom,
+            "nab": run_nab,
+            "cost": run_cost,
+        }[given.what]()
 
 
 if __name__ == "__main__":
