@@ -62,6 +62,7 @@ class State:
         self._pending: deque[Any] = deque(maxlen=PENDING)
         self._unread: Event | None = None
         self._times: deque[tuple[float, int]] = deque(maxlen=200)
+        self._incidents: set[tuple[str, str]] = set()
         self._first_time: float | None = None
         self._last_time: float | None = None
 
@@ -113,6 +114,11 @@ class State:
             how = f", {one_line(values['how'])}" if values.get("how") else ""
             self.compressors[one_line(values.get("name", "?")) + how] = float(values["bits_per_byte"])
         text, style = message(event.name, event.step, values, self.marks)
+        if event.name == "incident":
+            key = (str(values.get("id")), str(values.get("verdict")))
+            if key in self._incidents:  # told again, as more is known of it
+                return
+            self._incidents.add(key)
         if text:
             self.say(text, style, event)
 
@@ -310,6 +316,10 @@ def message(name: str, step: int | None, v: dict[str, Any], marks: Glyphs) -> tu
         text = detail.get("text") or detail.get("error") or v.get("status")
         who = f" by {v['by']}" if v.get("by") else ""
         return f"{v.get('action')}{who}: {text}", WARN if v.get("status") == "failed" else ACCENT
+    if name == "incident":
+        sure = f" ({v['confidence']:.0%})" if isinstance(v.get("confidence"), float) else ""
+        verdict = f": {v['verdict']}{sure}" if v.get("verdict") else ""
+        return f"{marks.warning} {v.get('title') or v.get('kind')}{at}{verdict}", WARN
     if name == "warning":
         return f"{marks.warning} {v.get('text')}", WARN
     if name == "bad_record":

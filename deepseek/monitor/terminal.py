@@ -19,7 +19,7 @@ from rich.errors import LiveError
 from rich.live import Live
 from rich.text import Text
 
-from deepseek.events import Event, Sink
+from deepseek.events import SERIES_ONLY, Event, Sink
 from deepseek.monitor.narrator import (
     WARN,
     comparison,
@@ -61,7 +61,9 @@ class TerminalSink(Sink):
         budget: float = 0.008,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.see: str | None = None  #: how to watch the run, said once when it starts; ``None``: from the event
+        self.see: str | None = (
+            None  #: how to watch the run, said once when it starts; ``None``: from the event
+        )
         self.console = console or Console()
         self.quiet, self.every_seconds, self.every_steps = quiet, every_seconds, every_steps
         self.budget, self.clock = budget, clock
@@ -98,7 +100,7 @@ class TerminalSink(Sink):
             self._summary()
 
     def _write(self, event: Event) -> None:
-        if self._closed:
+        if self._closed or event.name in SERIES_ONLY:
             return
         if event.name == "train":
             self.state.keep(event)

@@ -62,6 +62,26 @@ def test_pipe_gets_plain_lines_and_a_summary() -> None:
     assert "gzip -9, each file" in text
 
 
+def test_events_of_series_are_not_read_and_an_incident_is_one_line_until_its_verdict_changes() -> None:
+    sink = TerminalSink(console(False))
+    unread = torch.zeros(3, device="meta")  # reading it raises
+    for name in ("probe", "ranks", "data"):
+        sink.write(Event(name, 5, {"names": ("a", "b", "c"), "values": unread}))
+    assert not sink.state.messages
+    for verdict, confidence in (("UNKNOWN", 0.3), ("DATA", 0.9), ("DATA", 0.95)):
+        incident = {
+            "id": "5-loss_spike-1",
+            "title": "Loss spike",
+            "verdict": verdict,
+            "confidence": confidence,
+        }
+        sink.write(Event("incident", 5, incident))
+    told = [text for _, text, _, _ in sink.state.messages]
+    assert len(told) == 2
+    assert "Loss spike at step 5: UNKNOWN (30%)" in told[0]
+    assert "Loss spike at step 5: DATA (90%)" in told[1]
+
+
 def test_every_steps_adds_lines() -> None:
     clock = Clock()
     sink = TerminalSink(console(False), every_seconds=1e9, every_steps=25, clock=clock)
