@@ -19,11 +19,15 @@ from deepseek.errors import DataError
 
 
 class Delivery(NamedTuple):
-    """A batch as it was delivered: its number, this rank's part, and the rows of all ranks it was built from."""
+    """A batch as it was delivered: its number, this rank's part, and the rows of all ranks it was built from.
+
+    ``window``: the number of the rows that were packed and shuffled together, from which it begins to be taken.
+    """
 
     number: int
     batch: Batch
     rows: list[Row]
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Maker:
             return None
         rows = self.kept(rows + [[] for _ in range(self.rows - len(rows))])
         batch = build(rows, self.length, self.stores, self.token_bytes, self.rank, self.world, self.pin)
-        return Delivery(at.batch, batch, rows), at, after
+        return Delivery(at.batch, batch, rows, at.window), at, after
 
     def kept(self, rows: list[Row]) -> list[Row]:
         """``rows`` without quarantined documents."""

@@ -4,8 +4,8 @@ Every batch adds its pieces (of this rank's rows) to a window per source. A piec
 surprising its tokens are under the frequencies of the reference, how many of its neighbouring pairs the reference never
 had, the entropy of its tokens, and the length of its document. The reference is the beginning of the run, or a sample
 of the corpus (``learn_corpus``). From then on the window is compared with it by PSI and KS distance (``data.shift``),
-against limits measured on the reference itself: piece by piece where a whole epoch is packed and shuffled together,
-else document by document, for then the next rows are of other documents.
+against limits measured on the reference itself, drawn as the stream draws: of the documents that the reference was
+packed and shuffled with while those last, then of others.
 
 A document that took part in the tables of frequencies and pairs would look familiar for ever. So documents are in two
 halves, by their number; each half has tables of its own and is judged by those of the other.
@@ -91,11 +91,14 @@ class QualityMonitor:
         vocab = self._stores[0].vocab_size
         self._familiar, self._settled = Familiar(vocab), False
         self._waiting: list[Pieces] = []
-        whole = sum(store.n_tokens for store in self._stores) <= WINDOW_ROWS * loader.length
-        self._sources = [SourceWindow(self.config, by_document=not whole) for _ in self.names]
+        self._length, self._tokens = loader.length, self._tokens_by_source()
+        self._sources = [SourceWindow(self.config) for _ in self.names]
         self._fingerprints = Fingerprints(vocab)
         self._languages = _Languages.of(decode)
         self._batches = 0
+        self._shuffled: int | None = (
+            None  # the window of rows that the reference was taken from; -1: of several
+        )
 
     @property
     def ready(self) -> bool:
@@ -105,6 +108,8 @@ class QualityMonitor:
     def update(self, delivery: Delivery) -> Report | None:
         """Look at a batch that was trained on; every ``every`` batches a comparison."""
         self._batches += 1
+        if not self._settled:
+            self._shuffled = delivery.window if self._shuffled in (None, delivery.window) else -1
         pieces = self._take(delivery)
         if pieces is None or self._batches % self.config.every:
             return None
@@ -118,7 +123,7 @@ class QualityMonitor:
             if (pieces := self._pieces(loader.last)) is not None:
                 self._learn(pieces)
         self._settle(least=2)
-        self._batches = self.config.reference
+        self._batches, self._shuffled = self.config.reference, -1
 
     def _take(self, delivery: Delivery) -> Pieces | None:
         pieces = self._pieces(delivery)
@@ -159,6 +164,31 @@ class QualityMonitor:
         self._familiar.learn(pieces)
         self._waiting.append(pieces)
 
+    def _tokens_by_source(self) -> Array:
+        """Tokens in the stores, of each source."""
+        found = np.zeros(len(self.names))
+        for held, source_of in zip(self._stores, self._source_of):
+            if len(source_of) == 1:
+                found[source_of[0]] += held.n_tokens
+            else:
+                sizes = np.bincount(held.records["source"], held.records["length"], minlength=len(source_of))
+                np.add.at(found, source_of, sizes)
+        return found
+
+    def _pool(self, number: int) -> float:
+        """Pieces of a source that are packed and shuffled together; ``inf`` where those are all it has."""
+        source, total = self._sources[number], sum(s.all_tokens for s in self._sources)
+        tokens = WINDOW_ROWS * self._length * source.all_tokens / max(total, 1)
+        if self._tokens[number] <= tokens:
+            return float("inf")
+        return tokens * source.all_pieces / max(source.all_tokens, 1)
+
+    def _finish(self, number: int, least: int) -> None:
+        source = self._sources[number]
+        if source.reference is None:
+            source.pool = self._pool(number)
+            source.finish(least)
+
     def _settle(self, least: int) -> None:
         """The tables are done: describe what they were made of, which is the reference."""
         self._familiar.settle()
@@ -166,8 +196,8 @@ class QualityMonitor:
         waiting, self._waiting = self._waiting, []
         for pieces in waiting:
             self._describe(pieces, settle=False)
-        for source in self._sources:
-            source.finish(least)
+        for number in range(len(self._sources)):
+            self._finish(number, least)
 
     def _describe(self, pieces: Pieces, settle: bool = True) -> None:
         """The figures of every piece that is long enough."""
@@ -175,19 +205,21 @@ class QualityMonitor:
         if not len(chosen):
             return
         values = self._familiar.features(pieces, self._stores)[chosen]
-        places = np.stack([pieces.store, pieces.document], 1)[chosen]
+        parts = np.maximum(1, np.ceil(pieces.sizes(self._stores) / self._length)).astype(np.int64)
+        places = np.stack([pieces.store, pieces.document, parts], 1)[chosen]
         source = pieces.source[chosen]
         for s in np.unique(source).tolist():
             here = source == s
             self._sources[s].describe(values[here], places[here])
             if settle:
-                self._sources[s].finish(self.config.least)
+                self._finish(s, self.config.least)
 
     def _report(self, delivery: Delivery, pieces: Pieces) -> Report:
         total = sum(source.tokens for source in self._sources) or 1
         sources: dict[str, SourceQuality] = {}
         alerts: list[DriftAlert] = []
         for number, (name, source) in enumerate(zip(self.names, self._sources)):
+            source.limits = source.near if delivery.window == self._shuffled else source.far
             if source.tokens:
                 here = np.repeat(pieces.source == number, pieces.length)
                 sources[name] = source.quality(total, pieces.tokens[here], self._language(number, pieces))
@@ -226,12 +258,16 @@ class QualityMonitor:
     def save(self, path: Path) -> None:
         """Keep the reference in a file (NumPy's ``.npz``), for ``load`` after a resume."""
         arrays: dict[str, Array] = {
-            "version": np.array(VERSION), "counts": self._familiar.counts, "pairs": np.packbits(self._familiar.pairs),
+            "version": np.array(VERSION),
+            "shuffled": np.array(-1 if self._shuffled is None else self._shuffled),
+            "counts": self._familiar.counts,
+            "pairs": np.packbits(self._familiar.pairs),
             "stores": np.array([store.fingerprint for store in self._stores]),
-        }  # fmt: skip
+        }
         for name, source in zip(self.names, self._sources):
             if source.reference is not None:
                 arrays[f"values/{name}"], arrays[f"places/{name}"] = source.reference, source.places
+                arrays[f"pool/{name}"] = np.array(source.pool)
         out = io.BytesIO()
         np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,8 +285,10 @@ class QualityMonitor:
                 )
             self._familiar.counts = held["counts"]
             self._familiar.pairs = np.unpackbits(held["pairs"]).astype(bool).reshape(2, PAIRS)
+            self._shuffled = int(held["shuffled"])
             for name, source in zip(self.names, self._sources):
                 if f"values/{name}" in held:
+                    source.pool = float(held[f"pool/{name}"])
                     source.settle(held[f"values/{name}"], held[f"places/{name}"])
         except DataError:
             raise

@@ -2,7 +2,7 @@
 
 Both are figures of two samples, and both are above zero for two samples of the same thing. How far above depends on
 their sizes and on how much values that belong together (pieces of one document) resemble each other. So the limit is
-measured, not looked up: reference and window are drawn again, whole documents at a time, from the reference itself.
+measured, not looked up: reference and window are drawn again from the reference, as the stream draws them.
 
 Shape letters: N values, F features, D documents.
 """
@@ -61,39 +61,54 @@ class Limits:
 
 
 def natural_limits(
-    reference_NF: Array, document_N: Array, window: int, draws: int = 100, seed: int = 0
+    reference_NF: Array,
+    document_N: Array,
+    pieces_N: Array,
+    pool: float,
+    window: int,
+    draws: int = 100,
+    seed: int = 0,
 ) -> Limits:
-    """The largest figures in ``draws`` comparisons of two resamples of the reference, drawn document by document.
+    """The largest figures in ``draws`` comparisons of two samples of the stream that the reference comes from.
 
     Args:
-        document_N: which document a value comes from. window: values in the sample that is compared.
+        document_N: which document a value comes from. pieces_N: how many pieces that document has in all.
+        pool: pieces that the stream shuffles together before it goes on with other documents; ``inf``: always the same
+            documents. window: values in the sample that is compared.
     """
     random = np.random.default_rng(seed)
-    blocks = _Blocks(document_N)
+    stream = _Stream(document_N, pieces_N, pool)
     features = reference_NF.shape[1]
     psi, ks = np.zeros(features), np.zeros(features)
     for _ in range(draws):
-        mine = np.sort(reference_NF[blocks.draw(len(reference_NF), random)], axis=0)
-        other = np.sort(reference_NF[blocks.draw(window, random)], axis=0)
+        mine = np.sort(reference_NF[stream.draw(len(reference_NF), random)], axis=0)
+        other = np.sort(reference_NF[stream.draw(window, random)], axis=0)
         for f in range(features):
             psi[f] = max(psi[f], Histogram(mine[:, f]).psi(other[:, f]))
             ks[f] = max(ks[f], ks_distance(mine[:, f], other[:, f]))
     return Limits(psi, ks)
 
 
-class _Blocks:
-    """The places of each document's values, to be drawn from."""
+class _Stream:
+    """Draws samples as a packed and shuffled stream gives them: documents make a pool, pieces are taken from it.
 
-    def __init__(self, document_N: Array) -> None:
+    A document of many pieces is met in proportion to them; divided by their number, what was met says how documents
+    are. A pool is drawn from those, and within it a document counts with all its pieces.
+    """
+
+    def __init__(self, document_N: Array, pieces_N: Array, pool: float) -> None:
         self._order = np.argsort(document_N, kind="stable")
-        _, self._starts, self._lengths = np.unique(
-            document_N[self._order], return_index=True, return_counts=True
-        )
+        _, self._starts, self._met = np.unique(document_N[self._order], return_index=True, return_counts=True)
+        self._pieces = pieces_N[self._order][self._starts].astype(np.float64)
+        likely = self._met / self._pieces
+        self._likely = likely / likely.sum()
+        self._documents = pool / float(self._likely @ self._pieces)
 
     def draw(self, size: int, random: np.random.Generator) -> Array:
-        """Places of ``size`` values of whole documents (but for the last), drawn with replacement."""
-        drawn = random.integers(len(self._starts), size=size)
-        length = self._lengths[drawn]
-        ends = np.cumsum(length)
-        within = np.arange(ends[-1]) - np.repeat(ends - length, length)
-        return self._order[(np.repeat(self._starts[drawn], length) + within)[:size]]
+        """Places of ``size`` values."""
+        weight = self._met.astype(np.float64)
+        if np.isfinite(self._documents):
+            weight = random.multinomial(max(1, round(self._documents)), self._likely) * self._pieces
+        document = np.repeat(np.arange(len(weight)), random.multinomial(size, weight / weight.sum()))
+        within = (random.random(size) * self._met[document]).astype(np.int64)
+        return self._order[self._starts[document] + within]

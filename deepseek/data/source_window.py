@@ -77,11 +77,15 @@ class SourceQuality:
 class SourceWindow:
     """What is known of one source: a reference once there is one, the window, and counts since the last report."""
 
-    def __init__(self, config: QualityConfig, by_document: bool) -> None:
-        self.config, self._by_document = config, by_document
+    def __init__(self, config: QualityConfig) -> None:
+        self.config = config
         self.reference: Array | None = None
-        self.places: Array = np.empty((0, 2), np.int64)
-        self.limits: Limits | None = None
+        self.places: Array = np.empty((0, 3), np.int64)  # store, document, pieces of the document
+        self.pool = float("inf")  #: pieces of this source that the stream shuffles together
+        self.all_tokens = self.all_pieces = 0
+        self.near: Limits | None = None  #: among the documents that the reference was shuffled with
+        self.far: Limits | None = None  #: among others, which come later
+        self.limits: Limits | None = None  #: those that hold now
         self._collected: list[tuple[Array, Array]] = []
         self._over = 0
         self._told = False
@@ -92,6 +96,7 @@ class SourceWindow:
         self.tokens, self._pieces, self._length, self._again = 0, 0, 0.0, 0
 
     def add(self, tokens: int, sizes: Array, again: Array) -> None:
+        self.all_tokens, self.all_pieces = self.all_tokens + tokens, self.all_pieces + len(sizes)
         self.tokens, self._pieces = self.tokens + tokens, self._pieces + len(sizes)
         self._length, self._again = self._length + float(sizes.sum()), self._again + int(again.sum())
 
@@ -114,13 +119,15 @@ class SourceWindow:
     def settle(self, reference: Array, places: Array) -> None:
         self.reference, self.places = reference, places
         n = min(self.config.window, len(reference))
-        self._window, self._where = np.zeros((n, len(FEATURES))), np.zeros((n, 2), np.int64)
+        self._window, self._where = np.zeros((n, len(FEATURES))), np.zeros((n, 3), np.int64)
         self._filled = 0
         self._sorted = [np.sort(column) for column in reference.T]
         self._histograms = [Histogram(column) for column in self._sorted]
-        document = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
-        blocks = document if self._by_document else np.arange(len(reference))
-        self.limits = natural_limits(reference, blocks, n)
+        document = np.unique(places[:, :2], axis=0, return_inverse=True)[1].reshape(-1)
+        self.near = self.limits = natural_limits(reference, document, places[:, 2], float("inf"), n)
+        self.far = self.near
+        if np.isfinite(self.pool):
+            self.far = natural_limits(reference, document, places[:, 2], self.pool, n)
 
     def compare(self) -> tuple[Array, Array] | None:
         """PSI and KS distance of the window, per feature; ``None`` before it is full."""

@@ -171,6 +171,43 @@ def test_shares_lengths_entropy_and_duplicates_of_each_source(tmp_path: Path) ->
     assert 6 < told["a"].entropy < math.log2(500)
 
 
+def test_a_drift_is_told_of_the_source_that_has_it(tmp_path: Path) -> None:
+    """Two sources, more than is packed and shuffled together; half of the smaller one's stream, then noise in it."""
+    draw = np.random.default_rng(0)
+    words = [draw.zipf(1.5, 4000) % 500 + 2, draw.zipf(1.3, 4000) % 500 + 2]
+    with StoreWriter(
+        tmp_path / "s", vocab_size=512, eos_id=0, pad_id=1, tokenizer="t", sources=["a", "b"]
+    ) as out:
+        for i in range(24_000):
+            source = int(i % 4 == 0)
+            begin, size = draw.integers(3000), draw.integers(40, 400)
+            out.add(words[source][begin : begin + size], int(size), source=source, path=f"{i}")
+    store = TokenStore(tmp_path / "s")
+    loader = Loader(store, rows=8, length=64, weights={"a": 3.0, "b": 1.0}, prefetch=0)
+    monitor = QualityMonitor(loader, QualityConfig(window=256))
+    alerts: list[Any] = []
+    number = 0
+    while not alerts and number < 2600:
+        next(loader)
+        assert loader.last is not None
+        delivery, number = loader.last, number + 1
+        if number > 2400:  # by then the rows come from another window
+            assert delivery.window > 0
+            targets = delivery.batch.targets.clone()
+            for r, row in enumerate(delivery.rows):
+                at = 0
+                for piece in row:
+                    if store.records["source"][piece.document] == 1 and piece.document % 5 == 0:
+                        noise = draw.integers(2, 512, piece.length)
+                        targets[r, at : at + piece.length] = torch.from_numpy(noise)
+                    at += piece.length
+            delivery = delivery._replace(batch=dataclasses.replace(delivery.batch, targets=targets))
+        if (report := monitor.update(delivery)) is not None:
+            alerts += report.alerts
+    assert [a.source for a in alerts] == ["b"]
+    assert alerts[0].batch > 2400
+
+
 def test_a_reference_is_kept_over_a_resume_and_refused_for_another_corpus(
     corpus: Corpus, tmp_path: Path
 ) -> None:

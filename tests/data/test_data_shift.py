@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_psi_is_its_sum_over_bins(a: list[float], b: list[float]) -> None:
 def test_limits_hold_for_new_samples_and_not_for_a_fifth_of_something_else(seed: int) -> None:
     draw = np.random.default_rng(seed)
     reference = draw.normal(size=(1000, 2))
-    limits = natural_limits(reference, np.arange(1000), 400, draws=60)
+    limits = natural_limits(reference, np.arange(1000), np.ones(1000), math.inf, 400, draws=60)
     ordered = np.sort(reference, axis=0)
     healthy, spoilt = draw.normal(size=(400, 2)), draw.normal(size=(400, 2))
     spoilt[:80] += 6
@@ -53,13 +54,25 @@ def test_limits_hold_for_new_samples_and_not_for_a_fifth_of_something_else(seed:
         assert ks_distance(ordered[:, f], np.sort(spoilt[:, f])) > limits.ks[f]
 
 
-def test_values_that_belong_together_widen_the_limits() -> None:
-    """The same numbers: alone, and as 20 values each of 50 documents that are much alike within."""
+def test_limits_are_those_of_the_stream() -> None:
+    """A stream of pools of ten large documents, each much alike within: next to each other samples of one pool are
+    close, samples of two are not; and the limits know it, from a sample of one pool."""
     draw = np.random.default_rng(0)
-    document = np.repeat(np.arange(50), 20)
-    reference = (draw.normal(size=50)[document] + 0.1 * draw.normal(size=1000))[:, None]
-    alone = natural_limits(reference, np.arange(1000), 400)
-    together = natural_limits(reference, document, 400)
-    other = np.sort(draw.normal(size=20)[np.repeat(np.arange(20), 20)] + 0.1 * draw.normal(size=400))
-    figure = ks_distance(np.sort(reference[:, 0]), other)  # twenty other documents: healthy, and far off
-    assert alone.ks[0] < figure < together.ks[0]
+
+    def pool() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        document = np.repeat(np.arange(10), 200)
+        return draw.normal(size=10)[document] + 0.1 * draw.normal(size=2000), document
+
+    same, other = [], []
+    for _ in range(10):
+        (values, document), (later, _) = pool(), pool()
+        order = draw.permutation(2000)
+        reference, window = values[order[:600]], np.sort(values[order[600:1000]])
+        arguments = (reference[:, None], document[order[:600]], np.full(600, 200))
+        near = natural_limits(*arguments, math.inf, 400, draws=50)
+        far = natural_limits(*arguments, 2000.0, 400, draws=50)
+        ordered = np.sort(reference)
+        same.append(ks_distance(ordered, window) < 1.3 * near.ks[0])
+        other.append(near.ks[0] < ks_distance(ordered, np.sort(draw.choice(later, 400))) < 1.3 * far.ks[0])
+    assert sum(same) >= 9
+    assert sum(other) >= 9
