@@ -90,11 +90,15 @@ def write(name: str, folder: Path, paced: int, fast: int) -> dict[str, float]:
     took.sort()
     size = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
     return {
-        "paced_p50_us": 1e6 * statistics.median(took), "paced_p99_us": 1e6 * took[int(0.99 * len(took))], "paced_max_us": 1e6 * took[-1],
+        "paced_p50_us": 1e6 * statistics.median(took),
+        "paced_p99_us": 1e6 * took[int(0.99 * len(took))],
+        "paced_max_us": 1e6 * took[-1],
         "cpu_us_per_row": 1e6 * cpu / paced,
-        "fast_p50_us": 1e6 * statistics.median(at_once), "fast_mean_us": 1e6 * statistics.mean(at_once),
-        "close_s": time.perf_counter() - closing, "bytes_per_value": size / (paced + fast) / len(NAMES),
-    }  # fmt: skip
+        "fast_p50_us": 1e6 * statistics.median(at_once),
+        "fast_mean_us": 1e6 * statistics.mean(at_once),
+        "close_s": time.perf_counter() - closing,
+        "bytes_per_value": size / (paced + fast) / len(NAMES),
+    }
 
 
 def beside(peers: str, paced: int, fast: int) -> dict[str, dict[str, float]]:

@@ -89,6 +89,7 @@ def check_against_events(run: Path, until: int) -> None:
     assert reader.damaged == 0
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation_are_in_the_store(tmp_path: Path) -> None:
     run, asked = tmp_path / "run", config(tmp_path)
     pretrain(replace(asked, train=replace(asked.train, steps=8)), run, sinks=[StoreSink(run)])
