@@ -5,10 +5,11 @@
 
 The root that is served holds ``--runs`` runs: links to RUN, each opened by itself, and a live one that this program
 logs to. Every figure is the median of ``--repeats`` requests over one kept connection from another process, with the
-95th percentile, beside the first request, which finds everything cold. The floor is an answer of the same server that
-reads nothing (404), so the rest is what the work itself costs. Then ``--clients`` event streams are opened: what they
-cost in memory and processor time while nothing happens, what a request takes beside them, and how long a logged row
-takes to reach the last of them.
+95th percentile and the processor time that the server took for one (which other programs on the machine do not touch),
+beside the first request, which may find everything cold. The floor is an answer of the same server that reads nothing
+(404), so the rest is what the work itself costs. Then ``--clients`` event streams are opened: what they cost in memory
+and processor time while nothing happens, what a request takes beside them, and how long a logged row takes to reach the
+last of them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -49,7 +50,7 @@ def main() -> None:
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(f"{args.run}: {len(names)} series, steps {first:,} to {last:,}; {load}")
     with tempfile.TemporaryDirectory() as place, served(Path(place), args.run, args.runs) as (port, process):
-        found = {"requests": requests(port, names, last, args.repeats), "clients": {}}
+        found = {"requests": requests(port, process.pid, names, last, args.repeats), "clients": {}}
         found["server_mib_with_all_runs_open"] = megabytes(process.pid)
         print(f"server: {found['server_mib_with_all_runs_open']:.0f} MiB with {args.runs} runs open")
         if args.clients:
@@ -80,8 +81,8 @@ def served(place: Path, run: Path, runs: int) -> Iterator[tuple[int, Any]]:
         process.wait(30)
 
 
-def requests(port: int, names: list[str], last: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of each kind of request."""
+def requests(port: int, pid: int, names: list[str], last: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of each kind of request: until the answer is there, and of the server's processor."""
     rng = random.Random(0)
     base = "/api/runs/run-00"
     layers = [n for n in names if n.startswith("layer/")] or names
@@ -112,14 +113,17 @@ def requests(port: int, names: list[str], last: int, repeats: int) -> dict[str, 
     for kind, path in kinds.items():
         for coding in ("identity", "gzip"):
             connection = http.client.HTTPConnection("127.0.0.1", port)
-            timed = [request(connection, path(), coding) for _ in range(repeats + 1)]
+            timed = [request(connection, path(), coding)]
+            spent = seconds(pid)
+            timed += [request(connection, path(), coding) for _ in range(repeats)]
+            cpu = (seconds(pid) - spent) / repeats * 1e3
             connection.close()
             rest = sorted(ms for ms, _ in timed[1:])
             figures = {"first_ms": timed[0][0], "p50_ms": statistics.median(rest),
-                       "p95_ms": rest[int(0.95 * len(rest))], "bytes": timed[-1][1]}  # fmt: skip
+                       "p95_ms": rest[int(0.95 * len(rest))], "cpu_ms": cpu, "bytes": timed[-1][1]}  # fmt: skip
             found[f"{kind}, {coding}"] = figures
             print(f"{kind:24} {coding:8}  first {figures['first_ms']:8.1f}  p50 {figures['p50_ms']:7.2f}  "
-                  f"p95 {figures['p95_ms']:7.2f} ms  {figures['bytes'] / 1e3:8.1f} kB")  # fmt: skip
+                  f"p95 {figures['p95_ms']:7.2f}  cpu {cpu:6.2f} ms  {figures['bytes'] / 1e3:8.1f} kB")  # fmt: skip
     return found
 
 
