@@ -137,6 +137,12 @@ export function useCommands(): Command[] {
   return list;
 }
 
+/** Whether the newest of the pauses and continuations that were carried out was a pause. */
+export function usePaused(): boolean {
+  const newest = useCommands().find((c) => c.status === "done" && ["pause", "continue", "rollback_skip", "stop"].includes(c.action));
+  return newest?.action === "pause";
+}
+
 const SHOWN_S = 90;
 
 /** The newest command of the run's own buttons, for a while: pressing without an answer would leave one in doubt. */

@@ -1,7 +1,7 @@
 // The frame around every page: the bar on top, the tabs of a run, keys, help.
 
 import { useEffect, useState } from "preact/hooks";
-import { ActionButton, Latest } from "./actions";
+import { ActionButton, Latest, usePaused } from "./actions";
 import { useCell } from "./cell";
 import { Dialog } from "./dialog";
 import { ago, duration, grouped, short } from "./format";
@@ -136,14 +136,14 @@ function RunHead({ run }: { run: RunState }) {
   const { info } = run;
   const total = info?.total_steps ?? null;
   const share = step !== null && total ? Math.min(1, step / total) : null;
-  const running = RUNNING.includes(info?.status ?? "");
+  const running = [...RUNNING, "paused"].includes(info?.status ?? "");
   const left = running && speed && total && step !== null ? (total - step) * speed : null;
-  const paused = info?.status === "paused";
+  const paused = usePaused() || info?.status === "paused";
   return (
     <div class="run-head">
       <div class="run-title">
         <h1>{info?.name ?? run.id}</h1>
-        {info && <Status status={info.status} />}
+        {info && <Status status={running && paused ? "paused" : info.status} />}
         {running && connected && <span class="live" title={t("Connected: rows arrive as the run writes them")}><Icon name="live" size={14} /><span class="sr">{t("live")}</span></span>}
       </div>
       <dl class="run-facts">
@@ -153,7 +153,7 @@ function RunHead({ run }: { run: RunState }) {
         {info?.device ? <div><dt>{t("Device")}</dt><dd>{info.device}</dd></div> : null}
         {info?.updated ? <div><dt>{t("Updated")}</dt><dd>{ago(info.updated)}</dd></div> : null}
       </dl>
-      {(running || paused) && (
+      {running && (
         <div class="run-actions">
           <ActionButton name="checkpoint" label="Checkpoint" />
           <ActionButton name={paused ? "continue" : "pause"} />

@@ -1,7 +1,7 @@
 """A real training run with one bad batch, for a browser to find: ``python live_run.py RUN CORPUS``.
 
-Everything is the project's own but batch ``BAD``, whose tokens are noise: whenever the loader delivers it, not at a step
-of a certain number. After a roll back that skips it, it does not come again.
+Everything is the project's own but batch ``BAD``, whose tokens are noise: whenever the loader delivers it, not at a
+step of a certain number. After a roll back that skips it, it does not come again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main(run: Path, corpus: Path) -> None:
             return batch
         draw = torch.Generator().manual_seed(1)
         noise = torch.randint(0, 256, batch.tokens.shape, generator=draw)
-        return replace(batch, tokens=noise, targets=torch.where(batch.targets >= 0, noise.roll(-1, 1), batch.targets))
+        return replace(
+            batch, tokens=noise, targets=torch.where(batch.targets >= 0, noise.roll(-1, 1), batch.targets)
+        )
 
     Loader.__next__ = with_noise  # type: ignore[method-assign]
     write_corpus(corpus, documents=120)

@@ -1,4 +1,4 @@
-"""The system's Chromium, driven by Playwright; tests that need it are skipped, with the reason, where either is absent."""
+"""The system's Chromium, driven by Playwright; where either is absent, tests are skipped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ LOADING = """[...document.querySelectorAll('.loading')].some((e) => {
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A headless browser that may only talk to this machine."""
-    sync = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install '.[browser-tests]'")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is absent: pip install '.[browser-tests]'"
+    )
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with sync.sync_playwright() as playwright:

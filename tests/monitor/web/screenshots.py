@@ -12,14 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fake_server import fake_server, series
+from fake_series import series
+from fake_server import fake_server
 from page_browser import chromium, watched
 
 IMAGES = Path(__file__).parents[3] / "docs" / "images"
 RUN = "run/moe-3b-hybrid"
 LARGEST = 200_000
 DESK = {"viewport": {"width": 1360, "height": 850}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
+PHONE = {
+    "viewport": {"width": 390, "height": 844},
+    "device_scale_factor": 2,
+    "is_mobile": True,
+    "has_touch": True,
+}
 #: name: theme, shape, address, height of the picture (0: the whole page)
 SHOTS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "runs": ("dark", DESK, "", 620),
@@ -34,7 +40,12 @@ SHOTS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "lineage": ("light", DESK, f"{RUN}/lineage", 760),
     "inspector": ("dark", DESK, f"{RUN}/inspect?head=6.3", 1200),
     "inspector-light": ("light", DESK, f"{RUN}/inspect?head=6.3", 1200),
-    "compare": ("dark", DESK, f"compare?{'&'.join(f'run=sweep~lr-{x}' for x in ('1e-4', '2e-4', '4e-4'))}", 1000),
+    "compare": (
+        "dark",
+        DESK,
+        f"compare?{'&'.join(f'run=sweep~lr-{x}' for x in ('1e-4', '2e-4', '4e-4'))}",
+        1000,
+    ),
     "phone": ("dark", PHONE, RUN, 844),
     "phone-incident": ("light", PHONE, f"{RUN}/incidents/3", 844),
 }
@@ -57,9 +68,23 @@ def main(folder: Path, only: list[str]) -> None:
                 path = folder / f"monitor-{name}.png"
                 page.screenshot(path=str(path))
             if shutil.which("pngquant"):
-                command = ["pngquant", "--force", "--skip-if-larger", "--strip", "--speed", "1", "--output", str(path), "128", str(path)]
+                command = [
+                    "pngquant",
+                    "--force",
+                    "--skip-if-larger",
+                    "--strip",
+                    "--speed",
+                    "1",
+                    "--output",
+                    str(path),
+                    "128",
+                    str(path),
+                ]
                 subprocess.run(command, check=False)
-            print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB" + (" TOO LARGE" if path.stat().st_size > LARGEST else ""))
+            print(
+                f"{path.name}: {path.stat().st_size / 1000:.0f} kB"
+                + (" TOO LARGE" if path.stat().st_size > LARGEST else "")
+            )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def sha(path: Path) -> str:
 def files(root: Path, names: tuple[str, ...] = ("",)) -> dict[str, Path]:
     """Files below ``root/name`` by their path, in the order of the build's script."""
     found = [p for name in names for p in ([root / name, *(root / name).rglob("*")]) if p.is_file()]
-    return {str(p.relative_to(root).as_posix()): p for p in sorted(set(found), key=lambda p: p.relative_to(root).as_posix())}
+    return {
+        str(p.relative_to(root).as_posix()): p
+        for p in sorted(set(found), key=lambda p: p.relative_to(root).as_posix())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,9 @@ def test_assets_were_built_from_this_source(manifest: dict[str, object]) -> None
     digest = hashlib.sha256()
     for name, path in files(SOURCE, SOURCES).items():
         digest.update(f"{name}\0{sha(path)}\n".encode())
-    assert digest.hexdigest() == manifest["sources"], "web/ changed since the build: run `npm ci && npm run build` in web/"
+    assert digest.hexdigest() == manifest["sources"], (
+        "web/ changed since the build: run `npm ci && npm run build` in web/"
+    )
 
 
 def test_no_asset_was_changed_by_hand(manifest: dict[str, object]) -> None:
@@ -55,21 +60,25 @@ def test_a_new_build_gives_the_same_files(tmp_path: Path, manifest: dict[str, ob
         pytest.skip("web/node_modules is absent: run `npm ci` in web/ to have the page rebuilt here")
     build = [npx, "--no-install", "vite", "build", "--logLevel", "error", "--outDir", str(tmp_path / "dist")]
     subprocess.run(build, cwd=SOURCE, check=True, timeout=300)
-    subprocess.run([node, "build/finish.mjs", "--to", str(tmp_path / "dist")], cwd=SOURCE, check=True, timeout=60)
+    subprocess.run(
+        [node, "build/finish.mjs", "--to", str(tmp_path / "dist")], cwd=SOURCE, check=True, timeout=60
+    )
     again = {name: sha(path) for name, path in files(tmp_path / "dist").items() if name != "manifest.json"}
     assert again == manifest["files"]
 
 
 def test_the_page_is_small_and_asks_nobody_else() -> None:
-    scripts = [p for p in DIST.glob("*.js")]
+    scripts = list(DIST.glob("*.js"))
     assert sum(p.stat().st_size for p in scripts) < 300_000
     for path in [*scripts, DIST / "page.css", DIST / "index.html"]:
         text = path.read_text(encoding="utf-8")
         hosts = set(re.findall(r"https?://([\w.-]+)", text)) - {"www.w3.org"}
         assert not hosts, f"{path.name} names {hosts}"
-        assert "eval(" not in text and "new Function" not in text
+        assert "eval(" not in text
+        assert "new Function" not in text
     html = (DIST / "index.html").read_text(encoding="utf-8")
-    assert "<style" not in html and not re.search(r"<script(?![^>]*\bsrc=)", html), "the policy forbids inline code"
+    assert "<style" not in html, "the policy forbids inline code"
+    assert not re.search(r"<script(?![^>]*\bsrc=)", html), "the policy forbids inline code"
 
 
 def test_foreign_parts_come_with_their_licences() -> None:

@@ -24,9 +24,16 @@ HERE = Path(__file__).parent
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Runs, one of them training in a process of its own until the test ends."""
     folder = tmp_path_factory.mktemp("live")
-    command = [sys.executable, str(HERE / "live_run.py"), str(folder / "runs" / "live"), str(folder / "corpus")]
+    command = [
+        sys.executable,
+        str(HERE / "live_run.py"),
+        str(folder / "runs" / "live"),
+        str(folder / "corpus"),
+    ]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     try:
         yield folder / "runs"
     finally:
@@ -59,6 +66,7 @@ def test_from_red_pin_to_cause_to_rollback(root: Path) -> None:
                       "the spike was not seen, or its cause was not found")  # fmt: skip
         assert found[0]["step"] == BAD
         with dashboard(root) as address, watched(browser) as window:
+            began = time.monotonic()
             page = window.open(f"{address}#/run/live", ".pin")
             page.locator(f".pin[aria-label*='{BAD}']").first.click()
             page.wait_for_selector(".incident")
@@ -68,13 +76,20 @@ def test_from_red_pin_to_cause_to_rollback(root: Path) -> None:
             assert page.get_by_label("Last step left out").input_value() == str(BAD)
             page.click("[data-confirm]")
             page.wait_for_selector(".incident .command.done", timeout=30_000)
+            print(f"from the page to the run's answer: {time.monotonic() - began:.1f} s")
             assert window.troubles == []
-    back = until(lambda: [e for e in events(root) if e["event"] == "rollback"], 10, "the run did not go back")[0]
+    back = until(
+        lambda: [e for e in events(root) if e["event"] == "rollback"], 10, "the run did not go back"
+    )[0]
     assert back["step"] == (BAD - 1) // EVERY * EVERY, "the newest checkpoint before the bad batch"
     again = until(lambda: [e for e in events(root) if e["event"] == "train" and e["step"] == BAD][1:], 60,
                   "the run did not come by again")  # fmt: skip
     spike = next(e for e in events(root) if e["event"] == "train" and e["step"] == BAD)
     assert spike["loss"] > 2 * again[0]["loss"], "what was drawn instead of the bad batch is no spike"
     with RunStore(root / "live") as store:
-        _, values = until(lambda: (lambda x: x if len(x[0]) else None)(store.series.raw("train/loss", BAD, BAD)), 20, "no row")
+        _, values = until(
+            lambda: (lambda x: x if len(x[0]) else None)(store.series.raw("train/loss", BAD, BAD)),
+            20,
+            "no row",
+        )
         assert np.allclose(values[-1], again[0]["loss"], rtol=1e-4), "the later row replaced the earlier"

@@ -1,4 +1,4 @@
-"""Every page of the dashboard in a real browser, over invented answers: drawn, accessible, translated, usable by keys."""
+"""Every page of the dashboard in a real browser, over invented answers: drawn, accessible, translated, by keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import SPIKE, STEPS, FakeServer, fake_server
+from fake_series import SPIKE, STEPS
+from fake_server import FakeServer, fake_server
 from page_browser import Watched, chromium, watched
 
 AXE = Path(__file__).parents[3] / "web" / "node_modules" / "axe-core" / "axe.min.js"
@@ -53,11 +54,15 @@ def test_pages_are_whole_and_accessible(server: FakeServer, browser: Any, theme:
     if not AXE.exists():
         pytest.skip("axe-core is absent: run `npm ci` in web/")
     faults: dict[str, Any] = {}
-    with watched(browser, color_scheme=theme, bypass_csp=True, viewport={"width": 1280, "height": 3200}) as window:
+    with watched(
+        browser, color_scheme=theme, bypass_csp=True, viewport={"width": 1280, "height": 3200}
+    ) as window:
         for name, path in PAGES.items():
             page = window.open(f"{server.url}#/{path}")
             page.evaluate(AXE.read_text(encoding="utf-8") + ";undefined")
-            found = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((r) => r.violations)")
+            found = page.evaluate(
+                "axe.run(document, {resultTypes: ['violations']}).then((r) => r.violations)"
+            )
             for x in found:
                 if x["impact"] in ("serious", "critical"):
                     faults[f"{name}: {x['id']}"] = [n["html"][:160] for n in x["nodes"]][:3]
@@ -140,7 +145,10 @@ def test_drag_reads_full_resolution_and_double_click_resets(server: FakeServer, 
     with page.expect_request(lambda r: "/data?" in r.url and "start=" in r.url):
         page.mouse.up()
     window.settle()
-    start, stop = (int(page.evaluate(f"new URLSearchParams(location.hash.split('?')[1]).get('{k}')")) for k in ("from", "to"))
+    start, stop = (
+        int(page.evaluate(f"new URLSearchParams(location.hash.split('?')[1]).get('{k}')"))
+        for k in ("from", "to")
+    )
     assert start == pytest.approx(0.60 * STEPS, abs=0.01 * STEPS)
     assert stop == pytest.approx(0.64 * STEPS, abs=0.01 * STEPS)
     page.mouse.dblclick(box["x"] + 0.5 * box["width"], y)
@@ -162,7 +170,10 @@ def test_any_series_by_search_in_the_address_and_after_reload(server: FakeServer
     page.keyboard.type("layer/*/grad_norm")
     rows = page.locator(".pick")
     assert rows.count() == 12
-    assert [r.split("\n")[0] for r in rows.all_inner_texts()][2:11:8] == ["layer/2/grad_norm", "layer/10/grad_norm"]
+    assert [r.split("\n")[0] for r in rows.all_inner_texts()][2:11:8] == [
+        "layer/2/grad_norm",
+        "layer/10/grad_norm",
+    ]
     rows.nth(7).click()
     page.get_by_role("button", name="Show", exact=True).click()
     page.wait_for_selector("section[aria-label='layer/7/grad_norm'] canvas")
@@ -217,12 +228,16 @@ def test_fifty_runs_do_not_slow_the_list(server: FakeServer, window: Watched) ->
         server.runs = before
 
 
-def test_text_of_a_run_cannot_become_code(server: FakeServer, window: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fake_server as fake
+def test_text_of_a_run_cannot_become_code(
+    server: FakeServer, window: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fake_run as fake
 
     evil = "<img src=x onerror=\"document.title='owned'\">"
     cards = fake.card
-    monkeypatch.setattr(fake, "card", lambda run, index=0: {**cards(run, index), "name": evil, "device": evil})
+    monkeypatch.setattr(
+        fake, "card", lambda run, index=0: {**cards(run, index), "name": evil, "device": evil}
+    )
     page = window.open(server.url, ".run-card .status")
     assert page.inner_text(".run-card h2") == evil
     assert page.title() != "owned"
@@ -246,3 +261,14 @@ def test_a_note_is_kept_beside_its_step(server: FakeServer, window: Watched) -> 
     page.wait_for_selector(".notes li")
     assert server.state.notes[0]["step"] == SPIKE
     assert "told the data team" in page.inner_text(".notes li")
+
+
+def test_a_paused_run_offers_to_go_on(server: FakeServer, window: Watched) -> None:
+    page = window.open(f"{server.url}#/run/{RUN}")
+    page.click(".run-head [data-action=pause]")
+    page.click("[data-confirm]")
+    page.wait_for_selector(".run-head .status.paused")
+    page.click(".run-head [data-action=continue]")
+    page.click("[data-confirm]")
+    page.wait_for_selector(".run-head .status.running")
+    assert [c["action"] for c in server.state.commands][-2:] == ["pause", "continue"]
