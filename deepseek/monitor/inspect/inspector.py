@@ -8,43 +8,36 @@ anywhere.
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepseek import assemble
-from deepseek.assemble import Loaded, Run
-from deepseek.batch import Batch
+from deepseek.assemble import Run
 from deepseek.errors import ConfigError, RunError, did_you_mean
 from deepseek.models import ModelConfig, count
-from deepseek.models.transformer import Transformer
 from deepseek.monitor.inspect import trace
-from deepseek.monitor.inspect.ablate import Mode, Replay, ablate, ablate_all
+from deepseek.monitor.inspect.ablate import Mode, ablate, ablate_all
 from deepseek.monitor.inspect.attention_map import attention_map
-from deepseek.monitor.inspect.examine import LayerHeads, attentions, evaluating, examine
+from deepseek.monitor.inspect.examine import examine
 from deepseek.monitor.inspect.experts import examine_experts, suspect_experts
-from deepseek.monitor.inspect.heads import HeadStatistics
-from deepseek.monitor.inspect.held_out import TOKENS, HeldOut, held_out, long_row
+from deepseek.monitor.inspect.head_table import KINDS, head_table, plain
+from deepseek.monitor.inspect.held_out import TOKENS, held_out
 from deepseek.monitor.inspect.histograms import activation_histograms, weight_histograms
-from deepseek.monitor.inspect.suspects import rank_heads, unusual
+from deepseek.monitor.inspect.opened import Opened, written
 from deepseek.monitor.inspect.updates import checkpoint_updates, recorded_updates
-from deepseek.monitor.inspect.view import AttentionView, branches_of
+from deepseek.monitor.inspect.view import branches_of
 from deepseek.weights import checkpoint
 from deepseek.weights.convert import read_config
 
 Answer = dict[str, Any]
-T = TypeVar("T")
 
 OPEN = 2  #: checkpoints that are kept in memory
 GRADIENT_PARAMETERS = 4_000_000_000  #: larger models are looked at without the backward pass
-INPUT_BYTES = 2**28  #: layer inputs of the long row are kept up to this size, else one layer at a time
-COLOURED = ("output_norm", "entropy", "sink", "max_logit", "gate")  #: figures that get z-scores
 
 
 class Inspector:
@@ -75,7 +68,7 @@ class Inspector:
         if not (self.path / "config.json").is_file():
             self._open_run()
         self._lock = threading.RLock()
-        self._opened: OrderedDict[int | None, _Opened] = OrderedDict()
+        self._opened: OrderedDict[tuple[str, int], Opened] = OrderedDict()
 
     @classmethod
     def open(cls, run: Path | str, step: int | None = None, **options: Any) -> Inspector:
@@ -110,7 +103,7 @@ class Inspector:
             "layers": [
                 {
                     "index": i,
-                    "kind": {"F": "full", "L": "window", "H": "hybrid"}[kind],
+                    "kind": KINDS[kind],
                     "heads": config.attention.heads,
                     "kv_heads": config.attention.kv_heads,
                     "experts": config.moe.experts if ffn == "E" else 0,
@@ -245,204 +238,62 @@ class Inspector:
             return read_config(self.path)
         return Run.open(self.path).model_config()
 
-    def _at(self, step: int | None) -> _Opened:
+    def _at(self, step: int | None) -> Opened:
         """The checkpoint of ``step``, loaded; the newest one by default."""
-        if not (self.path / "config.json").is_file():
-            Run.open(self.path)
-            steps = self.steps()
-            step = (
-                step
-                if step is not None
-                else self._only
-                if self._only is not None
-                else max(steps, default=None)
-            )
-            if step is None:
-                raise RunError(
-                    f"{self.path} has no checkpoint yet; the first comes at train's end or checkpoint.every"
-                )
-            if step not in steps:
-                near = did_you_mean(str(step), map(str, steps))
-                raise RunError(f"{self.path} has no checkpoint of step {step}{near}; it has {steps}")
-        elif step is not None:
-            raise RunError(f"{self.path} is no run: it has one model and no step {step}")
-        if step not in self._opened:
-            path = self.path if step is None else self._checkpoint(step)
+        step = self._which(step)
+        path = self.path if step is None else self._checkpoint(step)
+        key = str(path), written(path)
+        if key not in self._opened:
             loaded = assemble.load(path, self.device)
-            self._opened[step] = _Opened(
-                loaded, held_out(loaded, self.text, self.tokens, self.length), self.text
-            )
+            held = held_out(loaded, self.text, self.tokens, self.length)
+            self._opened[key] = Opened(loaded, held, self.text)
             while len(self._opened) > OPEN:
                 self._opened.popitem(last=False)
-        self._opened.move_to_end(step)
-        return self._opened[step]
+        self._opened.move_to_end(key)
+        return self._opened[key]
+
+    def _which(self, step: int | None) -> int | None:
+        """The step that is meant; ``None`` for a directory that has one model and no steps."""
+        if (self.path / "config.json").is_file():
+            if step is not None:
+                raise RunError(f"{self.path} is no run: it has one model and no step {step}")
+            return None
+        Run.open(self.path)
+        steps = self.steps()
+        if not steps:
+            raise RunError(
+                f"{self.path} has no checkpoint yet; the first comes with checkpoint.every, or at the end"
+            )
+        if step is None:
+            step = steps[-1] if self._only is None else self._only
+        if step not in steps:
+            near = did_you_mean(str(step), map(str, steps))
+            raise RunError(f"{self.path} has no checkpoint of step {step}{near}; it has {steps}")
+        return step
 
     def _checkpoint(self, step: int) -> Path:
         paths = checkpoint.list_checkpoints(self.path)
         return next(p for p in paths if int(p.name.split("-")[1].split(".")[0]) == step)
 
-    def _heads(self, opened: _Opened) -> Answer:
+    def _heads(self, opened: Opened) -> Answer:
         model = opened.loaded.model
         small = sum(p.numel() for p in model.parameters()) <= GRADIENT_PARAMETERS
         loss, layers = examine(model, opened.batch, gradient=small)
-        ranked = rank_heads(layers)
-        worst = {(s.layer, s.head): s for s in ranked}
-        scores = _z_scores(layers)
-        told = [
-            {
-                "index": layer.index,
-                "kind": {"F": "full", "L": "window", "H": "hybrid"}[layer.kind],
-                "heads": [
-                    {
-                        "index": h,
-                        **_figures(layer, h),
-                        "score": worst[layer.index, h].score,
-                        "kind": worst[layer.index, h].kind,
-                        "why": worst[layer.index, h].why,
-                        "z": {name: z[layer.index][h] for name, z in scores.items() if layer.index in z},
-                    }
-                    for h in range(len(layer.removal))
-                ],
-            }
-            for layer in layers
-        ]
-        suspects = [s.to_dict() for s in ranked if s.score >= 1]
-        return plain(
-            {
-                "step": opened.loaded.step,
-                "loss": loss,
-                "tokens": opened.batch.n_targets,
-                "text": opened.held.source,
-                "layers": told,
-                "suspects": suspects,
-                "ranking": [s.to_dict() for s in ranked[:10]],
-            }
-        )
+        of = {
+            "step": opened.loaded.step,
+            "loss": loss,
+            "tokens": opened.batch.n_targets,
+            "text": opened.held.source,
+        }
+        return plain({**of, **head_table(layers)})
 
-    def _experts(self, opened: _Opened) -> Answer:
+    def _experts(self, opened: Opened) -> Answer:
         layers = examine_experts(opened.loaded.model, opened.batch)
         suspects = [s.to_dict() for s in suspect_experts(layers)]
         return plain({"experts": [layer.to_dict() for layer in layers], "suspects_experts": suspects})
 
-    def _histograms(self, opened: _Opened) -> Answer:
+    def _histograms(self, opened: Opened) -> Answer:
         model = opened.loaded.model
         pairs = zip(activation_histograms(model, opened.batch), weight_histograms(model))
         layers = [{"index": i, "activations": a, "weights": w} for i, (a, w) in enumerate(pairs)]
         return plain({"step": opened.loaded.step, "layers": layers})
-
-
-class _Opened:
-    """One checkpoint in memory, the text it is looked at with, and what was found."""
-
-    def __init__(self, loaded: Loaded, held: HeldOut, text: Path | str | None) -> None:
-        self.loaded, self.held, self.text = loaded, held, text
-        self.batch: Batch = held.batch.to(next(loaded.model.parameters()).device)
-        self._found: dict[str, Any] = {}
-        self._row: Tensor | None = None
-        self._inputs: dict[int, Tensor] = {}
-        self._view: tuple[int, AttentionView] | None = None
-
-    def once(self, key: str, work: Callable[[], T]) -> T:
-        if key not in self._found:
-            self._found[key] = work()
-        return self._found[key]
-
-    def replay(self) -> Replay:
-        return self.once("replay", lambda: Replay(self.loaded.model, self.batch))
-
-    @property
-    def row(self) -> Tensor:
-        """int64 ``[1, T]``: one document as long as the model takes."""
-        if self._row is None:
-            self._row = long_row(self.loaded, self.text).to(self.batch.tokens.device)
-        return self._row
-
-    def tokens(self, start: int, size: int) -> list[Answer]:
-        ids = self.row[0, start : start + size].tolist()
-        tokenizer = self.loaded.tokenizer
-        if tokenizer is None:
-            return [{"id": i, "text": str(i)} for i in ids]
-        texts = [tokenizer.piece(i, skip_special=False).decode("utf-8", "replace") for i in ids]
-        return [{"id": i, "text": text} for i, text in zip(ids, texts)]
-
-    def view(self, layer: int) -> AttentionView:
-        model = self.loaded.model
-        if not 0 <= layer < len(model.blocks):
-            raise ConfigError(f"no layer {layer}: the model has layers 0 to {len(model.blocks) - 1}")
-        if self._view is None or self._view[0] != layer:
-            if layer not in self._inputs:
-                self._inputs = _layer_inputs(model, self.row, layer)
-            self._view = layer, AttentionView(attentions(model)[layer], self._inputs[layer])
-        return self._view[1]
-
-
-@torch.no_grad()
-def _layer_inputs(model: Transformer, row: Tensor, wanted: int) -> dict[int, Tensor]:
-    """The inputs of the attention layers for one row: all of them where they are small, else the wanted one's."""
-    size = row.numel() * model.config.hidden * 4 * len(model.blocks)
-    layers = range(len(model.blocks)) if size <= INPUT_BYTES else (wanted,)
-    found: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Any:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            found[index] = args[0]
-
-        return hook
-
-    handles = [attentions(model)[i].register_forward_pre_hook(keep(i)) for i in layers]
-    try:
-        with evaluating(model):
-            model(row)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _figures(layer: LayerHeads, head: int) -> Answer:
-    figures = {name: float(value[head]) for name, value in layer.statistics._asdict().items()}
-    alike = (
-        torch.minimum(layer.patterns, layer.outputs).maximum(layer.weights).clone().fill_diagonal_(-1.0)[head]
-    )
-    alone = len(alike) < 2
-    return {
-        **figures,
-        "removal": float(layer.removal[head]),
-        "size": float(layer.size[head]),
-        "similarity": None if alone else float(alike.max()),
-        "twin": None if alone else int(alike.argmax()),
-    }
-
-
-def _z_scores(layers: list[LayerHeads]) -> dict[str, dict[int, list[float]]]:
-    """Of each figure that the grid is coloured by, the z-scores of the heads of every layer that has it."""
-    found = {}
-    for name in COLOURED:
-        figures = {layer.index: _scale(name, layer.statistics) for layer in layers}
-        figures = {i: x for i, x in figures.items() if bool(x.isfinite().all())}
-        if figures:
-            scores = unusual(list(figures.values()), 0.05).layer
-            found[name] = {i: z.tolist() for i, z in zip(figures, scores)}
-    return found
-
-
-def _scale(name: str, statistics: HeadStatistics) -> Tensor:
-    """The figure on the scale on which heads are compared."""
-    value: Tensor = getattr(statistics, name)
-    if name == "output_norm":
-        return value.clamp(min=1e-12).log()
-    if name == "max_logit":
-        return torch.asinh(value)
-    return value
-
-
-def plain(value: T) -> T:
-    """``value`` with numbers that JSON lacks as ``None``."""
-    found: Any = value
-    if isinstance(value, float) and not math.isfinite(value):
-        found = None
-    elif isinstance(value, dict):
-        found = {k: plain(v) for k, v in value.items()}
-    elif isinstance(value, (list, tuple)):
-        found = [plain(v) for v in value]
-    return found

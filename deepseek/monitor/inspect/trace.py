@@ -149,6 +149,7 @@ class _Recording:
     def __init__(self, train_step: Any, steps: int, done: Done | None, first: int, usual: float) -> None:
         self.steps, self.done, self.first, self.usual = steps, done, first, usual
         self.done_steps, self.tokens, self.began = 0, 0, time.time()
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler writes into the run's terminal
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
