@@ -106,7 +106,7 @@ class SeriesWriter:
             tail.steps[row] = step
             tail.times[row] = clock.time() if time is None else time
             if whole or step != self._step:
-                tail.bits_RC[row, layout.places] = layout.bits ^ MISSING
+                layout.store(tail.bits_RC[row])
             else:  # what is not given now may have been before
                 given = layout.given()
                 tail.bits_RC[row, layout.each[given]] = layout.bits[given] ^ MISSING
@@ -250,7 +250,15 @@ class Layout:
         self.places: slice | Array = slice(int(places[0]), int(places[-1]) + 1) if run else places
         self._floats = np.zeros(len(places), np.float32)
         self.bits = self._floats.view(np.uint32)  #: of the values, after ``fill``
+        self._missing = np.full(len(places), MISSING)
         self._pack, self._room = struct.Struct(f"={len(places)}f").pack_into, self._floats.data.cast("B")
+
+    def store(self, row_C: Array) -> None:
+        """Put ``bits``, exclusive-or ``MISSING``, into a row of a tail."""
+        if isinstance(self.places, slice):
+            np.bitwise_xor(self.bits, self._missing, out=row_C[self.places])
+        else:
+            row_C[self.places] = self.bits ^ self._missing
 
     def given(self) -> Array:
         """Which values are not ``None``."""
