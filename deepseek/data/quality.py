@@ -38,6 +38,9 @@ from deepseek.files import write_atomic
 Array = npt.NDArray[Any]
 SHORTEST = 16  #: targets that a piece must have to be described
 LANGUAGES = 64  #: pieces, one a comparison, whose languages are remembered
+MANY_EPOCHS = (
+    8  #: of a source in rows that are shuffled together, after which one more or less does not matter
+)
 VERSION = 1
 
 
@@ -176,10 +179,14 @@ class QualityMonitor:
         return found
 
     def _pool(self, number: int) -> float:
-        """Pieces of a source that are packed and shuffled together; ``inf`` where those are all it has."""
+        """Pieces of a source that are packed and shuffled together; ``inf`` where those are always all it has.
+
+        Several sources have epochs that end within such rows: some documents are then in them once more than others.
+        """
         source, total = self._sources[number], sum(s.all_tokens for s in self._sources)
         tokens = WINDOW_ROWS * self._length * source.all_tokens / max(total, 1)
-        if self._tokens[number] <= tokens:
+        alone = source.all_tokens == total
+        if self._tokens[number] * (1 if alone else MANY_EPOCHS) <= tokens:
             return float("inf")
         return tokens * source.all_pieces / max(source.all_tokens, 1)
 

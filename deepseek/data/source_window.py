@@ -14,6 +14,7 @@ from deepseek.data.shift import Histogram, Limits, ks_distance, natural_limits
 from deepseek.errors import ConfigError
 
 Array = npt.NDArray[Any]
+MAJOR = 0.25  #: PSI that is customarily called a major shift
 MOST_FOREIGN = 5  #: documents that an alert names
 
 
@@ -35,7 +36,7 @@ class QualityConfig:
     window: int = 512
     least: int = 128
     every: int = 10
-    psi: float = 0.25
+    psi: float = MAJOR
     margin: float = 1.5
     sustain: int = 3
 
@@ -56,7 +57,8 @@ class SourceQuality:
     Attributes:
         share: of the tokens since the last comparison. length: mean tokens of the documents. entropy: bits per token of
             its tokens in the last batch. duplicates: share of pieces whose very tokens were seen before elsewhere.
-        psi, ks: the largest over the features, ``None`` before there is a reference and a full window; feature: which.
+        psi, ks: of the feature that is farthest out, ``None`` before there is a reference and a full window.
+        limit: the PSI of it from which on it is a drift: 0.25 or, where healthy samples reach so far, more.
         language: share of pieces in the commonest language so far, of the last ``LANGUAGES``; ``None``: not told.
     """
 
@@ -66,12 +68,16 @@ class SourceQuality:
     duplicates: float
     psi: float | None = None
     ks: float | None = None
+    limit: float | None = None
     feature: str | None = None
     language: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        """What is a number."""
-        return {k: v for k, v in asdict(self).items() if isinstance(v, (int, float))}
+        """What is a number, for a chart: ``psi`` on the scale on which ``MAJOR`` is the limit; ``psi_raw`` as it is."""
+        found = {k: v for k, v in asdict(self).items() if isinstance(v, (int, float))}
+        if self.psi is not None and self.limit is not None:
+            found |= {"psi": self.psi * MAJOR / self.limit, "psi_raw": self.psi}
+        return found
 
 
 class SourceWindow:
@@ -148,22 +154,26 @@ class SourceWindow:
         if self.compared is None:
             return SourceQuality(*told, language=language)
         psi, ks = self.compared
-        return SourceQuality(*told, float(psi.max()), float(ks.max()), FEATURES[int(psi.argmax())], language)
+        limit = self._limit()
+        worst = int((psi / limit).argmax())
+        figures = (float(psi[worst]), float(ks[worst]), float(limit[worst]))
+        return SourceQuality(*told, *figures, FEATURES[worst], language)
+
+    def _limit(self) -> Array:
+        """The PSI from which on it is a drift, per feature."""
+        assert self.limits is not None
+        return np.maximum(self.config.psi, self.config.margin * self.limits.psi)
 
     def drift(self) -> tuple[int, float, float] | None:
         """Feature, PSI and KS distance of a drift that is new, after the figures have lasted."""
         if self.compared is None or self.limits is None:
             return None
         psi, ks = self.compared
-        c = self.config
-        excess = np.maximum(
-            psi / np.maximum(c.psi, c.margin * self.limits.psi),
-            ks / np.minimum(1.0, c.margin * self.limits.ks),
-        )
+        excess = np.maximum(psi / self._limit(), ks / np.minimum(1.0, self.config.margin * self.limits.ks))
         worst = int(excess.argmax())
         self._over = self._over + 1 if excess[worst] > 1 else 0
         self._told = self._told and self._over > 0
-        if self._over < c.sustain or self._told:
+        if self._over < self.config.sustain or self._told:
             return None
         self._told = True
         return worst, float(psi[worst]), float(ks[worst])
