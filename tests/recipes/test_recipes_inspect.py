@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import checkpointed, smallest, write_corpus
+from recipe_runs import checkpointed, smallest, start, write_config, write_corpus
 from rich.console import Console
 
 from deepseek import assemble, cli
@@ -253,3 +254,57 @@ def test_a_trace_of_a_live_run_on_demand(tmp_path: Path) -> None:
     assert inspector.trace(verdict["id"], "verdict")["verdict"] == verdict["verdict"]
     assert inspector.trace_file(verdict["id"]).name == "trace.json.gz"
     assert inspector.overview()["traces"] == 1
+
+
+RANK = """
+import sys, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from deepseek.dist import comm
+from deepseek.monitor.inspect.trace import TraceCapture
+from deepseek.recipes import observe, pretrain as recipe
+from deepseek.train import TrainStep
+
+rank, _ = comm.start()
+plain = TrainStep.micro
+def micro(self, *args, **kwargs):
+    if rank == 1:
+        time.sleep(0.3)
+    return plain(self, *args, **kwargs)
+TrainStep.micro = micro
+
+idle = TraceCapture.__call__
+def armed(self, step, result):
+    if step == 2:
+        self.capture(2)
+    idle(self, step, result)
+TraceCapture.__call__ = armed
+recipe.pretrain(recipe.read_config(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_waiting_for_a_slow_rank_is_communication(tmp_path: Path) -> None:
+    """Real ranks over gloo: rank 1 is slow, and rank 0's trace says that it waits in the exchange."""
+    config = smallest(write_corpus(tmp_path / "text"))
+    written = write_config(replace(config, train=replace(config.train, steps=5)), tmp_path / "c.toml")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        start(RANK, written, tmp_path / "run", env={
+            "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        })
+        for r in range(2)
+    ]  # fmt: skip
+    try:
+        told = [rank.communicate(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    (found,) = Inspector(tmp_path / "run").traces()
+    assert found["verdict"] == "communication-bound"
+    assert found["phases"]["communication"] * found["seconds"] > 0.3
+    assert found["top"][0]["kind"] == "communication"
