@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,11 @@ class SourceQuality:
     language: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        """What is a number, for a chart: ``psi`` on the scale on which ``MAJOR`` is the limit; ``psi_raw`` as it is."""
-        found = {k: v for k, v in asdict(self).items() if isinstance(v, (int, float))}
+        """What is known, for a chart; ``psi`` on the scale on which ``MAJOR`` is the limit."""
+        names = ("share", "length", "entropy", "duplicates", "language")
+        found = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.psi is not None and self.limit is not None:
-            found |= {"psi": self.psi * MAJOR / self.limit, "psi_raw": self.psi}
+            found["psi"] = self.psi * MAJOR / self.limit
         return found
 
 
