@@ -229,6 +229,15 @@ def test_a_kernel_belongs_to_the_phase_that_launched_it() -> None:
     assert found.top[0] == {"name": "gemm", "kind": "compute", "seconds": 150e-6, "share": 0.15, "calls": 2}
 
 
+def test_a_replayed_step_is_not_taken_for_waiting() -> None:
+    """Nothing of a replayed CUDA graph is called: its one range, of the data, would cover the whole step."""
+    trace = device_trace([("gemm", 300, 300)], data=1000)
+    trace["traceEvents"] = [e for e in trace["traceEvents"] if "ward" not in e["name"]]
+    found = bottleneck(read_trace(trace))
+    assert found.verdict == "host-bound"
+    assert found.shares["data"] == 0
+
+
 def test_waiting_comes_before_the_kind_of_work() -> None:
     assert judge({"data": 0.3, "compute": 0.6}) == "data"
     assert judge({"data": 0.1, "compute": 0.5, "memory": 0.4}) == "compute"

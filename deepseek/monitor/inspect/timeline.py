@@ -60,12 +60,14 @@ class Timeline:
     steps: list[Span] = field(default_factory=list)
 
     def during(self, step: Span) -> Timeline:
-        """What happened in one step."""
+        """What happened in one step. Where nothing ended the wait for data (a replayed CUDA graph calls none of the parts
+        that are watched), how long it was is not known, and it is left out."""
         a, b = step.start, step.end
         host, device = (
             {name: clip(spans, a, b) for name, spans in x.items()} for x in (self.host, self.device)
         )
-        return Timeline(host, device, clip(self.phases, a, b), [step])
+        phases = clip(self.phases, a, b)
+        return Timeline(host, device, phases if any(p.name != "data" for p in phases) else [], [step])
 
     @property
     def on_device(self) -> bool:
