@@ -23,7 +23,8 @@ from deepseek.errors import ConfigError
 from deepseek.events import plain
 from deepseek.monitor.baseline import Baselines
 from deepseek.monitor.detect_clock import Hang, clock_detectors
-from deepseek.monitor.detectors import Alarm, DetectConfig, Groups, View, row_detectors
+from deepseek.monitor.detect_model import row_detectors
+from deepseek.monitor.detectors import Alarm, DetectConfig, Groups, View
 from deepseek.monitor.incident import (
     TITLES,
     Incident,
@@ -36,6 +37,8 @@ from deepseek.monitor.incident import (
 from deepseek.monitor.verdict import Case, Sibling, diagnose
 
 AGAIN = (3, 12, 50, 200)  #: rows after the alarm at which an incident is looked at again
+CLOSE = 15  #: rows within which alarms about different things belong together
+EXPERT_KINDS = frozenset({"dead_expert", "router_collapse"})
 MOST_ALARMS = 64  #: kept of an incident
 
 
@@ -121,7 +124,10 @@ class Watch:
         return changed
 
     def _takes(self, case: Open, alarm: Alarm) -> bool:
-        return case.family == alarm.family and case.quiet <= self.config.merge_rows
+        """Whether an alarm belongs to a case: same family, and close; closer if one is about experts, one is not."""
+        about_experts = {a.kind in EXPERT_KINDS for a in case.alarms}
+        near = self.config.merge_rows if (alarm.kind in EXPERT_KINDS) in about_experts else CLOSE
+        return case.family == alarm.family and case.quiet <= near
 
     def _due(self, changed: list[Open]) -> list[Open]:
         """Those with new alarms, and those whose aftermath is worth a look; closes what has been quiet."""

@@ -27,7 +27,7 @@ NEXT: dict[str, tuple[str, ...]] = {
 }
 #: The most telling kind of a family names the incident.
 RANK = (
-    "nan", "corruption", "precision", "router_collapse", "dead_expert", "divergence", "data_drift", "loss_spike",
+    "nan", "corruption", "precision", "router_collapse", "dead_expert", "divergence", "loss_spike", "data_drift",
     "update", "gradient_spike", "hang", "slow_rank", "stall", "slow", "memory", "plateau",
 )  # fmt: skip
 SEVERITY = ("info", "warning", "critical")
