@@ -166,10 +166,10 @@ class Growing(Detector):
             value = view.row[name]
             if not math.isfinite(value):
                 continue
-            low, n, history = self.memory.get(name, [math.inf, 0, []])
-            low, n = min(low, value), n + 1
+            low, n, history = self.memory.get(name, [None, 0, []])
+            low, n = value if low is None else min(low, value), n + 1
             if n % self.CHUNK == 0:  # the least of each chunk: what was still in use at its quietest moment
-                history, low = [*history, [low, view.step]][-(self.CHUNKS + 1) :], math.inf
+                history, low = [*history, [low, view.step]][-(self.CHUNKS + 1) :], None
                 yield from self._judge(view, name, history)
             self.memory[name] = [low, n, history]
 

@@ -130,7 +130,7 @@ class Sources(Detector):
         for source in view.groups("data", "psi")[0]:
             name = f"data/{source}/psi"
             value = view.row.get(name)
-            if value is None:
+            if value is None or not math.isfinite(value):
                 continue
             usual, run = self.memory.get(name, [value, 0])
             # Small windows lie above zero by chance, each source by its own amount.
