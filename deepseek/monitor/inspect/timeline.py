@@ -60,8 +60,11 @@ class Timeline:
     steps: list[Span] = field(default_factory=list)
 
     def during(self, step: Span) -> Timeline:
-        """What happened in one step. Where nothing ended the wait for data (a replayed CUDA graph calls none of the parts
-        that are watched), how long it was is not known, and it is left out."""
+        """What happened in one step.
+
+        Where nothing ended the wait for data (a replayed CUDA graph calls none of the parts that are watched), how long
+        it was is not known, and it is left out.
+        """
         a, b = step.start, step.end
         host, device = (
             {name: clip(spans, a, b) for name, spans in x.items()} for x in (self.host, self.device)
