@@ -26,6 +26,7 @@ class MonitorConfig:
         detect: look for incidents.
         detection: how much evidence an incident needs (``[monitor.detection]``).
         data: look at the data that are trained on, source by source, and whether they drift (``[monitor.quality]``).
+        languages: tell each source's commonest language, too (the ``data`` extra; its model takes a while to load).
         explain: losses per document of an incident's batch, so that the incident names its samples.
         samples: documents that an incident names.
         webhook: address that incidents are posted to as JSON; empty: none.
@@ -44,6 +45,7 @@ class MonitorConfig:
     detection: DetectConfig = DetectConfig()
     data: bool = True
     quality: QualityConfig = QualityConfig()
+    languages: bool = False
     explain: bool = True
     samples: int = 16
     webhook: str = ""

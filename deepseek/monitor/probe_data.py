@@ -28,6 +28,7 @@ class DataProbe:
     """Emits 'data' events with every source's figures, and hands drifts to ``drifted``.
 
     Args:
+        tokenizer: given, each source's commonest language is told.
         run: its directory, where the reference is kept for ``resumed`` runs.
         drifted: called with the step and the alert, from the thread.
         failed: is told, from the thread, what went wrong in it; nothing is looked at afterwards.

@@ -130,8 +130,8 @@ class Observer:
         self._stop_data()
         if self.config.data:
             self.data = DataProbe(
-                self._loader, self._tokenizer, self.run, self._drifted, lambda error: tell_failure(DATA, error),
-                self.config.quality, self.resumed,
+                self._loader, self._tokenizer if self.config.languages else None, self.run, self._drifted,
+                lambda error: tell_failure(DATA, error), self.config.quality, self.resumed,
             )  # fmt: skip
         self.resumed = True  # should this process go back to a checkpoint
 
