@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import { useCell } from "./cell";
-import { grouped, measured } from "./format";
+import { atStep, measured } from "./format";
 import { dark } from "./palette";
 import { type Mark, Plot, type PlotOptions, type Trace } from "./plot";
 import { t, useLang } from "./text";
@@ -57,7 +57,7 @@ export function Chart({ traces, title, legend = true, marks = NONE, ...rest }: P
     >
       {legend && (
         <figcaption class="legend" aria-live={index === null ? "off" : "polite"}>
-          <span class="at">{index === null ? t("last") : `${t("step")} ${grouped(stepAt(plot.current, shown))}`}</span>
+          <span class="at">{index === null ? t("last") : `${atStep(stepAt(plot.current, shown))}`}</span>
           {traces.slice(0, 8).map((trace) => (
             <Readout key={trace.name} trace={trace} step={index === null ? null : stepAt(plot.current, shown)} alone={traces.length === 1} bare={traces.length > 2} />
           ))}

@@ -1,6 +1,6 @@
 // Numbers as people read them: at most four figures that count, units said once.
 
-import { lang } from "./text";
+import { lang, t } from "./text";
 
 export const NONE = "–";
 const thin = "\u202f";
@@ -84,6 +84,9 @@ export function measured(value: number | null | undefined, unit = ""): string {
   if (unit.includes("/s") || unit === "tokens") return `${short(value)}`;
   return figures(value);
 }
+
+/** "step 31 217", or "第 31 217 步". */
+export const atStep = (step: number | null | undefined) => t("step {n}", { n: grouped(step) });
 
 /** A tick's text; ``gap`` to the next tick says how many figures it takes to tell them apart. */
 export function axisValue(value: number, unit = "", gap = 0): string {

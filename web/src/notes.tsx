@@ -2,7 +2,7 @@
 
 import { useState } from "preact/hooks";
 import { runPath, send } from "./api";
-import { ago, grouped } from "./format";
+import { atStep, ago } from "./format";
 import { useGet, useRun } from "./run";
 import { t } from "./text";
 
@@ -40,7 +40,7 @@ export function Notes({ step }: { step?: number }) {
           {shown.map((n) => (
             <li key={n.id}>
               <p>{n.text}</p>
-              <small>{[n.step === null ? "" : `${t("step")} ${grouped(n.step)}`, n.by, ago(n.time)].filter(Boolean).join(" · ")}</small>
+              <small>{[n.step === null ? "" : `${atStep(n.step)}`, n.by, ago(n.time)].filter(Boolean).join(" · ")}</small>
             </li>
           ))}
         </ul>

@@ -75,11 +75,16 @@ function measure(window: Window, log: boolean): Spread {
   return { low, high, fence: [under - 0.75 * wide, over + 0.75 * wide] };
 }
 
+const FEW = 500;
+
+/** Whether a window has so few steps, each its own point, that the values themselves are the line. */
+const bare = (window: Window) => window.raw && window.step.length <= FEW;
+
 /** An exponential average that looks back over ``share`` of the window, of logarithms on a logarithmic scale. It never
  * looks ahead: a line that rises before its cause would point at the wrong step. Steps without a value do not count. */
 export function smoothed(window: Window, share: number, log = false): (number | null)[] {
   const { step, mean } = window;
-  if (!share || step.length < 24) return mean;
+  if (!share || bare(window)) return mean;
   const reach = Math.max((step[step.length - 1] - step[0]) * share, 1e-9);
   let [sum, weight, before] = [0, 0, step[0]];
   return mean.map((m, i) => {
@@ -293,7 +298,7 @@ function drawSpan(c: CanvasRenderingContext2D, u: uPlot, trace: Trace, o: PlotOp
   const { step, low, high } = trace.window;
   const floor = o.log ? u.scales.y.min! : -Infinity;
   c.strokeStyle = trace.color;
-  c.globalAlpha = o.smooth ? (among > 3 ? 0.1 : among > 1 ? 0.18 : 0.3) : 0.75;
+  c.globalAlpha = o.smooth && !bare(trace.window) ? (among > 3 ? 0.1 : among > 1 ? 0.18 : 0.3) : 0.75;
   c.lineWidth = devicePixelRatio;
   c.lineJoin = "round";
   c.beginPath();

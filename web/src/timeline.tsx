@@ -3,7 +3,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { type Incident, readSeries, type Window } from "./api";
 import { useCell } from "./cell";
-import { grouped } from "./format";
+import { atStep, grouped } from "./format";
 import { Icon, severityIcon } from "./icons";
 import { dark, line } from "./palette";
 import { spread } from "./plot";
@@ -70,8 +70,8 @@ export function Timeline({ series }: { series: string }) {
               class={`pin ${x.severity} ${x.status}`}
               style={{ left: `${Math.min(Math.max(share(x.step), 0), 1) * 100}%` }}
               href={link(["run", run.id, "incidents", x.id])}
-              aria-label={`${t(x.severity)}: ${x.title}, ${t("step")} ${grouped(x.step)}`}
-              title={`${x.title}\n${t("step")} ${grouped(x.step)}`}
+              aria-label={`${t(x.severity)}: ${x.title}, ${atStep(x.step)}`}
+              title={`${x.title}\n${atStep(x.step)}`}
             >
               <Icon name={severityIcon(x.severity)} size={12} />
             </a>
@@ -80,7 +80,7 @@ export function Timeline({ series }: { series: string }) {
       </div>
       <div class="tl-tools">
         <span class="tl-range">
-          {t("step")} <b>{grouped(a)}</b> – <b>{grouped(b)}</b>
+          {t("steps")} <b>{grouped(a)}</b> – <b>{grouped(b)}</b>
         </span>
         <Tool name="minus" label={t("Zoom out")} onClick={() => (width * 2 >= last - first ? run.zoom() : by(a - width / 2, b + width / 2))} />
         <Tool name="plus" label={t("Zoom in")} onClick={() => by(a + width / 4, b - width / 4)} />

@@ -2,7 +2,7 @@
 
 import { useCell } from "./cell";
 import { runPath } from "./api";
-import { ago, duration, grouped, percent } from "./format";
+import { atStep, ago, duration, percent } from "./format";
 import { Icon } from "./icons";
 import { useGet, useRun } from "./run";
 import { t, word } from "./text";
@@ -34,7 +34,7 @@ export function Traces() {
           <span>
             <b>{word(x.verdict)}</b>
             <span>{x.reason} {x.advice}</span>
-            <small>{[x.step !== undefined ? `${t("step")} ${grouped(x.step)}` : "", `${duration(x.seconds)} ${t("a step")}`, x.time ? ago(x.time) : ""].filter(Boolean).join(" · ")}</small>
+            <small>{[x.step !== undefined ? `${atStep(x.step)}` : "", `${duration(x.seconds)} ${t("a step")}`, x.time ? ago(x.time) : ""].filter(Boolean).join(" · ")}</small>
             <small>{Object.entries(x.shares ?? {}).filter(([, v]) => v > 0.005).sort((a, b) => b[1] - a[1]).map(([k, v]) => `${word(k)} ${percent(v)}`).join(" · ")}</small>
             {x.top?.length > 0 && <small>{x.top.slice(0, 4).map((o) => `${o.name} ${percent(o.share)}`).join(" · ")}</small>}
           </span>

@@ -5,7 +5,7 @@ export const ZH: Record<string, string> = {
   "All runs": "全部运行", "Skip to content": "跳到正文", "Where you are": "当前位置", "Light theme": "浅色主题", "Dark theme": "深色主题",
   "Help": "帮助", "Help (?)": "帮助 (?)", "Close": "关闭", "Overview": "概览", "Incidents": "事件", "Experts": "专家", "Data": "数据",
   "Precision": "精度", "Lineage": "谱系", "Alignment": "对齐", "Inspector": "检视器", "Pages of the run": "运行的页面", "live": "实时",
-  "Connected: rows arrive as the run writes them": "已连接:运行写入的数据会即时到达", "Step": "步", "step": "第", "Left": "剩余", "Parameters": "参数量",
+  "Connected: rows arrive as the run writes them": "已连接:运行写入的数据会即时到达", "Step": "步", "step {n}": "第 {n} 步", "steps": "步", "Left": "剩余", "Parameters": "参数量",
   "Device": "设备", "Updated": "更新", "{x} done": "已完成 {x}",
   // keys
   "Keys and how to read the page": "快捷键与读图方法", "Next and previous run": "下一个、上一个运行", "Open": "打开", "Choose a run to compare": "勾选要比较的运行",

@@ -3,7 +3,7 @@
 import { useMemo, useState } from "preact/hooks";
 import { runPath } from "../api";
 import { useCell } from "../cell";
-import { figures, grouped } from "../format";
+import { atStep, figures, grouped } from "../format";
 import { Heat } from "../heat";
 import { Panel } from "../panel";
 import { useGet, useRun } from "../run";
@@ -100,7 +100,7 @@ function History({ layer }: { layer: Layer }) {
       domain={[0, 2]}
       unit={(v) => `${figures(v, 2)}×`}
       cell={Math.max(4, Math.min(16, Math.floor(300 / load.length)))}
-      say={(e, s, v) => `${t("expert")} ${e} · ${t("step")} ${grouped(steps[s])}: ${figures(v, 3)} ${t("times the mean")}`}
+      say={(e, s, v) => `${t("expert")} ${e} · ${atStep(steps[s])}: ${figures(v, 3)} ${t("times the mean")}`}
       columnLabel={t("One row an expert")}
     />
   );

@@ -5,7 +5,7 @@ import { ActionButton, Commands } from "../actions";
 import { type Evidence, type Incident, runPath, type Sample, send } from "../api";
 import { Chart } from "../chart";
 import { useCell } from "../cell";
-import { ago, figures, grouped, measured, percent } from "../format";
+import { atStep, ago, figures, grouped, measured, percent } from "../format";
 import { Heat } from "../heat";
 import { Icon, severityIcon } from "../icons";
 import { useKeys } from "../keys";
@@ -32,7 +32,7 @@ export function Incidents() {
               <span class={`sev ${x.severity}`}><Icon name={severityIcon(x.severity)} /> <span class="sr">{t(x.severity)}</span></span>
               <span class="incident-title"><b>{x.title}</b><small>{x.summary}</small></span>
               <Verdict incident={x} />
-              <span class="incident-step">{t("step")} {grouped(x.step)}<small>{x.time ? ago(x.time) : word(x.status)}</small></span>
+              <span class="incident-step">{atStep(x.step)}<small>{x.time ? ago(x.time) : word(x.status)}</small></span>
             </a>
           </li>
         ))}
@@ -83,7 +83,7 @@ export function IncidentPage({ id }: { id: string }) {
     <article class="incident" aria-label={incident.title}>
       <header class={`card incident-head ${incident.severity}`}>
         <div class="incident-what">
-          <span class={`sev ${incident.severity}`}><Icon name={severityIcon(incident.severity)} /> {t(incident.severity)} · {t("step")} {grouped(incident.step)}{incident.time ? ` · ${ago(incident.time)}` : ""} · {word(incident.status)}</span>
+          <span class={`sev ${incident.severity}`}><Icon name={severityIcon(incident.severity)} /> {t(incident.severity)} · {atStep(incident.step)}{incident.time ? ` · ${ago(incident.time)}` : ""} · {word(incident.status)}</span>
           <h2>{incident.title}</h2>
           <p>{incident.summary}</p>
         </div>
@@ -173,7 +173,7 @@ function EvidenceList({ evidence }: { evidence: Evidence[] }) {
         {evidence.map((e, i) => (
           <li key={i}>
             <p>{e.text}</p>
-            <small>{[e.series, e.step !== undefined && e.step !== null ? `${t("step")} ${grouped(e.step)}` : "", e.score !== undefined && e.score !== null ? `${figures(e.score, 3)} σ` : ""].filter(Boolean).join(" · ")}</small>
+            <small>{[e.series, e.step !== undefined && e.step !== null ? `${atStep(e.step)}` : "", e.score !== undefined && e.score !== null ? `${figures(e.score, 3)} σ` : ""].filter(Boolean).join(" · ")}</small>
           </li>
         ))}
       </ol>
@@ -257,7 +257,7 @@ function GradientMap({ incident }: { incident: Incident }) {
         columns={map.steps}
         values={rows}
         unit={(v) => figures(10 ** v, 2)}
-        say={(r, c) => `${layerName(map.layers[r])} · ${t("step")} ${grouped(map.steps[c])}: ${figures(raw(r, c))}`}
+        say={(r, c) => `${layerName(map.layers[r])} · ${atStep(map.steps[c])}: ${figures(raw(r, c))}`}
         mark={[{ column: incident.step, severity: incident.severity }]}
         columnLabel={t("Brighter is larger, on a logarithmic scale.")}
       />

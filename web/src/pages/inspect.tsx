@@ -4,7 +4,7 @@ import { useMemo, useState } from "preact/hooks";
 import { ActionButton, Commands } from "../actions";
 import { Attention } from "../attention";
 import { runPath, send } from "../api";
-import { figures, grouped } from "../format";
+import { atStep, figures } from "../format";
 import { Heat } from "../heat";
 import { Icon } from "../icons";
 import { Panel } from "../panel";
@@ -66,7 +66,7 @@ export function Inspect() {
           {t("Checkpoint")}{" "}
           <select value={step === undefined ? "" : String(step)} onChange={(e) => setQuery({ step: (e.target as HTMLSelectElement).value, head: query.get("head") ?? undefined })}>
             {!steps.length && <option value="">{t("none yet")}</option>}
-            {[...steps].reverse().map((s) => <option key={s} value={String(s)}>{t("step")} {grouped(s)}</option>)}
+            {[...steps].reverse().map((s) => <option key={s} value={String(s)}>{atStep(s)}</option>)}
           </select>
         </label>
         <span class="note">{t("Computed on this machine from the checkpoint; nothing leaves it.")}</span>

@@ -1,7 +1,7 @@
 // Where the weights come from: attempts as rails over the step axis, joined where one went on from another's checkpoint.
 
 import type { LineageItem } from "../api";
-import { bytes, clock, grouped } from "../format";
+import { atStep, bytes, clock, grouped } from "../format";
 import { Icon } from "../icons";
 import { checkpoints, useRun } from "../run";
 import { t, word } from "../text";
@@ -30,7 +30,7 @@ export function Lineage() {
           <li key={i} class={kind(x)}>
             <span class="event-icon"><Icon name={ICONS[kind(x)] ?? "flag"} size={14} /></span>
             <b>{word(kind(x))}</b>
-            <span class="event-step">{x.step !== null && x.step !== undefined ? `${t("step")} ${grouped(x.step)}` : ""}</span>
+            <span class="event-step">{x.step !== null && x.step !== undefined ? `${atStep(x.step)}` : ""}</span>
             <span class="event-said">{said({ ...x, bytes: typeof x.bytes === "number" ? bytes(x.bytes) : undefined })}</span>
             <small>{clock(x.time)}</small>
           </li>
@@ -64,7 +64,7 @@ function Fold({ items }: { items: LineageItem[] }) {
           <b>{t("{n} checkpoints", { n: items.length })}</b>
           {t("steps {a} – {b}", { a: grouped(Math.min(...steps)), b: grouped(Math.max(...steps)) })}
         </summary>
-        <ul>{items.map((x, i) => <li key={i}>{t("step")} {grouped(x.step)} · {clock(x.time)}{typeof x.bytes === "number" ? ` · ${bytes(x.bytes)}` : ""}</li>)}</ul>
+        <ul>{items.map((x, i) => <li key={i}>{atStep(x.step)} · {clock(x.time)}{typeof x.bytes === "number" ? ` · ${bytes(x.bytes)}` : ""}</li>)}</ul>
       </details>
     </li>
   );

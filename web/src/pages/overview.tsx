@@ -3,7 +3,7 @@
 import { useMemo, useState } from "preact/hooks";
 import { runPath } from "../api";
 import { remember, remembered, useCell } from "../cell";
-import { duration, figures, grouped } from "../format";
+import { atStep, duration, figures, grouped } from "../format";
 import { Health } from "../health";
 import { Heat } from "../heat";
 import { Icon } from "../icons";
@@ -128,7 +128,7 @@ function Ranks() {
           values={rows}
           unit={duration}
           domain={robustDomain(rows)}
-          say={(r, c, v) => `${t("rank")} ${value!.ranks[r]} · ${t("step")} ${grouped(value!.steps[c])}: ${duration(v)}`}
+          say={(r, c, v) => `${t("rank")} ${value!.ranks[r]} · ${atStep(value!.steps[c])}: ${duration(v)}`}
           columnLabel={t("The bright stripe is the rank the others wait for.")}
         />
       ) : <div class="empty">{value ? t("Nothing logged in this window.") : <span class="loading" />}</div>}
