@@ -21,7 +21,7 @@ from deepseek.data.loader import Loader
 from deepseek.monitor.config import MonitorConfig
 from deepseek.recipes.pretrain import pretrain
 
-BAD, STEPS, EVERY = 320, 20_000, 50
+BAD, STEPS, EVERY = 620, 20_000, 50
 
 
 def main(run: Path, corpus: Path) -> None:
@@ -44,7 +44,7 @@ def main(run: Path, corpus: Path) -> None:
     config = replace(
         config,
         train=replace(config.train, steps=STEPS),
-        optim=replace(config.optim, lr=0.003),
+        optim=replace(config.optim, lr=0.0008),
         monitor=MonitorConfig(every=10),
     )
     pretrain(config, run, sinks=[])
