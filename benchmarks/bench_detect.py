@@ -191,7 +191,8 @@ def run_bloom() -> None:
 def run_faults(seeds: list[int], healthy: list[int], out: Path | None, only: str) -> None:
     from faults import FAULTS, Live
 
-    config, results = DetectConfig(), []
+    # A step takes 0.03 s here: a hang is told after 10 s.
+    config, results = DetectConfig(idle_seconds=10.0, idle_factor=8.0), []
     jobs = [(fault, seed) for seed in seeds for fault in FAULTS if only in fault]
     jobs += [("", seed) for seed in healthy]
     for fault, seed in jobs:

@@ -385,10 +385,8 @@ class Live:
         found = {}
         for name, block in rows.items():
             counts = np.bincount(block.ravel(), minlength=256) / block.size
-            found[name] = {
-                "entropy": float(-(counts[counts > 0] * np.log(counts[counts > 0])).sum()),
-                "share": 0.5,
-            }
+            entropy = float(-(counts[counts > 0] * np.log(counts[counts > 0])).sum())
+            found[name] = {"entropy": entropy, "share": 0.5, "duplicates": self._duplicates(name)}
         emit("data", step, sources=found)
 
     def _source_losses(self) -> dict[str, float]:

@@ -51,6 +51,7 @@ class Open:
     alarms: list[Alarm]
     rows: int = 0  # since it opened
     quiet: int = 0  # since its last alarm
+    ended: str = ""  # how it went on, for what is over
     told: Incident | None = None
 
 
@@ -90,6 +91,7 @@ class Watch:
         view = View(step, time, row, scores, self.base, self._groups)
         alarms = [alarm for detector in self.detectors for alarm in detector.check(view)]
         changed = self._file(alarms)
+        changed += self._went_on(step)
         return [incident for case in self._due(changed) if (incident := self._tell(case)) is not None]
 
     def idle(self, now: float) -> list[Incident]:
@@ -123,8 +125,18 @@ class Watch:
                 changed.append(case)
         return changed
 
+    def _went_on(self, step: int) -> list[Open]:
+        """Hangs that are over with this row: it was a long pause."""
+        over = any(d.memory.get("over") for d in self.detectors if isinstance(d, Hang))
+        ended = [o for o in self._open if over and not o.ended and o.alarms[0].kind == "hang"]
+        for case in ended:
+            case.ended = f"the run went on with step {step}"
+        return ended
+
     def _takes(self, case: Open, alarm: Alarm) -> bool:
         """Whether an alarm belongs to a case: same family, and close; closer if one is about experts, one is not."""
+        if case.ended:
+            return False
         about_experts = {a.kind in EXPERT_KINDS for a in case.alarms}
         near = self.config.merge_rows if (alarm.kind in EXPERT_KINDS) in about_experts else CLOSE
         return case.family == alarm.family and case.quiet <= near
@@ -166,11 +178,12 @@ class Watch:
             step=first,
             first_step=min(earliest, first),
             kind=kind,
-            severity=severity_of(case.alarms),
+            severity="info" if case.ended else severity_of(case.alarms),
             verdict=verdict.cause,
             confidence=verdict.confidence,
             title=f"{TITLES[kind]} at step {alarm.step}",
-            summary="; ".join(texts[:3]) + ".",
+            status="resolved" if case.ended else "open",
+            summary="; ".join([*texts[:3], *([case.ended] if case.ended else [])]) + ".",
             evidence=evidence[:24],
             movers=[dataclasses.asdict(m) for m in moved],
             window=window,
@@ -213,7 +226,7 @@ class Watch:
 
 def _essence(incident: Incident) -> tuple[object, ...]:
     """What makes an incident worth telling again."""
-    return incident.kind, incident.severity, incident.verdict, round(incident.confidence, 1)
+    return incident.kind, incident.severity, incident.status, incident.verdict, round(incident.confidence, 1)
 
 
 def _unique(alarms: Sequence[Alarm]) -> list[Alarm]:

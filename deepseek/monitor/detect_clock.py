@@ -56,8 +56,10 @@ class SlowSteps(Detector):
         self.memory["lost"] = [lost, rows, 0]
         waited = view.row.get("time/data", 0.0)
         usual_wait = self.memory.get("parts", {}).get("time/data", 0.0)
-        enough = lost >= self.config.lost_seconds and (rows >= 2 or seconds >= max(4 * usual, usual + 2.0))
         data = waited - usual_wait > 0.6 * (seconds - usual)
+        enough = lost >= self.config.lost_seconds and (
+            rows >= 2 or (data and seconds >= max(4 * usual, usual + 2.0))
+        )
         kind, series = ("stall", "time/data") if data else ("slow", "time/step")
         if enough and kind not in self.memory.get("told", []):
             self.memory["told"] = [*self.memory.get("told", []), kind]
@@ -137,7 +139,10 @@ class Hang(Detector):
             pause = max(pause, gap)  # evaluation or a checkpoint: healthy pauses of the run
         elif gap > 0:
             usual = gap if usual == 0 else usual + 0.1 * (min(gap, 3 * usual) - usual)
-        self.memory.update(clock=[view.time, usual, 0.9999 * pause], rows=n + 1, told=False, step=view.step)
+        over = bool(self.memory.get("told"))
+        self.memory.update(
+            clock=[view.time, usual, 0.9999 * pause], rows=n + 1, told=False, step=view.step, over=over
+        )
         yield from ()
 
     def idle(self, now: float) -> Iterator[Alarm]:

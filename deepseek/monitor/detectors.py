@@ -41,8 +41,9 @@ class DetectConfig:
     slow_ratio: float = 1.03  # of the usual step time
     lost_seconds: float = 2.0  # time lost to slow steps before it is worth an alarm
     rank_ratio: float = 1.05  # of the other ranks' step time
-    idle_factor: float = 8.0  # step times without a row: a hang
-    idle_seconds: float = 10.0  # and at least so long
+    idle_factor: float = 20.0  # step times without a row: a hang
+    idle_seconds: float = 30.0  # and at least so long
+    learning: int = 500  # rows before a loss that falls suddenly counts: young runs do that
     dead_rows: int = 25  # rows without tokens before an expert that was cut off is dead; twice if it faded
     psi: float = 0.25  # population stability index: the customary bound of a major shift
     merge_rows: int = 100  # alarms this close belong to one incident
@@ -143,6 +144,9 @@ class Excess(Detector):
             total = float((view.base.up if side == "up" else view.base.down)[place])
             lasting = float((view.base.long_up if side == "up" else view.base.long_down)[place])
             habit = self.memory.get(f"{series} {side}", 0.0)
+            if side == "down" and view.base.count[place] < self.config.learning:
+                view.base.down[place] = view.base.long_down[place] = 0.0
+                continue  # a run that has just begun to learn falls as it likes
             at_once = total > max(getattr(self.config, bound), self.config.habit * habit)
             if at_once or (long_bound and lasting > getattr(self.config, long_bound)):
                 view.base.forget(np.array([place]))

@@ -42,6 +42,7 @@ def healthy(seed: int = 0) -> Callable[[int], Row]:
             "memory/rss": 2e9 + 1e6 * noise[3],
             "data/web/loss": loss + 0.05 * noise[4], "data/code/loss": loss + 0.05 * noise[5],
             "data/web/psi": 0.02 * abs(noise[6]), "data/code/psi": 0.02 * abs(noise[7]),
+            "data/web/duplicates": 0.0,
         }  # fmt: skip
         for i in range(LAYERS):
             found[f"layer/{i}/grad_norm"] = norm / 2 * math.exp(0.1 * noise[8 + i])
@@ -151,6 +152,7 @@ def drift(step: int, row: Row) -> None:
 
 def repeated(step: int, row: Row) -> None:
     row["train/loss"] -= 0.01 * (step - 200)
+    row["data/web/duplicates"] = 1.0
 
 
 @pytest.mark.parametrize(
@@ -188,10 +190,13 @@ def test_a_hang_is_told_once_by_the_clock() -> None:
     for step in range(1, 60):
         assert watch.update(step, row(step), step * 0.5) == []
     last = 59 * 0.5
-    assert watch.idle(last + 9.0) == []
-    (incident,) = watch.idle(last + 11.0)
+    assert watch.idle(last + 29.0) == []
+    (incident,) = watch.idle(last + 31.0)
     assert (incident.kind, incident.severity, incident.step) == ("hang", "critical", 59)
     assert watch.idle(last + 100.0) == []
+    (over,) = watch.update(60, row(60), last + 120.0)
+    assert (over.id, over.status, over.severity) == (incident.id, "resolved", "info")
+    assert "went on with step 60" in over.summary
 
 
 def test_a_pause_that_the_run_is_used_to_is_no_hang() -> None:
@@ -226,6 +231,31 @@ def test_a_restarted_watch_goes_on_as_the_one_before() -> None:
         assert told[0] == told[1] == told[2]
     with pytest.raises(ConfigError, match="version"):
         Watch().load_state_dict({"version": 0})
+
+
+def test_a_loss_that_begins_to_fall_is_learning_not_repeated_data() -> None:
+    watch, random = Watch(), np.random.default_rng(0)
+    for step in range(1, 300):
+        loss = 7.3 - 4 * (1 - math.exp(-max(step - 35, 0) / 30)) + 0.01 * random.normal()
+        assert watch.update(step, {"train/loss": loss}, float(step)) == []
+
+
+def test_a_loss_that_falls_off_its_course_late_is_data_seen_before() -> None:
+    watch, random, found = Watch(), np.random.default_rng(0), list[Incident]()
+    for step in range(1, 800):
+        loss = 2 + 4 / math.sqrt(step + 10) + 0.03 * random.normal() - 0.01 * max(step - 700, 0)
+        found += watch.update(step, {"train/loss": loss}, float(step))
+    assert {(i.kind, i.verdict) for i in found} == {("data_drift", "DATA")}
+
+
+def test_one_slow_step_is_nothing_but_one_long_wait_for_data_is() -> None:
+    def pause(step: int, row: Row) -> None:
+        if step == 200:
+            row["time/compute"] += 6.0
+            row["time/step"] += 6.0
+
+    assert watched(pause) == []
+    assert [i.kind for i in watched(data_stall)] == ["stall"]
 
 
 def test_going_back_to_a_checkpoint_is_no_incident() -> None:
