@@ -37,7 +37,7 @@ class MonitorConfig:
     """
 
     enabled: bool = True
-    overhead: float = 0.004
+    overhead: float = 0.002
     every: int = 0
     rows: int = 1
     queries: int = 32
