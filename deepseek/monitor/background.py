@@ -40,7 +40,12 @@ class BackgroundDashboard:
 
     def __enter__(self) -> BackgroundDashboard:
         command = [sys.executable, "-m", "deepseek", "monitor", str(self.run), "--ends-with-stdin"]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # it is no rank
             environment.pop(name, None)
         self._process = subprocess.Popen(

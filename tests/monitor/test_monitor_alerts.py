@@ -30,7 +30,8 @@ from deepseek.monitor.alerts import (
 
 INCIDENT = {
     "id": "a1", "kind": "loss_spike", "severity": "critical", "verdict": "DATA", "confidence": 0.92,
-    "title": "Loss spike", "step": 4120, "samples": [{"text": "a secret"}], "gradient_map": {"values": [[1]]}, "value": torch.tensor(2.5),
+    "title": "Loss spike", "step": 4120, "samples": [{"text": "a secret"}],
+    "gradient_map": {"values": [[1]]}, "value": torch.tensor(2.5),
 }  # fmt: skip
 
 
