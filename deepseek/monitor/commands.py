@@ -58,11 +58,7 @@ class Commands:
         self._stamp: tuple[Any, ...] = ()
         self._asked = 0.0
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
-            self._run("PRAGMA journal_mode=WAL")
-            self._run("PRAGMA synchronous=NORMAL")
-            self._run(_TABLE)
+            self._db = open_database(self.path, _TABLE)
         except (sqlite3.Error, OSError) as error:
             raise RunError(f"cannot open {self.path}: {error}") from None
 
@@ -133,6 +129,30 @@ class Commands:
             return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise RunError(f"{self.path}: {error}") from None
+
+
+def open_database(path: Path, tables: str) -> sqlite3.Connection:
+    """A database with a write-ahead log, made if need be, with ``tables`` in it. Raises ``sqlite3.Error``, ``OSError``.
+
+    Two that make it at the same moment would be refused: changing to the log waits for nobody, so it is tried again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for pause in (0.005, 0.02, 0.1, 0.4, 1.6, None):
+        database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=NORMAL")
+            database.executescript(tables)
+            return database
+        except sqlite3.OperationalError:
+            database.close()
+            if pause is None:
+                raise
+            time.sleep(pause)
+        except BaseException:
+            database.close()
+            raise
+    raise AssertionError("the last try returns or raises")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from deepseek.errors import RunError
-from deepseek.monitor.commands import DATABASE, Command, Commands, Status
+from deepseek.monitor.commands import DATABASE, Command, Commands, Status, open_database
 from deepseek.monitor.series import SeriesReader, SeriesWriter
 
 TABLES = """
@@ -289,8 +289,7 @@ class RunStore:
             self._db.close()
             self._db = None
         if self._db is None and write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db, self._has_tables = _connected(str(self.path), TABLES), True
+            self._db, self._has_tables = open_database(self.path, TABLES), True
         elif self._db is None and self.path.exists():
             self._db = _readable(self.path)
         return self._db
@@ -309,15 +308,10 @@ class RunStore:
         return text
 
 
-def _connected(address: str, script: str = "", uri: bool = False) -> sqlite3.Connection:
+def _connected(address: str, uri: bool = False) -> sqlite3.Connection:
     database = sqlite3.connect(address, timeout=10.0, isolation_level=None, check_same_thread=False, uri=uri)
     try:
-        if script:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=NORMAL")
-            database.executescript(script)
-        else:
-            database.execute("SELECT name FROM sqlite_master").fetchall()  # it can be read
+        database.execute("SELECT name FROM sqlite_master").fetchall()  # it can be read
     except BaseException:
         database.close()
         raise

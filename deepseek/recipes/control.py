@@ -36,6 +36,7 @@ from deepseek.weights.checkpoint import Checkpoint, Checkpointer
 
 EVERY = 0.2  #: seconds between two looks into the store, at least
 PAUSED = 0.1  #: seconds between two looks while the run is paused
+RETRY = 10.0  #: seconds before the store is tried again, after it could not be read
 MOST_STEPS = 1000  #: between two looks of several ranks, however short the steps are
 
 Answer = dict[str, Any]
@@ -82,6 +83,7 @@ class Controller:
         self._result: StepResult | None = None
         self._commands: Commands | None = None
         self._pending: Command | None = None
+        self._again = 0.0
         self._paused, self._alone = False, comm.world() == 1
         self._looked, self._looked_at, self._next = time.monotonic(), 0, 0
 
@@ -109,13 +111,13 @@ class Controller:
     def _take(self) -> Command | None:
         """The next command, the same on every rank. Rank 0 alone sees the store."""
         found = None
-        if self._commands is not None:
+        if self.trainer.rank == 0 and time.monotonic() >= self._again:
             try:
-                found = self._commands.take_command() if self._commands.changed() else None
+                commands = self._commands = self._commands or open_commands(self.trainer.path)
+                found = commands.take_command() if commands.changed() else None
             except Exception as error:  # a full or foreign disk, or a damaged row, must not end the run
                 emit("warning", self.step, text=f"actions cannot be read: {error}")
-                self._commands.close()
-                self._commands = None
+                self._again = time.monotonic() + RETRY
         return comm.from_first(found)
 
     def _work(self, command: Command | None) -> None:
