@@ -207,11 +207,13 @@ def _claim(descriptor: int) -> None:
 
     for pause in (0.01, 0.04, None):
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if pause is None:
                 raise
             time.sleep(pause)
+        else:
+            return
 
 
 def holder(path: Path) -> str | None:

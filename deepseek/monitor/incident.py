@@ -204,7 +204,7 @@ def gradient_map(base: Baselines, first: int, last: int) -> dict[str, Any]:
     slots = base.recent(base.rows)
     slots = slots[(base.steps[slots] >= first) & (base.steps[slots] <= last)]
     places = [base.place[f"layer/{x}/grad_norm"] for x in labels]
-    values = base.values[np.ix_(slots, places)].T if len(slots) else np.zeros((len(places), 0))
+    values = base.values[slots][:, places].T if len(slots) else np.zeros((len(places), 0))
     return {
         "layers": labels,
         "steps": base.steps[slots].tolist(),
