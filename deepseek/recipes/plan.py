@@ -26,6 +26,7 @@ from deepseek.weights.checkpoint import CheckpointConfig
 
 TOKENS_PER_PARAMETER = 20  #: the compute-optimal ratio of arXiv 2203.15556, for runs that name no length
 VOCABULARY_MULTIPLE = 64  #: matmuls like round sizes; the ids above the tokenizer's are never targets
+POINTS, LONG = 10, 200  #: checkpoints in a run whose config names no interval, and the steps that make it worth them
 
 
 @configclass
@@ -141,6 +142,11 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
         tokens = train.tokens or TOKENS_PER_PARAMETER * parameters.active
         why = "train.tokens" if train.tokens else f"{TOKENS_PER_PARAMETER} tokens per active parameter"
         steps = note("train.steps", max(1, round(tokens / train.batch_tokens)), f"{why} / train.batch_tokens")
+    checkpoint = config.checkpoint
+    if checkpoint.every is None:
+        why = f"{POINTS} points to go back to; none in a run of fewer than {LONG} steps"
+        every = note("checkpoint.every", -(-steps // POINTS) if steps >= LONG else 0, why)
+        checkpoint = replace(checkpoint, every=every)
     per_token = count.flops(model, train.length).per_token
     note("parameters", parameters.total, f"{parameters.active:,} active per token")
     note("FLOPs per token", round(per_token), "forward and backward, causal attention as half")
@@ -151,7 +157,8 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
         f"{peak / 1e9:,.0f} GFLOP/s",
         f"a {policy.name} matrix product on this {device.type}, measured now",
     )
-    config = replace(config, model=model, train=replace(train, steps=steps, micro_rows=micro))
+    train = replace(train, steps=steps, micro_rows=micro)
+    config = replace(config, model=model, train=train, checkpoint=checkpoint)
     return Plan(config, device, policy, per_token, peak, derived)
 
 

@@ -75,20 +75,21 @@ class CheckpointConfig:
     """When checkpoints are made and which are kept.
 
     Attributes:
-        every: optimizer steps between checkpoints; 0 means only at the end and on interrupt.
+        every: optimizer steps between checkpoints; 0 means only at the end and on interrupt. ``None``: a recipe
+            chooses, so that a run can be taken back.
         keep_last: how many of the newest to keep; 0 keeps all.
         keep_best: also keep the one with the lowest metric.
         asynchronous: write in the background; costs host memory for one copy of the state.
     """
 
-    every: int = 0
+    every: int | None = None
     keep_last: int = 3
     keep_best: bool = True
     asynchronous: bool = True
 
     def check(self) -> None:
         for name in ("every", "keep_last"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
 

@@ -34,6 +34,7 @@ from deepseek.recipes import pretrain as recipe
 from deepseek.recipes.pretrain import PretrainConfig, derive, dry_run, pretrain, read_config, resume_run
 from deepseek.train import Stop, evaluate
 from deepseek.weights import checkpoint
+from deepseek.weights.checkpoint import CheckpointConfig
 
 
 @pytest.fixture(scope="module")
@@ -432,3 +433,14 @@ def test_fewer_steps_than_done_are_refused(copy: Path) -> None:
     config = read_config(copy / "config.toml")
     with pytest.raises(RunError, match=r"is at step 4 already, train\.steps=3"):
         resume_run(copy, replace(config, train=replace(config.train, steps=3)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "found"),
+    [(199, None, 0), (200, None, 20), (2001, None, 201), (500, 0, 0), (500, 7, 7)],
+)
+def test_a_long_run_can_be_taken_back_without_being_told(
+    corpus: Path, steps: int, every: int | None, found: int
+) -> None:
+    config = replace(smallest(corpus, train={"steps": steps}), checkpoint=CheckpointConfig(every=every))
+    assert derive(config, 300).config.checkpoint.every == found

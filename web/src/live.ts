@@ -23,7 +23,26 @@ export class Live {
 
   constructor(readonly run: string) {}
 
+  // A browser gives a host six connections: a tab that nobody sees gives its own back, and catches up when seen again.
   open(): () => void {
+    const follow = () => {
+      this.source?.close();
+      this.source = null;
+      if (document.hidden) return;
+      this.listen();
+      this.redraw();
+    };
+    document.addEventListener("visibilitychange", follow);
+    follow();
+    return () => {
+      document.removeEventListener("visibilitychange", follow);
+      this.source?.close();
+      clearTimeout(this.timer);
+      clearTimeout(this.telling);
+    };
+  }
+
+  private listen(): void {
     const source = (this.source = new EventSource(runPath(this.run, "/stream")));
     source.onopen = () => (this.connected.value = true);
     source.onerror = () => (this.connected.value = false);
@@ -32,11 +51,6 @@ export class Live {
     source.addEventListener("gap", () => this.redraw());
     source.addEventListener("incident", () => this.incidents.value++);
     source.addEventListener("action", () => this.actions.value++);
-    return () => {
-      source.close();
-      clearTimeout(this.timer);
-      clearTimeout(this.telling);
-    };
   }
 
   get closed(): boolean {
