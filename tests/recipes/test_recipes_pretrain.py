@@ -440,7 +440,9 @@ def test_fewer_steps_than_done_are_refused(copy: Path) -> None:
     [(199, None, 0), (200, None, 20), (2001, None, 201), (500, 0, 0), (500, 7, 7)],
 )
 def test_a_long_run_can_be_taken_back_without_being_told(
-    corpus: Path, steps: int, every: int | None, found: int
+    config: PretrainConfig, steps: int, every: int | None, found: int
 ) -> None:
-    config = replace(smallest(corpus, train={"steps": steps}), checkpoint=CheckpointConfig(every=every))
-    assert derive(config, 300).config.checkpoint.every == found
+    asked = replace(
+        config, train=replace(config.train, steps=steps), checkpoint=CheckpointConfig(every=every)
+    )
+    assert derive(asked, 300).config.checkpoint.every == found
