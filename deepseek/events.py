@@ -100,8 +100,9 @@ class MemorySink(Sink):
         return [plain(e.values[key]) for e in self.events if e.name == name and key in e.values]
 
 
-#: Events that are nothing but numbers for charts: hundreds a step, kept by the series store and by no text file.
-SERIES_ONLY = frozenset({"probe", "ranks", "data"})
+#: Events for who watches a run and for no text file: numbers for charts, hundreds a step; ``busy`` says that no steps
+#: come for a while, and that it is meant.
+SERIES_ONLY = frozenset({"probe", "ranks", "data", "busy"})
 
 
 class JsonlSink(Sink):

@@ -22,6 +22,7 @@ from deepseek.monitor.store import RunStore
 
 BACK = frozenset({"resume", "rollback"})  #: events after whose step everything is void
 LINEAGE = BACK | {"run", "checkpoint", "export", "interrupted", "done"}
+ENDED = frozenset({"done", "interrupted"})
 MOST_WAITING = 100_000  #: events; a device that hangs must not fill the memory
 
 
@@ -42,7 +43,8 @@ class StoreSink(Sink):
 
     Args:
         watch: is shown every row once it is complete. If it has a method ``tick(time)`` it is called, too, when
-            nothing happens, so that it can notice a run that hangs.
+            nothing happens though a step is due, so that it can notice a run that hangs: not after a ``busy`` event
+            (an evaluation, say) until the next one, and not once a run has ended.
         every: training steps whose tensors are read together.
         seconds: an event waits no longer than this.
 
@@ -59,7 +61,7 @@ class StoreSink(Sink):
         self._writer, self._rows = self.store.writer("rank0"), RowMaker()
         self._waiting: deque[Event] = deque()
         self._wake, self._pid = threading.Event(), os.getpid()
-        self._trained, self._closing = 0, False
+        self._trained, self._closing, self._due = 0, False, False
         self._told: set[str] = set()
         self._step: int | None = None
         self._row: Row = {}  #: of ``_step``, and not yet shown to the watch
@@ -69,7 +71,8 @@ class StoreSink(Sink):
 
     def write(self, event: Event) -> None:
         """Take an event; its tensors are read later."""
-        if (event.name not in MEASURED and event.name not in LINEAGE) or os.getpid() != self._pid:
+        known = event.name in MEASURED or event.name in LINEAGE or event.name == "busy"
+        if not known or os.getpid() != self._pid:
             return
         if len(self._waiting) >= MOST_WAITING:
             self.dropped += 1
@@ -112,7 +115,7 @@ class StoreSink(Sink):
             if closing and not self._waiting:
                 return
             tick = getattr(self._watch, "tick", None)
-            if tick is not None and not events:
+            if tick is not None and self._due and not events:
                 self._report(self._safely("the watch", tick, clock.time()))
 
     def _take(self, events: list[Event]) -> None:
@@ -131,6 +134,7 @@ class StoreSink(Sink):
 
     def _one(self, event: Event) -> bool:
         """Put one event into the store."""
+        self._due = event.name != "busy" and event.name not in ENDED
         row = self._rows(event)
         if event.step is not None:
             self._go_back(event)

@@ -26,7 +26,10 @@ from deepseek.weights.checkpoint import CheckpointConfig
 
 TOKENS_PER_PARAMETER = 20  #: the compute-optimal ratio of arXiv 2203.15556, for runs that name no length
 VOCABULARY_MULTIPLE = 64  #: matmuls like round sizes; the ids above the tokenizer's are never targets
-POINTS, LONG = 10, 200  #: checkpoints in a run whose config names no interval, and the steps that make it worth them
+POINTS, LONG = (
+    10,
+    200,
+)  #: checkpoints in a run whose config names no interval, and the steps that make it worth them
 
 
 @configclass

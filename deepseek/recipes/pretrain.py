@@ -369,6 +369,7 @@ class _Pretraining:
     def _evaluate(self, step: int, everything: bool = False) -> None:
         if self.corpus.held_out is None:
             return
+        emit("busy", step, what="evaluation")
         tokens = 0 if everything else self.config.evaluate.tokens
         self.evaluation = evaluate(self.model, self._held_out(), self.plan.policy, tokens=tokens)
         self.evaluated_at = step

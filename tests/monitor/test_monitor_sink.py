@@ -189,6 +189,22 @@ def test_every_event_becomes_series_and_rows_are_whole_for_the_watch(tmp_path: P
         assert [i["id"] for i in store.incidents()] == ["i3"]
 
 
+@pytest.mark.parametrize(("pause", "after"), [("busy", "evaluate"), ("done", "run"), ("interrupted", "run")])
+def test_nobody_waits_for_steps_while_none_is_due(tmp_path: Path, pause: str, after: str) -> None:
+    watch = Recorder()
+    with attached(sink := StoreSink(tmp_path, watch, seconds=0.02)):
+        emit("train", 1, loss=1.0)
+        emit(pause, 1)
+        assert sink.flush()
+        before = watch.ticks
+        time.sleep(0.3)
+        assert watch.ticks == before
+        emit(after, 1, loss=1.0)
+        assert sink.flush()
+        time.sleep(0.3)
+    assert watch.ticks > before
+
+
 def test_the_newest_row_is_shown_though_nothing_follows(tmp_path: Path) -> None:
     watch = Recorder()
     with attached(StoreSink(tmp_path, watch, seconds=0.02)):
