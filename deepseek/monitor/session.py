@@ -46,6 +46,7 @@ def init(
     job_type: str | None = None,
     resume: bool | str | None = None,
     mode: Literal["online", "offline", "disabled"] | None = None,
+    detect: bool = True,
     **ignored: Any,
 ) -> Run:
     """Start a run, which ``log`` then logs into.
@@ -58,6 +59,7 @@ def init(
         config: a dictionary, a namespace or a dataclass.
         resume: with ``name``: go on with the run of that name if there is one ('must': it has to be there).
         mode: 'disabled' keeps nothing, for the ranks that do not log.
+        detect: look for what is unusual beside the loop (``session_watch``); it becomes an incident and a warning.
         ignored: other options of the original.
 
     Raises:
@@ -83,7 +85,7 @@ def init(
             path = _made(path, shared=bool(given))
         except OSError as error:
             raise RunError(f"{path} cannot be a run directory: {error.strerror or error}") from error
-    made = Run(path, label, options_of(config), facts, writes)
+    made = Run(path, label, options_of(config), facts, writes, detect)
     with open_lock:
         if not open_runs:
             atexit.unregister(_finish_all)

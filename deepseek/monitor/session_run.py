@@ -9,11 +9,14 @@ import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepseek.errors import RunError
 from deepseek.monitor.session_config import Config
 from deepseek.monitor.store import RunStore
+
+if TYPE_CHECKING:
+    from deepseek.monitor.session_watch import SessionWatch
 
 SUMMARIES = ("last", "min", "max", "mean", "none")  #: what ``define_metric`` can ask for
 LEVELS = {
@@ -68,7 +71,13 @@ class Run:
     offline = True
 
     def __init__(
-        self, path: Path, name: str, config: Mapping[str, Any], facts: Mapping[str, Any], writes: bool
+        self,
+        path: Path,
+        name: str,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        writes: bool,
+        watched: bool = True,
     ) -> None:
         self.id, self.name, self.path, self.dir = path.name, name, path, str(path)
         self.project, self.tags = str(facts.get("project") or ""), tuple(facts.get("tags") or ())
@@ -82,10 +91,15 @@ class Run:
         self.resumed = self.step > 0
         self.config = Config(path / "config.toml" if writes else None, config)
         self.summary = Summary(self)
+        self._watch: SessionWatch | None = None
         if writes:
             self._store.set_meta("session", {"name": name, **facts})
             self._tell("run", self.step, run=path.name, name=name, pid=os.getpid(), command=" ".join(sys.argv),
                        resumed_from=self.step or None, **facts)  # fmt: skip
+            if watched:
+                from deepseek.monitor.session_watch import SessionWatch
+
+                self._watch = SessionWatch(path, self.step)
 
     def log(
         self,
@@ -156,6 +170,8 @@ class Run:
             with open_lock:
                 open_runs[:] = [run for run in open_runs if run is not self]
             if self._writes:
+                if self._watch is not None:
+                    self._watch.close()
                 self._writer.close()
                 self._store.series.refresh()
                 self._store.set_meta("summary", dict(self.summary))
