@@ -51,10 +51,21 @@ def matmul_flops(device_type: str, dtype: torch.dtype, seconds: float = 0.3) -> 
     size = 4096 if device_type != "cpu" else 1024
     a, b = (torch.randn(size, size, device=device_type, dtype=torch.float32).to(dtype) for _ in range(2))
     for pilot in (64, 256) if device_type == "cpu" else ():  # a format without hardware must not cost seconds
-        small = _rate(a[:pilot, :pilot].contiguous(), b[:pilot, :pilot].contiguous(), 0.0)
+        small = _pilot(a[:pilot, :pilot].contiguous(), b[:pilot, :pilot].contiguous())
         if 2.0 * (4 * pilot) ** 3 / small > seconds:
             return small
     return _rate(a, b, seconds)
+
+
+def _pilot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """What all threads together would do, from one: on a busy machine threads wait longer for each other than a small
+    product takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return threads * _rate(a, b, 0.05)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rate(a: torch.Tensor, b: torch.Tensor, seconds: float) -> float:
