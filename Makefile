@@ -27,7 +27,7 @@ docs: $(STAMP)-dev
 	$(PYTHON) -m venv .venv
 
 $(STAMP)-quickstart: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,web]"
 	touch $@
 
 $(STAMP)-dev: pyproject.toml constraints.txt | .venv/bin/python
