@@ -8,7 +8,7 @@ import { ago, bytes, figures, NONE, percent, short } from "./format";
 import { Icon, severityIcon } from "./icons";
 import { link } from "./route";
 import { type RunState, useRun, useWindows } from "./run";
-import { t } from "./text";
+import { t, titleOf } from "./text";
 
 type State = "ok" | "warning" | "critical" | "none";
 interface Tile {
@@ -84,7 +84,7 @@ function judged(run: RunState, key: string, calm: string, known: boolean, page: 
   if (!worst) return { key, why: calm, state: known ? "ok" : "none", href: link(home) };
   const more = open.length > 1 ? ` ${t("and {n} more", { n: open.length - 1 })}` : "";
   const href = link(["run", run.id, "incidents", worst.id]);
-  return { key, why: worst.title + more, state: worst.severity as State, href };
+  return { key, why: titleOf(worst.title) + more, state: worst.severity as State, href };
 }
 
 const missing = (run: RunState) => (run.listed ? t("not logged by this run") : "…");

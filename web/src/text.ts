@@ -29,6 +29,12 @@ export function t(english: string, blanks: Record<string, string | number> = {})
   return text.replace(/\{(\w+)\}/g, (_, key) => String(blanks[key] ?? ""));
 }
 
+/** The run's own title of an incident ("Loss spike at step 7"), in the reader's language where it is one of the known. */
+export function titleOf(title: string): string {
+  const [, what, step] = /^(.*) at step (\d+)$/.exec(title) ?? [];
+  return what && lang.value === "zh" && ZH[what] ? `${ZH[what]},第 ${step} 步` : title;
+}
+
 /** "layer 3" of "3"; "embedding" and "head" as they are. */
 export const layerName = (l: number | string) => (/^\d+$/.test(String(l)) ? `${t("layer")} ${l}` : word(String(l)));
 

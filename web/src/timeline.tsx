@@ -9,7 +9,7 @@ import { dark, line } from "./palette";
 import { spread } from "./plot";
 import { link } from "./route";
 import { checkpoints, resumes, useRun } from "./run";
-import { t } from "./text";
+import { t, titleOf } from "./text";
 
 const MOST_PINS = 60;
 
@@ -70,8 +70,8 @@ export function Timeline({ series }: { series: string }) {
               class={`pin ${x.severity} ${x.status}`}
               style={{ left: `${Math.min(Math.max(share(x.step), 0), 1) * 100}%` }}
               href={link(["run", run.id, "incidents", x.id])}
-              aria-label={`${t(x.severity)}: ${x.title}, ${atStep(x.step)}`}
-              title={`${x.title}\n${atStep(x.step)}`}
+              aria-label={`${t(x.severity)}: ${titleOf(x.title)}, ${atStep(x.step)}`}
+              title={`${titleOf(x.title)}\n${atStep(x.step)}`}
             >
               <Icon name={severityIcon(x.severity)} size={12} />
             </a>

@@ -86,4 +86,5 @@ export const ZH: Record<string, string> = {
   "No trace yet. A capture records kernels, data waits and communication of three steps.": "还没有轨迹。捕获会记录三步内的内核、数据等待和通信。", "Open the flame chart": "打开火焰图", "Activations": "激活", "share of values, logarithmic height": "数值份额,对数高度",
   "Attention of layer {layer}, head {head}": "第 {layer} 层第 {head} 头的注意力", "Arrow keys move, + and − zoom, 0 shows all.": "方向键移动,+ 和 − 缩放,0 显示全部。", "tokens {a} – {b} of {n}": "词元 {a} – {b},共 {n}", "Show all tokens": "显示全部词元",
   "contrast": "对比度", "query": "查询", "key": "键", "Rows are queries, columns are keys; a cell shows the largest weight under it.": "行是查询,列是键;每格显示其下最大的权重。",
+  "Not a number": "出现非数", "Weights changed without an update": "权重未经更新而改变", "Number format overflows": "数值格式溢出", "Router collapse": "路由器坍缩", "Dead expert": "死专家", "Loss diverges": "损失发散", "Data changed": "数据发生变化", "Loss spike": "损失尖峰", "Size of updates changed": "更新幅度改变", "Gradient spike": "梯度尖峰", "Run hangs": "运行挂起", "Slow rank": "慢 rank", "Waiting for data": "等待数据", "Slow steps": "步变慢", "Memory grows": "内存增长", "Loss stopped falling": "损失停止下降",
 };

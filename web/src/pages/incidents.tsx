@@ -14,7 +14,7 @@ import { line } from "../palette";
 import type { Mark, Trace } from "../plot";
 import { go, link } from "../route";
 import { useGet, useRun, useWindows } from "../run";
-import { layerName, t, word } from "../text";
+import { layerName, t, titleOf, word } from "../text";
 
 export function Incidents() {
   const run = useRun();
@@ -30,7 +30,7 @@ export function Incidents() {
           <li key={x.id} class={`card incident-row ${x.severity} ${x.status}`}>
             <a href={link(["run", run.id, "incidents", x.id])}>
               <span class={`sev ${x.severity}`}><Icon name={severityIcon(x.severity)} /> <span class="sr">{t(x.severity)}</span></span>
-              <span class="incident-title"><b>{x.title}</b><small>{x.summary}</small></span>
+              <span class="incident-title"><b>{titleOf(x.title)}</b><small>{x.summary}</small></span>
               <Verdict incident={x} />
               <span class="incident-step">{atStep(x.step)}<small>{x.time ? ago(x.time) : word(x.status)}</small></span>
             </a>
@@ -80,11 +80,11 @@ export function IncidentPage({ id }: { id: string }) {
   if (error) return <p class="failed" role="alert">{error.message}</p>;
   if (!incident) return <div class="empty tall"><span class="loading" /></div>;
   return (
-    <article class="incident" aria-label={incident.title}>
+    <article class="incident" aria-label={titleOf(incident.title)}>
       <header class={`card incident-head ${incident.severity}`}>
         <div class="incident-what">
           <span class={`sev ${incident.severity}`}><Icon name={severityIcon(incident.severity)} /> {t(incident.severity)} · {atStep(incident.step)}{incident.time ? ` · ${ago(incident.time)}` : ""} · {word(incident.status)}</span>
-          <h2>{incident.title}</h2>
+          <h2>{titleOf(incident.title)}</h2>
           <p>{incident.summary}</p>
         </div>
         <Verdict incident={incident} large />
