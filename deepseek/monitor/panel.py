@@ -319,7 +319,8 @@ def message(name: str, step: int | None, v: dict[str, Any], marks: Glyphs) -> tu
     if name == "incident":
         sure = f" ({v['confidence']:.0%})" if isinstance(v.get("confidence"), float) else ""
         verdict = f": {v['verdict']}{sure}" if v.get("verdict") else ""
-        return f"{marks.warning} {v.get('title') or v.get('kind')}{at}{verdict}", WARN
+        title = str(v.get("title") or v.get("kind"))
+        return f"{marks.warning} {title}{'' if ' at step ' in title else at}{verdict}", WARN
     if name == "warning":
         return f"{marks.warning} {v.get('text')}", WARN
     if name == "bad_record":

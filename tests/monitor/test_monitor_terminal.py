@@ -71,7 +71,7 @@ def test_events_of_series_are_not_read_and_an_incident_is_one_line_until_its_ver
     for verdict, confidence in (("UNKNOWN", 0.3), ("DATA", 0.9), ("DATA", 0.95)):
         incident = {
             "id": "5-loss_spike-1",
-            "title": "Loss spike",
+            "title": "Loss spike" if verdict == "UNKNOWN" else "Loss spike at step 5",
             "verdict": verdict,
             "confidence": confidence,
         }
@@ -79,7 +79,7 @@ def test_events_of_series_are_not_read_and_an_incident_is_one_line_until_its_ver
     told = [text for _, text, _, _ in sink.state.messages]
     assert len(told) == 2
     assert "Loss spike at step 5: UNKNOWN (30%)" in told[0]
-    assert "Loss spike at step 5: DATA (90%)" in told[1]
+    assert "Loss spike at step 5: DATA (90%)" in told[1]  # the step is not told twice
 
 
 def test_every_steps_adds_lines() -> None:
