@@ -120,10 +120,10 @@ function data(run: RunState, value: Value): Tile {
   const drift = sources.map((n) => [value(n) ?? 0, n.slice(5, -4)] as const).sort((a, b) => b[0] - a[0])[0];
   const wait = value("time/data");
   const step = value("time/step");
-  const waits = wait !== null && step ? t("{x} of a step waits for data", { x: percent(wait / step) }) : "";
+  const waits = wait !== null && step ? t("{x} of a step waits for data", { x: little(wait / step) }) : "";
   const drifts = drift ? t("most drift: {x}", { x: drift[1] }) : "";
   const known = Boolean(waits || drifts);
-  const shown = drift ? figures(drift[0], 2) : wait !== null && step ? percent(wait / step) : NONE;
+  const shown = drift ? figures(drift[0], 2) : wait !== null && step ? little(wait / step) : NONE;
   const unit = drift ? "PSI" : known ? t("waiting") : "";
   return { label: "Data", value: shown, unit, ...judged(run, "data", known ? [drifts, waits].filter(Boolean).join(" · ") : missing(run), known, run.info?.pages.includes("data") ? "data" : "") };
 }
@@ -171,3 +171,6 @@ const median = (window: Window | undefined) => {
   const values = (window?.mean ?? []).filter((x): x is number => x !== null);
   return values.length ? middle(values) : null;
 };
+
+/** A share nobody minds says so, without digits. */
+const little = (share: number) => (share > 0 && share < 0.001 ? `<${percent(0.001)}` : percent(share));

@@ -66,7 +66,7 @@ export const ZH: Record<string, string> = {
   "This run logs no expert.": "此运行没有记录专家。", "Load of every expert now": "当前每个专家的负载", "times the mean": "倍均值", "expert": "专家", "dead": "失活",
   "Blue gets less than its share, vermilion more. Click a layer for its history.": "蓝色少于应得份额,朱红多于。点击某层查看其历史。", "Layers": "层", "Layer": "层", "Entropy": "熵", "Max violation": "最大偏载", "Dead": "失活", "Coverage": "覆盖率",
   "Load over time, layer {n}": "第 {n} 层负载随时间", "One row an expert": "每行一个专家", "Balance loss": "均衡损失", "This run logs nothing about its data.": "此运行没有记录数据情况。", "Sources": "来源", "Source": "来源", "Share": "占比",
-  "Drift (PSI)": "漂移 (PSI)", "Length": "长度", "Byte entropy": "字节熵", "Duplicates": "重复", "stable": "稳定", "some shift": "略有漂移", "shifted": "已漂移", "Loss per source": "各来源损失", "Drift per source": "各来源漂移",
+  "Drift (PSI)": "漂移 (PSI)", "Length": "长度", "Token entropy": "词元熵", "Duplicates": "重复", "stable": "稳定", "some shift": "略有漂移", "shifted": "已漂移", "Loss per source": "各来源损失", "Drift per source": "各来源漂移",
   "Share of the batch": "批次占比", "Document length": "文档长度", "Switches": "切换", "Time": "时间", "What": "内容", "No switch of precision so far.": "至今没有精度切换。", "Attempts": "历次尝试", "over the step axis": "沿步数轴",
   "Nothing yet: the first checkpoint starts the line.": "暂无:第一个检查点会开始这条线。", "{n} attempts up to step {step}": "{n} 次尝试,至第 {step} 步", "{n} checkpoints": "{n} 个检查点", "start": "开始", "resume": "恢复", "rollback": "回滚",
   "rollback_skip": "回滚并跳过", "skip": "跳过", "quarantine": "隔离", "config": "配置变更", "run": "运行", "This run logs nothing about alignment.": "此运行没有记录对齐情况。",

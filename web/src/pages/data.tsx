@@ -27,7 +27,7 @@ export function Data() {
       <Timeline series={run.series.has("train/loss") ? "train/loss" : names[0]} />
       <div class="card table-card" tabIndex={0} role="group" aria-label={t("Sources")}>
         <table>
-          <thead><tr><th>{t("Source")}</th><th>{t("Share")}</th><th class="n">{t("Loss")}</th><th>{t("Drift (PSI)")}</th><th class="n">{t("Length")}</th><th class="n">{t("Byte entropy")}</th><th class="n">{t("Duplicates")}</th></tr></thead>
+          <thead><tr><th>{t("Source")}</th><th>{t("Share")}</th><th class="n">{t("Loss")}</th><th>{t("Drift (PSI)")}</th><th class="n">{t("Length")}</th><th class="n">{t("Token entropy")}</th><th class="n">{t("Duplicates")}</th></tr></thead>
           <tbody>
             {sources.map((s, i) => {
               const psi = value(s, "psi");
@@ -52,7 +52,7 @@ export function Data() {
         {chart("psi", "Drift per source")}
         {chart("share", "Share of the batch")}
         {chart("length", "Document length")}
-        {chart("entropy", "Byte entropy")}
+        {chart("entropy", "Token entropy")}
         {chart("duplicates", "Duplicates")}
       </div>
     </section>

@@ -198,7 +198,9 @@ function Siblings({ incident }: { incident: Incident }) {
 function Movers({ incident }: { incident: Incident }) {
   const run = useRun();
   const [all, setAll] = useState(false);
-  const [a, b] = incident.window?.length === 2 ? incident.window : [incident.step - 200, incident.step + 200];
+  const [a, wide] = incident.window?.length === 2 ? incident.window : [incident.step - 200, incident.step + 200];
+  const end = run.info?.status === "running" ? run.info.total_steps : run.extent[1]; // no empty paper after the last step
+  const b = end ? Math.min(wide, Math.max(end, incident.step + 10)) : wide;
   const movers = (incident.movers ?? []).slice(0, all ? 48 : 9);
   const names = useMemo(() => ["train/loss", ...movers.map((m) => m.name)].filter((n, i, x) => x.indexOf(n) === i), [incident.id, movers.length]);
   const { windows } = useWindows(names, { start: Math.max(0, a), stop: b + 1, points: 500 });

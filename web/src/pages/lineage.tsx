@@ -17,7 +17,8 @@ const kind = (x: LineageItem) => String(x.kind ?? x.event ?? "");
 
 export function Lineage() {
   const run = useRun();
-  const items = run.lineage.some((x) => kind(x) === "checkpoint") ? run.lineage : [...run.lineage, ... checkpoints(run).map((c): LineageItem => ({ ...c, kind: "checkpoint" }))];
+  const all = run.lineage.some((x) => kind(x) === "checkpoint") ? run.lineage : [...run.lineage, ... checkpoints(run).map((c): LineageItem => ({ ...c, kind: "checkpoint" }))];
+  const items = all.filter((x) => !withRollback(x, all));
   const list = [...items].sort((a, b) => (b.time ?? 0) - (a.time ?? 0) || (b.step ?? 0) - (a.step ?? 0));
   return (
     <section class="lineage">
@@ -39,6 +40,11 @@ export function Lineage() {
       </ol>
     </section>
   );
+}
+
+/** A rollback resumes from its checkpoint: the resume at the same moment is the same attempt. */
+function withRollback(x: LineageItem, all: LineageItem[]): boolean {
+  return kind(x) === "resume" && all.some((y) => kind(y) === "rollback" && y.step === x.step && Math.abs((y.time ?? 0) - (x.time ?? 0)) < 5);
 }
 
 /** Four or more checkpoints in a row become one line that opens. */
