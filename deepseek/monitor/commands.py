@@ -186,4 +186,13 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _command(row: Any) -> Command:
     number, action, arguments, by, status, result, created, finished = row
-    return Command(number, action, json.loads(arguments), by, status, json.loads(result), created, finished)
+    return Command(number, action, _object(arguments), by, status, _object(result), created, finished)
+
+
+def _object(text: Any) -> dict[str, Any]:
+    """What a row keeps as JSON. A damaged one is not empty, or the trainer would do what it does not know fully."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {"damaged": True}

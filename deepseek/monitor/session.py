@@ -28,7 +28,7 @@ from deepseek.errors import RunError
 from deepseek.monitor.session_config import Config, options_of
 from deepseek.monitor.session_run import Run, Summary, open_lock, open_runs
 
-LONGEST = 80  #: characters of a directory's name
+LONGEST, LONGEST_BYTES = 80, 240  #: characters of a directory's name; a file system has 255 bytes
 
 _logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def init(
         RunError: the directory cannot be made, or ``resume='must'`` and it is not there.
     """
     root = Path(dir if dir is not None else os.environ.get("DEEPSEEK_RUNS") or "runs")
-    given = _safe(id or (name if resume and resume != "never" else "") or "")
-    label = name or id or _named_by_time(project)
+    given = _safe(str(id or (name if resume and resume != "never" else "") or ""))
+    label = str(name or id or _named_by_time(project))
     facts = {
         "project": project,
         "tags": list(tags or ()),
@@ -182,6 +182,8 @@ def _named_by_time(project: str | None) -> str:
 
 
 def _safe(name: str) -> str:
-    """A name as one directory."""
-    safe = "".join(c if c.isalnum() or c in "._- " else "-" for c in name).strip(" .-")
-    return safe[:LONGEST]
+    """A name as one directory; '' only for ''."""
+    safe = "".join(c if c.isalnum() or c in "._- " else "-" for c in name).strip(" .-")[:LONGEST]
+    while len(safe.encode()) > LONGEST_BYTES:
+        safe = safe[:-1]
+    return safe or ("run" if name else "")

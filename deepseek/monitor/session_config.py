@@ -80,7 +80,12 @@ def options_of(config: Any) -> dict[str, Any]:
 def _toml(value: Any) -> Any:
     """What TOML can hold: no ``None``, text for what it does not know."""
     if isinstance(value, Mapping):
-        return {str(k): _toml(v) for k, v in value.items() if v is not None}
+        return {_text(k): _toml(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple, set)):
         return [_toml(v) for v in value if v is not None]
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
+    return value if isinstance(value, (bool, int, float)) else _text(value)
+
+
+def _text(value: Any) -> str:
+    """A file holds no half of a surrogate pair."""
+    return str(value).encode("utf-8", "replace").decode()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek.errors import RunError
 from deepseek.monitor.session_config import Config
 from deepseek.monitor.store import RunStore
+from deepseek.monitor.writer import LONGEST_NAME
 
 if TYPE_CHECKING:
     from deepseek.monitor.session_watch import SessionWatch
@@ -86,6 +87,7 @@ class Run:
         self._writer = self._store.writer(str(facts.get("job_type") or ""))
         self._summaries: dict[str, str] = {}
         self._ignored: set[str] = set()
+        self._known: tuple[Any, dict[str, float]] = (None, {})
         first, last = self._store.series.steps() if writes else (0, -1)
         self.step = last + 1 if last >= first else 0
         self.resumed = self.step > 0
@@ -130,7 +132,9 @@ class Run:
             if self._writes:
                 try:
                     self._writer.log(at, data)
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError, RuntimeError):
+                    if not isinstance(data, Mapping):
+                        raise
                     self._writer.log(at, self._numbers(data))
             self.step = at + (1 if (step is None if commit is None else commit) else 0)
 
@@ -174,7 +178,7 @@ class Run:
                     self._watch.close()
                 self._writer.close()
                 self._store.series.refresh()
-                self._store.set_meta("summary", dict(self.summary))
+                self._store.set_meta("summary", self.summary._all())
                 last = self._store.series.steps()[1]
                 if exit_code:
                     self._tell("interrupted", max(last, 0), signal=f"exit code {exit_code}")
@@ -197,6 +201,10 @@ class Run:
             name = f"{prefix}{key}"
             if isinstance(value, Mapping):
                 found.update(self._numbers(value, f"{name}/"))
+            elif value is not None and not 0 < len(name) <= LONGEST_NAME:
+                if "" not in self._ignored:
+                    self._ignored.add("")
+                    _logger.warning("'%.40s' is left out: a name has 1 to %d characters", name, LONGEST_NAME)
             elif value is not None and (number := _number(value)) is not None:
                 found[name] = number
             elif value is not None and name not in self._ignored:
@@ -212,6 +220,9 @@ class Run:
             return {}
         reader = self._store.series
         reader.refresh()
+        state = reader, reader.version, dict(self._summaries)
+        if self._known[0] == state:  # or ``dict(summary)`` would look at every series once for each
+            return self._known[1]
         found = {}
         for name, last in reader.last().items():
             kind = self._summary_of(name)
@@ -220,6 +231,7 @@ class Run:
             elif kind != "none":
                 values = reader.raw(name)[1]
                 found[name] = float(getattr(values.astype("f8"), kind)())
+        self._known = state, found
         return found
 
     def _summary_of(self, name: str) -> str:

@@ -159,7 +159,7 @@ class Controller:
             try:
                 self._commands.finish_command(command.id, status, answer)
                 self._note(command, status, answer)
-            except RunError as error:
+            except Exception as error:  # whatever is wrong with the store, the run goes on
                 emit("warning", self.step, text=f"the answer to {command.action} cannot be written: {error}")
 
     def _note(self, command: Command, status: Status, answer: Answer) -> None:
@@ -278,7 +278,7 @@ class Controller:
             try:
                 self._commands = open_commands(self.trainer.path)
                 self._tidy(self._commands, "the process ended before it was done", "running")
-            except RunError as error:
+            except Exception as error:
                 emit("warning", self.step, text=f"this run takes no actions: {error}")
         return self
 
@@ -292,6 +292,8 @@ class Controller:
             ended = f"the run ended at step {self.step}" + (f": {error}" if error else "")
             try:
                 self._tidy(self._commands, ended, "running", "queued")
+            except Exception as problem:  # the run is done, or fails for a reason of its own
+                emit("warning", self.step, text=f"what was asked for cannot be answered: {problem}")
             finally:
                 self._commands.close()
                 self._commands = None

@@ -239,3 +239,29 @@ def test_threads_log_into_one_run() -> None:
 def test_importing_it_is_cheap() -> None:
     code = "import sys, deepseek.monitor; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_names_that_no_directory_can_have_stay_below_the_root(tmp_path: Path) -> None:
+    made = [wandb.init(name=name, config={"odd": "\ud800"}).path for name in ("🔥", "...", "𝒜" * 90)]
+    made.append(wandb.init(id="..").path)
+    for path in made:
+        assert path.resolve().parent == (tmp_path / "runs").resolve()
+        wandb.finish()
+
+
+def test_one_odd_value_does_not_lose_the_others_or_end_the_loop() -> None:
+    run = wandb.init(name="odd")
+    run.log({"large": 10**400, "a": 1})
+    run.log({"": 1, "x" * 501: 2, "a": 2})
+    run.log({"meta": torch.ones((), device="meta"), "a": 3})
+    run.finish()
+    assert SeriesReader(run.path / "monitor").raw("a")[1].tolist() == [1, 2, 3]
+
+
+def test_finishing_a_run_of_many_series_does_not_take_the_square_of_them() -> None:
+    run = wandb.init(name="many")
+    run.log({f"g{i % 50}/s{i}": i for i in range(5000)})
+    began = time.perf_counter()
+    assert len(dict(run.summary)) == 5000
+    run.finish()
+    assert time.perf_counter() - began < 10  # it took minutes

@@ -370,3 +370,38 @@ def test_commands_left_by_a_dead_trainer_are_answered(
 def test_requests_are_checked_before_they_are_sent(action: str, arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         validate(action, arguments)
+
+
+@pytest.mark.parametrize("damage", ["arguments", "incident", "database"])
+def test_a_store_that_is_damaged_while_it_trains_ends_nothing(
+    config: PretrainConfig, straight: Path, tmp_path: Path, damage: str
+) -> None:
+    run = tmp_path / "run"
+
+    class Damages(Asks):
+        def write(self, event: Event) -> None:
+            super().write(event)
+            if event.name != "train" or event.step != 4:
+                return
+            if damage == "database":
+                (run / "monitor" / "monitor.db").write_bytes(b"no database" * 1000)
+                return
+            with RunStore(run) as store:
+                store.set_meta("a", 1)
+                if damage == "arguments":
+                    for status in ("queued", "running"):
+                        store._run(
+                            "INSERT INTO commands (action, arguments, by, status, result, created) "
+                            "VALUES ('pause', '{', '', ?, '{}', 0)", status, write=True,
+                        )  # fmt: skip
+                else:
+                    store._run(
+                        "INSERT INTO incidents (id, time, step, status, data) VALUES ('a', 0, 1, 'open', '{')",
+                        write=True,
+                    )
+            if damage == "incident":
+                request(run, "checkpoint", {"incident": "b"})
+
+    pretrain(config, run, sinks=[Damages(run, {})])
+    assert events(run)[-1]["event"] in ("done", "warning")
+    assert identical(tensors(run), tensors(straight))
