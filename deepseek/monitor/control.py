@@ -40,6 +40,7 @@ ACTIONS: dict[str, tuple[str, ...]] = {
 ALWAYS = ("incident",)  #: an argument of every action: the incident it answers
 MAX_DOCUMENTS = 10_000
 MAX_CAPTURED = 20
+MAX_SKIPPED = 100_000  #: steps; each one's batch is looked up while the run waits
 
 
 def request(run: Path | str, action: str, arguments: Mapping[str, Any] | None = None, by: str = "") -> int:
@@ -122,6 +123,8 @@ class Rollback:
             raise ConfigError(
                 f"rollback_skip.skip=[{first}, {last}]: steps count from 1, and last is not before first"
             )
+        if last - first >= MAX_SKIPPED:
+            raise ConfigError(f"rollback_skip.skip=[{first}, {last}]: at most {MAX_SKIPPED:,} steps at once")
         if to_step is not None and to_step >= first:
             raise ConfigError(
                 f"rollback_skip.to_step={to_step} does not lie before the first step to skip, {first}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from deepseek.errors import DeepseekError
@@ -86,10 +86,13 @@ def integer(request: Request, name: str, default: int | None, low: int, high: in
 async def body(request: Request) -> dict[str, Any]:
     """The JSON object that a request carries. Raises ``BadRequest``."""
     data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > BODY_BYTES:
-            raise BadRequest(f"a body of more than {BODY_BYTES >> 10} KiB", 413)
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > BODY_BYTES:
+                raise BadRequest(f"a body of more than {BODY_BYTES >> 10} KiB", 413)
+    except ClientDisconnect:
+        raise BadRequest("the client went away") from None
     try:
         found = orjson.loads(data)
     except orjson.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -18,12 +19,14 @@ import numpy as np
 import pytest
 from monitor_runs import events, write_run
 from monitor_web import ACT, client, expected, make_run
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from deepseek.errors import RunError
 from deepseek.monitor.dashboard import application
 from deepseek.monitor.series import SeriesWriter
 from deepseek.monitor.store import RunStore
+from deepseek.monitor.wire import BadRequest, body
 
 
 @pytest.fixture(scope="module")
@@ -547,3 +550,11 @@ def test_numbers_and_texts_that_json_lacks(tmp_path: Path) -> None:
         assert get(web, "/api/runs/odd")["facts"]["parameters"] == "9" * 40
         assert get(web, "/api/runs")[0]["device"] == "?"
         assert web.get("/metrics").status_code == 200
+
+
+def test_a_client_that_goes_away_in_the_middle_of_its_request_is_no_fault() -> None:
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(BadRequest, match="went away"):
+        asyncio.run(body(Request({"type": "http", "method": "POST", "headers": []}, gone)))

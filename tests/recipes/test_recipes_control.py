@@ -359,6 +359,7 @@ def test_commands_left_by_a_dead_trainer_are_answered(
         ("rollback_skip", {"skip": [4, 3]}, "last is not before first"),
         ("rollback_skip", {"skip": [4, 5], "to_step": 4}, "does not lie before the first step to skip"),
         ("rollback_skip", {"skip": [True, 5]}, "\\[first step, last step\\]"),
+        ("rollback_skip", {"skip": [1, 10**15]}, "at most 100,000 steps"),
         ("replay", {}, "needs the step"),
         ("replay", {"step": 0}, "1 or more"),
         ("replay", {"step": 3, "at": "after"}, "1 or more"),
