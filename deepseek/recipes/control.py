@@ -83,7 +83,7 @@ class Controller:
         self._result: StepResult | None = None
         self._commands: Commands | None = None
         self._pending: Command | None = None
-        self._again = 0.0
+        self._again, self._warned = 0.0, False
         self._paused, self._alone = False, comm.world() == 1
         self._looked, self._looked_at, self._next = time.monotonic(), 0, 0
 
@@ -116,8 +116,10 @@ class Controller:
                 commands = self._commands = self._commands or open_commands(self.trainer.path)
                 found = commands.take_command() if commands.changed() else None
             except Exception as error:  # a full or foreign disk, or a damaged row, must not end the run
-                emit("warning", self.step, text=f"actions cannot be read: {error}")
+                self._tell(f"actions cannot be read: {error}")
                 self._again = time.monotonic() + RETRY
+            else:
+                self._warned = False
         return comm.from_first(found)
 
     def _work(self, command: Command | None) -> None:
@@ -279,8 +281,14 @@ class Controller:
                 self._commands = open_commands(self.trainer.path)
                 self._tidy(self._commands, "the process ended before it was done", "running")
             except Exception as error:
-                emit("warning", self.step, text=f"this run takes no actions: {error}")
+                self._tell(f"this run takes no actions: {error}")
         return self
+
+    def _tell(self, text: str) -> None:
+        """A warning, once for as long as it lasts."""
+        if not self._warned:
+            self._warned = True
+            emit("warning", self.step, text=text)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
