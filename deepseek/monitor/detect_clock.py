@@ -31,6 +31,8 @@ class SlowSteps(Detector):
     """Steps take longer than they used to: ``slow``, or ``stall`` if it is the data they wait for."""
 
     NEED = 10  #: rows before the step time is known
+    KNOWN = 30  #: and before it is known well: until then it takes three slow steps to believe it
+    LONG = 5.0  #: seconds of a step in which a machine's hiccups, which last seconds, hardly show
 
     def check(self, view: View) -> Iterator[Alarm]:
         seconds = step_seconds(view.row)
@@ -40,7 +42,8 @@ class SlowSteps(Detector):
         error = math.log(seconds / usual)
         limit = max(math.log(self.config.slow_ratio), 4 * spread)
         if n >= self.NEED and error > limit:
-            yield from self._lose(view, seconds, usual, error / max(spread, 0.005))
+            needed = 2 if n >= self.KNOWN or usual >= self.LONG else 3
+            yield from self._lose(view, seconds, usual, error / max(spread, 0.005), needed)
             return
         self._recover()
         # Outliers are clipped, and the scale follows the median of the errors, as in ``baseline``.
@@ -50,7 +53,7 @@ class SlowSteps(Detector):
         self.memory["usual"] = [usual, max(spread, 0.004), n + 1]
         self._remember_parts(view, rate)
 
-    def _lose(self, view: View, seconds: float, usual: float, score: float) -> Iterator[Alarm]:
+    def _lose(self, view: View, seconds: float, usual: float, score: float, needed: int) -> Iterator[Alarm]:
         lost, rows, _ = self.memory.get("lost", [0.0, 0, 0])
         lost, rows = lost + seconds - usual, rows + 1
         self.memory["lost"] = [lost, rows, 0]
@@ -58,7 +61,7 @@ class SlowSteps(Detector):
         usual_wait = self.memory.get("parts", {}).get("time/data", 0.0)
         data = waited - usual_wait > 0.6 * (seconds - usual)
         enough = lost >= self.config.lost_seconds and (
-            rows >= 2 or (data and seconds >= max(4 * usual, usual + 2.0))
+            rows >= needed or (data and seconds >= max(4 * usual, usual + 2.0))
         )
         kind, series = ("stall", "time/data") if data else ("slow", "time/step")
         if enough and kind not in self.memory.get("told", []):

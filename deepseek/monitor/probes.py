@@ -225,14 +225,18 @@ class Cadence:
     Args:
         overhead: share of the time. every: a fixed number of steps instead; 0: from the costs.
 
-    The interval follows the least of the last few costs and the median step time; it starts at two steps, to learn.
+    The interval follows the least of the last few costs and the median step time. The first probes come early, after 2,
+    8 and 32 steps, for the first is a cold one and dear; and a run has ten at least, so that a short one has curves.
     """
+
+    LEARNING = (2, 8, 32)  #: the longest interval before the first, second and third probe
+    LEAST = 10  #: probes of a run whose length is known
 
     def __init__(self, overhead: float, every: int = 0) -> None:
         self.overhead, self.fixed = overhead, every
         self._costs: deque[float] = deque(maxlen=PATIENCE)
         self._steps: deque[float] = deque(maxlen=PATIENCE)
-        self._last = 0
+        self._last = self._longest = 0
 
     def took(self, seconds: float) -> None:
         """A probe cost so much."""
@@ -248,9 +252,12 @@ class Cadence:
         if self.fixed:
             return self.fixed
         if not self._costs or not self._steps:
-            return 2
+            return self.LEARNING[0]
         typical = sorted(self._steps)[len(self._steps) // 2]
-        return max(1, math.ceil(min(self._costs) / max(self.overhead * typical, 1e-9)))
+        found = max(1, math.ceil(min(self._costs) / max(self.overhead * typical, 1e-9)))
+        if len(self._costs) < len(self.LEARNING):
+            found = min(found, self.LEARNING[len(self._costs)])
+        return min(found, self._longest or found)
 
     def due(self, step: int) -> bool:
         """Whether a probe is to run at ``step``; asking does not change the answer, ``done`` does."""
@@ -261,9 +268,9 @@ class Cadence:
     def done(self, step: int) -> None:
         self._last = step
 
-    def begin(self, step: int) -> None:
-        """Training goes on from ``step``."""
-        self._last = step
+    def begin(self, step: int, steps: int = 0) -> None:
+        """Training goes on from ``step``, to ``steps`` if that is known."""
+        self._last, self._longest = step, steps // self.LEAST
 
 
 __all__ = ["Cadence", "Cost", "Groups", "Look", "Reading", "SampledProbe", "StepProbe"]

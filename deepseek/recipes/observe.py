@@ -94,11 +94,12 @@ class Observer:
         loader: Loader,
         tokenizer: Tokenizer | None = None,
         start: int = 0,
+        steps: int = 0,
         *,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
     ) -> None:
-        """Training is about to go on after step ``start`` with these.
+        """Training is about to go on after step ``start``, to step ``steps``, with these.
 
         Args:
             flops_per_token, peak_flops: of the model and of all devices, for the verdict on a trace; 0: unknown.
@@ -116,7 +117,7 @@ class Observer:
         self._step = step
         self.ranks = RankProbe(step)
         self.cadence = Cadence(self.config.overhead, self.config.every)
-        self.cadence.begin(start)
+        self.cadence.begin(start, steps)
         self.each, self.memory = StepProbe(step), MemoryProbe(step)
         self.sampled = SampledProbe(step, self.config.rows, self.config.queries)
         self._prepared, self._costs = 0, list[Cost]()

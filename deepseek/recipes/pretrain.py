@@ -322,7 +322,7 @@ class _Pretraining:
             step = graphs.GraphedStep(step)
         schedule = Schedule(c.schedule, c.train.steps)
         self.observer.begin(
-            step, self.loader, self.corpus.tokenizer, start, flops_per_token=self.plan.flops_per_token,
+            step, self.loader, self.corpus.tokenizer, start, c.train.steps, flops_per_token=self.plan.flops_per_token,
             peak_flops=self.plan.peak_flops * self.world,
         )  # fmt: skip
         hooks: list[Hook] = [

@@ -471,5 +471,16 @@ def test_the_cadence_keeps_to_its_share_of_the_time() -> None:
     assert cadence.every == 50
     assert spent / steps < 0.012
     assert probes > 50
+    short = Cadence(overhead=0.001)
+    short.begin(0, steps=300)
+    seen = []
+    for step in range(1, 301):
+        if short.due(step):
+            short.took(0.05)
+            short.done(step)
+            seen.append(step)
+        short.step(0.1)
+    assert seen[:3] == [2, 10, 40]
+    assert len(seen) >= 10, "a short run has curves, too"
     fixed = Cadence(overhead=0.01, every=7)
     assert [s for s in range(1, 30) if fixed.due(s)] == [7, 14, 21, 28]
