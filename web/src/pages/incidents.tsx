@@ -132,9 +132,13 @@ function argumentsOf(name: string, incident: Incident, chosen: Sample[]): Record
   return {};
 }
 
+/** What a run that has ended cannot do; to the rest it answers with the command to type, or does it at once. */
+const ONLY_LIVE = new Set(["pause", "continue", "stop", "checkpoint", "capture"]);
+
 function Act({ incident, chosen }: { incident: Incident; chosen: Sample[] }) {
   const run = useRun();
-  const names = actionNames(incident).filter((n) => n !== "quarantine" || incident.samples?.some(located));
+  const ended = run.info ? run.info.status !== "running" : false;
+  const names = actionNames(incident).filter((n) => (n === "quarantine" ? incident.samples?.some(located) : !(ended && ONLY_LIVE.has(n))));
   const mark = async (status: string) => {
     await send("PATCH", runPath(run.id, `/incidents/${encodeURIComponent(incident.id)}`), { status });
     run.live.incidents.value++;
