@@ -5,6 +5,7 @@ Launch with ``torchrun --nproc-per-node N -m -- deepseek pretrain …``: ``start
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ def start() -> tuple[int, int]:
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if not cuda:
+            atexit.register(stop)  # gloo's threads must have ended before Python does, or the process aborts
     return dist.get_rank(), dist.get_world_size()
 
 
