@@ -143,10 +143,10 @@ def test_dry_run_starts_nothing(place: Path) -> None:
 
 def test_booleans_are_written_as_in_toml_too() -> None:
     from deepseek import PretrainConfig
-    from deepseek.cli import _overridden
+    from deepseek.cli.options import overridden
 
-    config = _overridden(PretrainConfig(), ["--train.compile=true", "--model.attention.full-rope", "false"])
-    config = _overridden(config, ["--train.cuda_graph=True", "--data.tokenizer=true"])
+    config = overridden(PretrainConfig(), ["--train.compile=true", "--model.attention.full-rope", "false"])
+    config = overridden(config, ["--train.cuda_graph=True", "--data.tokenizer=true"])
     assert [config.train.compile, config.train.cuda_graph, config.model.attention.full_rope] == [
         True,
         True,
