@@ -1,0 +1,61 @@
+"""Paged attention in any composition of steps against the model's own modules over whole rows, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged_sequences import Pages, make_case
+
+from deepseek.nn.attention import AttentionConfig
+from deepseek.ops import paged_attention as paged
+
+SIZES = {"heads": 6, "kv_heads": 2, "head_dim": 16}
+SHAPES = [
+    AttentionConfig(**SIZES, window=12, block=4, stride=4),
+    AttentionConfig(**SIZES, window=7, block=6, stride=2, pooling="learned", gate="static"),
+    AttentionConfig(
+        **SIZES, window=5, block=24, stride=8, pooling="learned"
+    ),  # the block reaches further back
+    AttentionConfig(heads=3, kv_heads=3, head_dim=8, window=33, block=8, stride=4, full_rope=False),
+    AttentionConfig(heads=4, kv_heads=1, head_dim=8, window=1, block=1, stride=1),
+    AttentionConfig(**SIZES, window=500, block=16, stride=16),  # longer than everything
+]
+LENGTHS = [1, 5, 70, 33, 129, 200, 64]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("config", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize("kind", ["F", "L", "H"])
+def test_any_steps_give_what_the_whole_row_gives(kind: str, config: AttentionConfig, seed: int) -> None:
+    case = make_case(kind, config, LENGTHS, seed).to("cpu", torch.float64)
+    pages = Pages(case, page=(16, 32, 16)[seed], seed=seed)
+    for s, y in enumerate(pages.run(seed, most=(40, 90, 20)[seed], padding=seed)):
+        torch.testing.assert_close(y, case.whole(s), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["F", "L", "H"])
+def test_equals_decoding_with_the_models_own_cache(kind: str) -> None:
+    case = make_case(kind, SHAPES[1], [50, 90]).to("cpu", torch.float64)
+    pages = Pages(case, page=16)
+    pages.step([(0, 20), (1, 20)])
+    parts = [pages.step([(0, 1), (1, 1)]) for _ in range(30)]
+    for s in (0, 1):
+        y = torch.cat([part[s] for part in parts])
+        torch.testing.assert_close(y, case.decoded(s, 20)[20:50], rtol=0, atol=1e-10)
+
+
+def test_plans_are_made_once_a_step() -> None:
+    case = make_case("F", SHAPES[0], [40, 9])
+    rows = Pages(case, page=16).rows([(0, 30), (1, 1)])
+    made = []
+    for _ in range(2):
+        rows.once("key", lambda: made.append(1))
+    assert made == [1]
+
+
+def test_very_different_lengths_are_kept_apart() -> None:
+    lengths = (4000, 3900, 100, 90, 80, 110)
+    groups = paged._alike(list(range(6)), lengths)
+    assert groups == [[0, 1], [2, 3, 4, 5]]
+    assert paged._alike([0, 1], lengths) == [[0, 1]]
+    assert paged._alike([], lengths) == []
