@@ -1,0 +1,349 @@
+"""The model as the engine runs it: packed weights, a paged cache, and one flat list of rows whatever they belong to.
+
+It computes what ``models.transformer`` computes in evaluation, and tests hold the two together; but a step of serving
+is many single rows of many sequences, so the weights are laid out once for that (``ops.packed_linear``,
+``ops.decode_experts``) and keys and values live in pages (``ops.paged_attention``).
+
+Shape letters: N rows, S sequences, C hidden size, H query heads, K key/value heads, D head size, P pages, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek.models import ModelConfig, Transformer
+from deepseek.nn.attention import Attention
+from deepseek.nn.hybrid import HybridAttention
+from deepseek.nn.layers import RMSNorm, SwiGLU
+from deepseek.nn.moe import MoE
+from deepseek.nn.rope import rope_table
+from deepseek.ops.decode_experts import PackedExperts
+from deepseek.ops.experts import swiglu
+from deepseek.ops.packed_linear import PackedLinear, pack_linear
+from deepseek.ops.paged_attention import (
+    StepRows,
+    paged_attention,
+    paged_hybrid_attention,
+    pool_pages,
+    write_pages,
+)
+from deepseek.serve.adapters import AdapterBank
+from deepseek.serve.pages import PageLayout
+from deepseek.serve.scheduler import Scheduled, Work
+
+#: The dtype of activations and cache for each weight format.
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+
+Ints = npt.NDArray[np.int32]
+
+
+class LayerPages(NamedTuple):
+    """The cache tensors of one layer, ``[pages, slots a page, K, D]``; ``None`` where the kind has none.
+
+    ``k`` and ``v`` are in the global group for a full layer, else in the window group; ``raw_k`` (not rotated),
+    ``pool_k`` and ``pool_v`` are a hybrid layer's.
+    """
+
+    k: Tensor
+    v: Tensor
+    raw_k: Tensor | None = None
+    pool_k: Tensor | None = None
+    pool_v: Tensor | None = None
+
+
+class Traced(NamedTuple):
+    """What the layers did: ``experts[layer] = (expert_NK, gate_NK)``, ``gates[layer]``: the global share ``[N]``."""
+
+    experts: dict[int, tuple[Tensor, Tensor]]
+    gates: dict[int, Tensor]
+
+
+class Norm(NamedTuple):
+    """RMSNorm as a function; fp32 inside."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: RMSNorm, dtype: torch.dtype, device: torch.device) -> Norm:
+        return cls(norm.weight.detach().to(device, dtype), norm.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class DecoderLayer:
+    """One block. ``adapters`` may add to its projections, row by row."""
+
+    def __init__(
+        self, index: int, kind: str, block: torch.nn.Module, config: ModelConfig, format: str, device: torch.device,
+        exact: bool,
+    ) -> None:  # fmt: skip
+        attention: Attention = block.attention  # type: ignore[assignment]
+        dtype, a = COMPUTE[format], config.attention
+        self.index, self.kind, self.config = index, kind, a
+        self.rotated = kind != "F" or a.full_rope
+
+        def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+            return pack_linear(
+                weight.detach(), None if bias is None else bias.detach(), format, device, exact=exact
+            )
+
+        parts = (attention.query, attention.key, attention.value)
+        bias = torch.cat([p.bias for p in parts]) if a.bias else None
+        self.attention_norm = Norm.of(block.attention_norm, dtype, device)  # type: ignore[arg-type]
+        self.ffn_norm = Norm.of(block.ffn_norm, dtype, device)  # type: ignore[arg-type]
+        self.qkv = pack(torch.cat([p.weight for p in parts]), bias)
+        self.output = pack(attention.output.weight, attention.output.bias)
+        norms = (attention.query_norm, attention.key_norm)
+        self.head_norms = [Norm.of(n, dtype, device) for n in norms if n is not None]
+        if isinstance(attention, HybridAttention):
+            pooling = attention.pooling()
+            self.sink = attention.sink.detach().to(device, dtype)
+            self.gate_bias = attention.gate_bias.detach().to(device, torch.float32)
+            self.gate = pack(attention.gate.weight, None) if attention.gate is not None else None
+            self.pooling = None if pooling is None else pooling.detach().to(device)
+        ffn = block.ffn
+        self.experts: PackedExperts | None = None
+        if isinstance(ffn, MoE):
+            shared = ffn.shared
+            self.experts = PackedExperts(
+                ffn.router.weight.detach(), ffn.router.bias, ffn.gate_up.detach(), ffn.down.detach(),
+                None if shared is None else (shared.gate_up.weight.detach(), shared.down.weight.detach()),
+                top_k=ffn.config.top_k, normalise=ffn.config.normalise_gates, format=format, device=device, exact=exact,
+            )  # fmt: skip
+        else:
+            assert isinstance(ffn, SwiGLU)
+            self.gate_up, self.down = (pack(m.weight, m.bias) for m in (ffn.gate_up, ffn.down))
+
+    def __call__(
+        self, x: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
+        traced: Traced | None,
+    ) -> Tensor:  # fmt: skip
+        h = self.attention_norm(x)
+        y = self._attend(h, rows, rope, cache, adapters, traced)
+        x = x + self._linear("output", self.output, y, adapters)
+        h = self.ffn_norm(x)
+        if self.experts is not None:
+            y, chosen, gates = self.experts(h)
+            if traced is not None:
+                traced.experts[self.index] = chosen, gates
+            return x + y
+        inner = swiglu(self._linear("gate_up", self.gate_up, h, adapters))
+        return x + self._linear("down", self.down, inner, adapters)
+
+    def _attend(
+        self, h: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
+        traced: Traced | None,
+    ) -> Tensor:  # fmt: skip
+        c = self.config
+        qkv = self._linear("qkv", self.qkv, h, adapters).view(h.shape[0], -1, c.head_dim)
+        qk, v = qkv[:, : c.heads + c.kv_heads], qkv[:, c.heads + c.kv_heads :]
+        if self.head_norms:
+            qk = torch.cat((self.head_norms[0](qk[:, : c.heads]), self.head_norms[1](qk[:, c.heads :])), 1)
+        turned = rope.rotate(qk) if self.rotated else qk
+        q, k = turned[:, : c.heads], turned[:, c.heads :]
+        if self.kind == "F":
+            write_pages(cache.k, cache.v, k, v, rows.global_slot_N)
+            return paged_attention(q, cache.k, cache.v, rows.global_SP, rows).flatten(1)
+        write_pages(cache.k, cache.v, k, v, rows.window_slot_N)
+        if self.kind == "L":
+            return paged_attention(q, cache.k, cache.v, rows.window_SP, rows, c.window).flatten(1)
+        assert cache.raw_k is not None
+        assert cache.pool_k is not None
+        assert cache.pool_v is not None
+        raw = qk[:, c.heads :]
+        cache.raw_k.flatten(0, 1)[rows.window_slot_N] = raw
+        pool_pages(cache.raw_k, cache.v, cache.pool_k, cache.pool_v, rows, c.block, c.stride, self.pooling)
+        gate = self._gates(h)
+        if traced is not None:
+            traced.gates[self.index] = gate.mean(1)
+        return paged_hybrid_attention(
+            qk[:, : c.heads], q, cache.k, cache.v, cache.pool_k, cache.pool_v, self.sink, gate, rows,
+            c.window, c.block, c.stride,
+        ).flatten(1)  # fmt: skip
+
+    def _gates(self, h: Tensor) -> Tensor:
+        """Share of the global branch, fp32 ``[N, H]``."""
+        if self.gate is None:
+            return self.gate_bias.sigmoid().expand(h.shape[0], -1)
+        return (self.gate(h).float() + self.gate_bias).sigmoid()
+
+    def _linear(self, name: str, linear: PackedLinear, x: Tensor, adapters: RowAdapters | None) -> Tensor:
+        y = linear(x)
+        if adapters is not None:
+            adapters.bank.add(self.index, name, x, y, adapters.adapter_N)
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        parts = [self.qkv, self.output]
+        parts += [self.gate_up, self.down] if self.experts is None else []
+        return sum(p.nbytes for p in parts) + (0 if self.experts is None else self.experts.nbytes)
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """Which LoRA adapter every row uses: an index into ``bank``, -1 for none."""
+
+    bank: AdapterBank
+    adapter_N: Tensor
+
+
+class Rope:
+    """The rotations of one step's rows; ``[cos, cos]`` and ``[-sin, sin]`` so that turning takes three operations."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self._cos, self._sin, self._half = cos, sin, cos.shape[-1] // 2
+
+    @staticmethod
+    def table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        cos, sin = rope_table(torch.arange(length, device=device), head_dim, theta)
+        return torch.cat((cos, cos), 1)[:, None], torch.cat((-sin, sin), 1)[:, None]
+
+    def rotate(self, x_NHD: Tensor) -> Tensor:
+        wide = x_NHD.float()
+        return torch.addcmul(wide * self._cos, wide.roll(self._half, -1), self._sin).to(x_NHD.dtype)
+
+
+class PageTables:
+    """The page tables of the running sequences as two arrays, kept in step with ``SequencePages`` by difference."""
+
+    def __init__(self, places: int, pages: int) -> None:
+        self.globals: Ints = np.zeros((places, pages), np.int32)
+        self.windows: Ints = np.zeros((places, pages), np.int32)
+        self._free = list(range(places - 1, -1, -1))
+        self._place: dict[int, int] = {}
+        self._known: dict[int, tuple[int, int, int]] = {}
+
+    def place(self, sequence: Scheduled) -> int:
+        """The row of a sequence, brought up to date."""
+        key, held = id(sequence), sequence.pages
+        if key not in self._place:
+            self._place[key] = self._free.pop()
+            self._known[key] = 0, 0, 0
+        row = self._place[key]
+        globals_, windows, dropped = self._known[key]
+        self.globals[row, globals_ : len(held.globals)] = held.globals[globals_:]
+        self.windows[row, windows : len(held.windows)] = held.windows[windows:]
+        self.windows[row, dropped : held.dropped] = 0
+        self._known[key] = len(held.globals), len(held.windows), held.dropped
+        return row
+
+    def leave(self, sequence: Scheduled) -> None:
+        """The sequence has no pages any more."""
+        row = self._place.pop(id(sequence), None)
+        if row is not None:
+            del self._known[id(sequence)]
+            self._free.append(row)
+
+
+class Decoder:
+    """Packed weights and the cache they fill."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        layout: PageLayout,
+        pages: tuple[int, int],
+        *,
+        format: str,
+        device: torch.device,
+        max_running: int,
+        max_length: int,
+        exact: bool = False,
+    ) -> None:
+        c = self.config = model.config
+        self.layout, self.device, self.dtype, self.exact = layout, device, COMPUTE[format], exact
+        self.embedding = model.embedding.weight.detach().to(device, self.dtype)
+        self.layers = [
+            DecoderLayer(i, kind, block, c, format, device, exact)
+            for i, (kind, block) in enumerate(zip(c.kinds, model.blocks))
+        ]
+        self.norm = Norm.of(model.norm, self.dtype, device)
+        self.head = pack_linear(model.head_weight.detach(), None, format, device, exact=exact)
+        self.tables = PageTables(max_running, -(-max_length // layout.page) + 1)
+        self._rope = Rope.table(max_length + 1, c.attention.head_dim, c.attention.rope_theta, device)
+        self.caches = [self._new_pages(kind, pages) for kind in c.kinds]
+
+    def _new_pages(self, kind: str, pages: tuple[int, int]) -> LayerPages:
+        a, page = self.config.attention, self.layout.page
+
+        def made(count: int, slots: int) -> Tensor:
+            return torch.zeros(count + 1, slots, a.kv_heads, a.head_dim, dtype=self.dtype, device=self.device)
+
+        if kind == "F":
+            return LayerPages(made(pages[0], page), made(pages[0], page))
+        if kind == "L":
+            return LayerPages(made(pages[1], page), made(pages[1], page))
+        slots = page // a.stride
+        return LayerPages(
+            *(made(pages[1], page) for _ in range(3)), *(made(pages[0], slots) for _ in range(2))
+        )
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens_N: Tensor,
+        rows: StepRows,
+        adapters: RowAdapters | None = None,
+        traced: Traced | None = None,
+    ) -> Tensor:
+        """Run the layers over the step's rows, filling the cache: ``[N, C]`` after the final norm."""
+        cos, sin = self._rope
+        rope = Rope(cos[rows.position_N], sin[rows.position_N])
+        x = self.embedding[tokens_N]
+        for layer, cache in zip(self.layers, self.caches):
+            x = layer(x, rows, rope, cache, adapters, traced)
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden_NC: Tensor) -> Tensor:
+        """``[N, C]`` → ``[N, V]`` in the compute dtype."""
+        return self.head(hidden_NC)
+
+    def rows(self, work: Sequence[Work]) -> StepRows:
+        """What attention needs to know of the step; single rows come first in ``work``."""
+        page, counts = self.layout.page, [w.rows for w in work]
+        places = [self.tables.place(w.sequence) for w in work]
+        lengths = [w.start + w.rows for w in work]
+        width = -(-max(lengths) // page)
+        table_g, table_w = self.tables.globals[places, :width], self.tables.windows[places, :width]
+        sequence_N = np.repeat(np.arange(len(work)), counts)
+        ends = np.zeros(len(work) + 1, np.int32)
+        np.cumsum(counts, out=ends[1:])
+        starts = np.array([w.start for w in work])
+        position = np.arange(ends[-1]) - ends[sequence_N] + starts[sequence_N]
+        where, inside = position // page, position % page
+        slots = [table[sequence_N, where].astype(np.int64) * page + inside for table in (table_g, table_w)]
+
+        def put(x: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(x).to(self.device, non_blocking=True)
+
+        return StepRows(
+            position_N=put(position), ends_S=put(ends), length_S=put(np.array(lengths, np.int32)),
+            global_SP=put(table_g), window_SP=put(table_w),
+            global_slot_N=put(slots[0]), window_slot_N=put(slots[1]), page=page,
+            rows=tuple(counts), lengths=tuple(lengths), decodes=sum(1 for _ in _leading_ones(counts)), exact=self.exact,
+        )  # fmt: skip
+
+    @property
+    def weight_bytes(self) -> int:
+        """What one row reads at most: every matrix once."""
+        return sum(layer.nbytes for layer in self.layers) + self.head.nbytes
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for cache in self.caches for t in cache if t is not None)
+
+
+def _leading_ones(counts: Sequence[int]) -> Sequence[int]:
+    return next((counts[:i] for i, n in enumerate(counts) if n != 1), counts)

@@ -1,0 +1,484 @@
+"""The engine: many requests, one model, one ``step`` at a time.
+
+    engine = Engine.load("runs/quickstart")
+    engine.add(Request("a", tuple(engine.tokenizer.prompt("def main("))))
+    while engine.has_work:
+        for output in engine.step():
+            print(output.text, end="")
+
+``step`` schedules, runs the model over the scheduled rows, samples, and tells what each request gained. It owns no thread
+and no socket; ``serve.worker`` puts it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deepseek.assemble import Loaded, pick_device
+from deepseek.assemble import load as load_model
+from deepseek.config import configclass
+from deepseek.data import Tokenizer
+from deepseek.errors import ConfigError, EngineError, RequestError
+from deepseek.precision import choose
+from deepseek.serve.adapters import Adapter, AdapterBank, load_adapter
+from deepseek.serve.decoder import COMPUTE, Decoder, RowAdapters, Traced
+from deepseek.serve.generate import Completion
+from deepseek.serve.grammar import Grammars
+from deepseek.serve.memory import cache_budget
+from deepseek.serve.pages import PageLayout, Pages, share_memory
+from deepseek.serve.request import (
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    Output,
+    Request,
+    TokenLogprobs,
+    TokenTrace,
+)
+from deepseek.serve.sampler import SamplingConfig
+from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs, sample_drafts
+from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work
+from deepseek.serve.speculative import NgramProposer
+from deepseek.serve.text import TextStream
+
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+
+
+@configclass
+class EngineConfig:
+    """How a model is served.
+
+    Attributes:
+        precision: format of the weights; 'auto' measures on a CPU and takes bf16 on an accelerator that has it.
+        memory_gib: for the cache; 0: most of an accelerator's free memory, a part of a CPU's.
+        max_running: sequences computed at once; max_step_tokens: rows of one step, which bounds how long a long prompt
+            delays everybody else's next token. 0: derived from the device.
+        page: positions per page of the cache; 0: derived.
+        speculate: tokens proposed at most by looking back in the text (n-gram speculation); 0: off. Changes no answer.
+        max_length: positions a request may take, prompt and answer; 0: the model's own.
+        deterministic: every request's numbers are bit-identical whatever runs beside it, however its prompt is cut,
+            cached or preempted (fp32 on a CPU); costs speed.
+        adapters: LoRA adapters by name, directories as PEFT writes them.
+    """
+
+    device: str = "auto"
+    precision: Precision = "auto"
+    memory_gib: float = 0.0
+    max_running: int = 0
+    max_step_tokens: int = 0
+    page: int = 0
+    prefix_cache: bool = True
+    speculate: int = 0
+    max_length: int = 0
+    deterministic: bool = False
+    graphs: bool = True
+    adapters: dict[str, str] = field(default_factory=dict)
+    name: str = ""  # what clients call the model; its directory's name unless told
+
+    def check(self) -> None:
+        for name in ("memory_gib", "max_running", "max_step_tokens", "page", "speculate", "max_length"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} must not be negative; 0 means derived or off"
+                )
+        if self.speculate > 64:
+            raise ConfigError(f"speculate={self.speculate} drafts more than 64 tokens; 4 to 16 pay")
+
+
+@dataclass(eq=False)
+class Answer:
+    """What the engine keeps of a request beside its place in the schedule."""
+
+    state: SamplingState
+    text: TextStream
+    proposer: NgramProposer | None = None
+    adapter: int = -1
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: Tensor | None = None
+    told: bool = False  #: its first output, which carries what is said once, is out
+
+
+class Engine:
+    """A model, its cache, and the requests on their way."""
+
+    def __init__(self, loaded: Loaded, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008
+        self.config, self.loaded = config, loaded
+        self.device = pick_device(config.device)
+        self.format = _format(config, self.device)
+        shape = loaded.model.config
+        self.max_length = min(config.max_length or shape.max_length, shape.max_length)
+        cpu = self.device.type == "cpu"
+        running = config.max_running or (64 if cpu else 256)
+        step = max(config.max_step_tokens or (512 if cpu else 4096), running)
+        dtype = COMPUTE[self.format]
+        layout = PageLayout.of(shape, dtype.itemsize, config.page)
+        budget = cache_budget(self.device, config.memory_gib)
+        counts = share_memory(layout, budget, running, step, self.max_length)
+        self.pages = Pages(layout, *counts, prefix_cache=config.prefix_cache)
+        self.scheduler = Scheduler(self.pages, max_running=running, budget=StaticBudget(step))
+        self.decoder = Decoder(
+            loaded.model, layout, counts, format=self.format, device=self.device, max_running=running,
+            max_length=self.max_length, exact=config.deterministic,
+        )  # fmt: skip
+        self.vocabulary = min(
+            loaded.tokenizer.vocab_size if loaded.tokenizer else shape.vocab_size, shape.vocab_size
+        )
+        self.bank = AdapterBank(shape, self.device, dtype)
+        self._adapters: dict[str, int] = {}
+        for name, directory in config.adapters.items():
+            self.add_adapter(name, load_adapter(Path(directory), shape))
+        self.grammars = Grammars(loaded.tokenizer, self.vocabulary) if loaded.tokenizer else None
+        self._live: dict[str, Scheduled] = {}
+        self._stats = EngineStats()
+
+    @classmethod
+    def load(cls, path: Path | str, config: EngineConfig = EngineConfig()) -> Engine:  # noqa: B008
+        """An engine for a run, a checkpoint, a Hugging Face directory or a GGUF file.
+
+        Raises:
+            RunError, CheckpointError, WeightsError: what was found instead. ConfigError: it does not fit in memory.
+        """
+        return cls(load_model(path), config)
+
+    # --- what a front end asks ---------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ``EngineError`` when the model came without one."""
+        if self.loaded.tokenizer is None:
+            raise EngineError(f"{self.loaded.path} has no tokenizer.json: prompts must be token ids")
+        return self.loaded.tokenizer
+
+    @property
+    def info(self) -> ModelInfo:
+        shape, path = self.loaded.model.config, self.loaded.path
+        return ModelInfo(
+            name=self.config.name or path.name, path=str(path), max_length=self.max_length,
+            vocab_size=self.vocabulary, hidden=shape.hidden,
+            parameters=sum(p.numel() for p in self.loaded.model.parameters()), step=self.loaded.step,
+            adapters=tuple(self._adapters), experts=shape.moe.experts,
+            expert_layers=tuple(i for i, kind in enumerate(shape.ffn_kinds) if kind == "E"),
+            hybrid_layers=tuple(i for i, kind in enumerate(shape.kinds) if kind == "H"),
+        )  # fmt: skip
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Serve a LoRA adapter under ``name``."""
+        self._adapters[name] = self.bank.load(adapter)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait its turn.
+
+        Raises:
+            RequestError: it can never be served.
+        """
+        self._check(request)
+        sampling = request.sampling
+        grammar = self._grammar(request)
+        seed = sampling.seed if sampling.seed is not None else int(torch.seed() & (2**63 - 1))
+        state = SamplingState(sampling, request.prompt, seed, self.vocabulary, grammar)
+        ends = self.loaded.tokenizer.end_ids if self.loaded.tokenizer else ()
+        room = min(sampling.max_tokens, self.max_length - len(request.prompt))
+        answer = Answer(
+            state, TextStream(self.loaded.tokenizer, sampling, ends, room),
+            NgramProposer(request.prompt) if self.config.speculate else None,
+            -1 if request.adapter is None else self._adapters[request.adapter],
+            [] if sampling.prompt_logprobs is not None else None,
+        )  # fmt: skip
+        salt = b"" if request.adapter is None else request.adapter.encode()
+        sequence = Scheduled(request, list(request.prompt), salt=salt, engine=answer)
+        self._live[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, id: str, reason: FinishReason = "abort") -> bool:
+        """Forget a request, wherever it is; whether it was there."""
+        sequence = self._live.get(id)
+        if sequence is not None:
+            self._drop(sequence)
+        return sequence is not None
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return replace(
+            self._stats, running=len(scheduler.running), waiting=len(scheduler.waiting),
+            pages_total=self.pages.total, pages_used=self.pages.used, preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits,
+        )  # fmt: skip
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """Schedule, run, sample. A request that goes wrong ends with ``finish='error'`` and hurts nobody else."""
+        began = time.perf_counter()
+        outputs = self._expire()
+        self._propose()
+        plan = self.scheduler.plan()
+        for sequence in plan.preempted:
+            self.decoder.tables.leave(sequence)
+        if plan.work:
+            work = sorted(plan.work, key=lambda w: w.rows != 1)
+            hidden, traced = self._run(work)
+            outputs += self._sample(work, hidden, traced)
+        self._count(steps=1, step_seconds=time.perf_counter() - began)
+        return outputs
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingConfig | None = None
+    ) -> list[Completion]:
+        """The continuation of every prompt, all at once; the convenient way when no server is needed."""
+        done: dict[str, list[Output]] = {}
+        began = time.perf_counter()
+        for index, prompt in enumerate(prompts):
+            ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
+            request = Request(f"generate-{id(done)}-{index}", tuple(ids), sampling or SamplingConfig())
+            done[request.id] = []
+            self.add(request)
+        left = set(done)
+        while left:
+            for output in self.step():
+                if output.id in done:
+                    done[output.id].append(output)
+                    if output.finish:
+                        left.discard(output.id)
+        seconds = time.perf_counter() - began
+        for outputs in done.values():
+            if outputs[-1].finish == "error":
+                raise EngineError(outputs[-1].error)
+        return [
+            Completion("".join(o.text for o in outputs), [t for o in outputs for t in o.tokens], outputs[-1].finish or "",
+                       seconds)
+            for outputs in done.values()
+        ]  # fmt: skip
+
+    # --- parts of a step ----------------------------------------------------------------------------------------------
+
+    def _run(self, work: list[Work]) -> tuple[Tensor, Traced | None]:
+        tokens = [t for w in work for t in _row_tokens(w)]
+        traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
+        tokens_N = torch.tensor(tokens, device=self.device)
+        return self.decoder.hidden(
+            tokens_N, self.decoder.rows(work), self._row_adapters(work), traced
+        ), traced
+
+    def _sample(self, work: list[Work], hidden: Tensor, traced: Traced | None) -> list[Output]:
+        """Logits where they are needed, tokens where a sequence is at its end, and what follows from them."""
+        first, needed, wanted, firsts = 0, list[int](), list[Work](), list[int]()
+        outputs: list[Output] = []
+        reading: list[
+            tuple[Work, int]
+        ] = []  # prompts that want log-probabilities, and where their rows' logits begin
+        for w in work:
+            answer: Answer = w.sequence.engine
+            if w.sequence.request.embed:
+                outputs += self._embed(w, hidden[first : first + w.rows])
+            elif answer.prompt_logprobs is not None and w.start < w.sequence.prompt_length:
+                reading.append((w, len(needed)))
+                needed += range(first, first + w.rows)
+            if w.samples and not w.sequence.request.embed:
+                wanted.append(w)
+                firsts.append(first + w.rows - w.drafts - 1)
+            else:
+                self.scheduler.advance(w, w.rows)
+            first += w.rows
+        sampled_rows = [row for w, at in zip(wanted, firsts) for row in range(at, at + w.drafts + 1)]
+        if not needed and not sampled_rows:
+            return outputs
+        index = torch.tensor([*sampled_rows, *needed], device=hidden.device)
+        logits = self.decoder.logits(hidden.index_select(0, index))[:, : self.vocabulary]
+        for w, at in reading:
+            at += len(sampled_rows)
+            self._read_prompt(w, logits[at : at + w.rows])
+        pairs = [(w.sequence.engine.state, w.sequence.draft[: w.drafts]) for w in wanted]
+        found = sample_drafts(logits[: len(sampled_rows)], pairs)
+        traces = _Traces(traced) if traced is not None else None
+        for w, at, tokens in zip(wanted, firsts, found):
+            outputs.append(self._extend(w, tokens, traces, at))
+        return outputs
+
+    def _extend(self, work: Work, sampled: list[Sampled], traces: _Traces | None, row: int) -> Output:
+        """Append what was sampled, as far as the answer goes on, and say so."""
+        sequence, answer = work.sequence, work.sequence.engine
+        text, kept, stream = "", list[Sampled](), answer.text
+        for s in sampled:
+            if s.token < 0:
+                return self._fail(sequence, self._not_finite(sequence))
+            kept.append(s)
+            text += stream.push(s.token)
+            if stream.finish:
+                break
+        sequence.tokens += [s.token for s in kept]
+        sequence.draft = []
+        self._count(generated_tokens=len(kept), drafted=work.drafts, accepted=len(kept) - 1)
+        # Rows whose token came out as drafted are final; the token sampled last has not been computed.
+        self.scheduler.advance(work, work.rows - work.drafts + len(kept) - 1)
+        if answer.proposer is not None:
+            answer.proposer.extend([s.token for s in kept], work.drafts)
+        request = sequence.request
+        output = Output(
+            request.id, text, tuple(s.token for s in kept),
+            tuple(s.logprobs for s in kept if s.logprobs is not None) if request.sampling.logprobs is not None else (),
+            None if answer.told or answer.prompt_logprobs is None else tuple(answer.prompt_logprobs),
+            tuple(traces.at(row + i) for i in range(len(kept))) if traces is not None and request.trace else (),
+            None, stream.finish, stream.stopped_by, sequence.prompt_length, sequence.cached,
+        )  # fmt: skip
+        if not answer.told:
+            answer.told = True
+            self._count(prompt_tokens=sequence.prompt_length)
+        if stream.finish:
+            self._drop(sequence)
+        return output
+
+    def _embed(self, work: Work, hidden_NC: Tensor) -> list[Output]:
+        """Add up a chunk's hidden states; at the end of the prompt, their mean at length one."""
+        sequence, answer = work.sequence, work.sequence.engine
+        total = hidden_NC.double().sum(0)
+        answer.embedding = total if answer.embedding is None else answer.embedding + total
+        if work.start + work.rows < sequence.prompt_length:
+            return []
+        mean = torch.nn.functional.normalize(answer.embedding / sequence.prompt_length, dim=0)
+        if not bool(torch.isfinite(mean).all()):
+            return [self._fail(sequence, self._not_finite(sequence))]
+        self._count(prompt_tokens=sequence.prompt_length)
+        return [self._end(sequence, "stop", embedding=tuple(mean.float().tolist()))]
+
+    def _read_prompt(self, work: Work, logits_NV: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens after each of the chunk's rows."""
+        sequence, answer = work.sequence, work.sequence.engine
+        following = sequence.request.prompt[work.start + 1 : work.start + work.rows + 1]
+        if work.start == 0:
+            answer.prompt_logprobs = [None]
+        done = len(answer.prompt_logprobs)
+        if following and work.start + 1 >= done:  # a preempted prompt is read twice
+            top = sequence.request.sampling.prompt_logprobs or 0
+            answer.prompt_logprobs += prompt_logprobs(logits_NV[: len(following)], following, top)
+
+    def _propose(self) -> None:
+        if not self.config.speculate:
+            return
+        for sequence in self.scheduler.running:
+            answer: Answer = sequence.engine
+            if sequence.decoding and answer.proposer is not None:
+                room = answer.text.room - 1
+                most = min(self.config.speculate, room, self.max_length - len(sequence.tokens) - 1)
+                sequence.draft = answer.proposer.propose(most) if most > 0 else []
+
+    def _expire(self) -> list[Output]:
+        """End what is past its deadline."""
+        now, late = time.monotonic(), list[Scheduled]()
+        for sequence in self._live.values():
+            deadline = sequence.request.deadline
+            if deadline is not None and now - sequence.arrival > deadline:
+                late.append(sequence)
+        return [self._end(sequence, "timeout") for sequence in late]
+
+    def _end(
+        self, sequence: Scheduled, reason: FinishReason, *, error: str = "", embedding: tuple[float, ...] | None = None
+    ) -> Output:  # fmt: skip
+        tail = sequence.engine.text.close()
+        self._drop(sequence)
+        return Output(
+            sequence.request.id, text=tail, embedding=embedding, finish=reason, error=error,
+            prompt_tokens=sequence.prompt_length, cached_tokens=sequence.cached,
+        )  # fmt: skip
+
+    def _fail(self, sequence: Scheduled, error: str) -> Output:
+        return self._end(sequence, "error", error=error)
+
+    def _drop(self, sequence: Scheduled) -> None:
+        self._live.pop(sequence.request.id, None)
+        self.scheduler.remove(sequence)
+        self.decoder.tables.leave(sequence)
+
+    def _not_finite(self, sequence: Scheduled) -> str:
+        return (
+            f"the logits at position {len(sequence.tokens) - 1} are not finite: the weights of {self.loaded.path} are bad, "
+            f"or {self.format} is too narrow for them; try an earlier checkpoint or precision='fp32'"
+        )
+
+    def _row_adapters(self, work: list[Work]) -> RowAdapters | None:
+        if not self._adapters or all(w.sequence.engine.adapter < 0 for w in work):
+            return None
+        rows = [w.sequence.engine.adapter for w in work for _ in range(w.rows)]
+        return RowAdapters(self.bank, torch.tensor(rows))
+
+    def _grammar(self, request: Request) -> object:
+        if request.sampling.grammar is None:
+            return None
+        if self.grammars is None:
+            raise RequestError(
+                "a grammar needs a tokenizer, and the model came without one", "response_format"
+            )
+        return self.grammars.state(request.sampling.grammar)
+
+    def _check(self, request: Request) -> None:
+        if request.id in self._live:
+            raise RequestError(f"a request with the id {request.id!r} is on its way already")
+        length, top = len(request.prompt), self.vocabulary
+        if not length:
+            raise RequestError(
+                "an empty prompt has nothing to continue; give at least the start token", "prompt"
+            )
+        if bad := [i for i in request.prompt if not 0 <= i < top]:
+            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {top}", "prompt")
+        if length > self.max_length - (0 if request.embed else 1):
+            raise RequestError(
+                f"the prompt has {length} tokens; with one token of answer there is room for {self.max_length - 1}",
+                "prompt",
+            )
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise RequestError(
+                f"there is no adapter {request.adapter!r}; known: {sorted(self._adapters)}", "model"
+            )
+        outside = [
+            i for i in (*request.sampling.logit_bias, *request.sampling.stop_token_ids) if not 0 <= i < top
+        ]
+        if outside:
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {top}", "logit_bias")
+        if (request.sampling.stop or request.sampling.grammar) and self.loaded.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer, and the model came without one", "stop")
+
+    def _count(self, **more: float) -> None:
+        self._stats = replace(
+            self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()}
+        )  # type: ignore[arg-type]
+
+
+class _Traces:
+    """The step's routing, brought to the host once."""
+
+    def __init__(self, traced: Traced) -> None:
+        self._experts = {layer: (e.tolist(), g.tolist()) for layer, (e, g) in traced.experts.items()}
+        self._gates = {layer: share.tolist() for layer, share in traced.gates.items()}
+
+    def at(self, row: int) -> TokenTrace:
+        experts = []
+        for layer, (chosen, gates) in self._experts.items():
+            pairs = sorted(zip(chosen[row], gates[row]), key=lambda pair: -pair[1])
+            experts.append((layer, tuple((int(e), float(g)) for e, g in pairs)))
+        return TokenTrace(tuple(experts), tuple((layer, share[row]) for layer, share in self._gates.items()))
+
+
+def _row_tokens(work: Work) -> list[int]:
+    sequence, end = work.sequence, work.start + work.rows - work.drafts
+    return sequence.tokens[work.start : end] + sequence.draft[: work.drafts]
+
+
+def _format(config: EngineConfig, device: torch.device) -> str:
+    """The weight format: as configured, or measured."""
+    if config.precision == "int8" and device.type != "cpu":
+        raise ConfigError("precision='int8' serves on a CPU; on an accelerator use 'bf16'")
+    if config.deterministic and device.type == "cpu":
+        if config.precision not in ("auto", "fp32"):
+            raise ConfigError(f"deterministic=true needs precision='fp32' on a CPU, not {config.precision!r}")
+        return "fp32"
+    return config.precision if config.precision == "int8" else choose(config.precision, device).name
