@@ -5,6 +5,7 @@ Shape letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from dataclasses import field
 from typing import Literal
 
@@ -13,8 +14,20 @@ from torch import Tensor
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
+from deepseek.serve.distribution import COLDEST, Filters, draw_all, draw_best, probabilities
 
-COLDEST = 1e-6  #: below this temperature the most likely token has all the probability that fp32 can tell
+MOST_LOGPROBS = 64  #: tokens whose log-probability can be asked for at one place
+MOST_STOPS, LONGEST_STOPS = 64, 16_384  #: stop texts of one request, and their characters in all
+LONGEST_GRAMMAR = 1 << 17  #: characters of a grammar's text
+_RANGES = (  # options that are one number, the least and the largest that means something
+    ("temperature", 0.0, 1e6),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("top_k", 0, 1 << 31),
+    ("repetition_penalty", 1e-2, 100.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
 
 
 @configclass
@@ -23,6 +36,26 @@ class Grammar:
 
     kind: Literal["json", "json_schema", "regex", "lark", "choice"] = "json"  # json: any JSON object
     text: str = ""  # of a choice: a JSON list of the texts allowed
+
+    def check(self) -> None:
+        if len(self.text) > LONGEST_GRAMMAR:
+            raise ConfigError(f"grammar: {len(self.text)} characters, at most {LONGEST_GRAMMAR} are read")
+        if self.kind == "json":
+            if self.text:
+                raise ConfigError("grammar: kind 'json' takes no text; a schema is kind 'json_schema'")
+        elif not self.text:
+            raise ConfigError(f"grammar: kind '{self.kind}' needs a text")
+        elif self.kind in ("json_schema", "choice"):
+            try:
+                found = json.loads(self.text)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"grammar: the text of '{self.kind}' is not JSON: {error}") from None
+            if self.kind == "json_schema" and not isinstance(found, dict | bool):
+                raise ConfigError("grammar: a JSON schema is an object (or true or false)")
+            if self.kind == "choice" and not (
+                isinstance(found, list) and found and all(isinstance(x, str) and x for x in found)
+            ):
+                raise ConfigError("grammar: a choice is a JSON list of texts that are not empty")
 
 
 @configclass
@@ -64,20 +97,41 @@ class SamplingConfig:
     grammar: Grammar | None = None
 
     def check(self) -> None:
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ConfigError(
-                f"temperature={self.temperature} must be at least 0, top_p={self.top_p} in (0, 1], "
-                f"top_k={self.top_k} at least 0"
-            )
+        for name, low, high in _RANGES:
+            if not low <= getattr(self, name) <= high:  # not a number is in no range
+                raise ConfigError(f"{name}={getattr(self, name)} must lie between {low:g} and {high:g}")
+        if self.top_p == 0:
+            raise ConfigError("top_p=0.0 would keep no token: it must be above 0; temperature=0 is greedy")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must lie between 0 and 2^63 - 1")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ConfigError(
+                f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (asked := getattr(self, name)) is not None and not 0 <= asked <= MOST_LOGPROBS:
+                raise ConfigError(f"{name}={asked} must lie between 0 and {MOST_LOGPROBS}")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not -100 <= bias <= 100:
+                raise ConfigError(f"logit_bias={{{token}: {bias}}}: ids start at 0, biases lie in -100 … 100")
+        if wrong := [token for token in self.stop_token_ids if token < 0]:
+            raise ConfigError(f"stop_token_ids: {wrong[0]} is no token id, they start at 0")
+        self._check_stop()
+
+    def _check_stop(self) -> None:
         stop: object = self.stop
         if isinstance(stop, str):
             raise ConfigError(f"stop is a list of texts: stop=({stop!r},), not {stop!r}")
         if "" in self.stop:
             raise ConfigError("an empty stop text would stop before the first token")
+        if len(self.stop) > MOST_STOPS or sum(map(len, self.stop)) > LONGEST_STOPS:
+            size = sum(map(len, self.stop))
+            raise ConfigError(
+                f"stop has {len(self.stop)} texts of {size} characters; "
+                f"at most {MOST_STOPS} texts of {LONGEST_STOPS} characters in all can be watched for"
+            )
 
 
 class Sampler:
@@ -93,23 +147,26 @@ class Sampler:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """The next token of each row: ``[B, V]`` → int64 ``[B]``."""
-        if self.config.temperature < COLDEST:
+        c = self.config
+        if c.temperature < COLDEST or c.top_k == 1:
             return logits_BV.argmax(-1)
-        probs = self.probabilities(logits_BV).cpu()
-        return torch.multinomial(probs, 1, generator=self._random)[:, 0].to(logits_BV.device)
+        scores_BV, filters = logits_BV.float(), self._filters(logits_BV)
+        uniform_B = torch.rand(len(logits_BV), dtype=torch.float64, generator=self._random).to(
+            logits_BV.device
+        )
+        if c.top_k == 0 and c.top_p == 1:
+            return draw_all(scores_BV, filters, uniform_B)
+        return draw_best(scores_BV, filters, uniform_B, logits_BV.shape[-1])[0]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """What tokens are drawn from: temperature, then top-k, then top-p; fp32 ``[B, V]``, rows sum to one."""
-        c = self.config
-        logits = logits_BV.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / c.temperature  # no overflow, however cold
-        if 0 < c.top_k < logits.shape[-1]:
-            least = logits.topk(c.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, float("-inf"))
-        probs = logits.softmax(-1)
-        if c.top_p < 1:
-            ordered, order = probs.sort(-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= c.top_p
-            beyond[..., 0] = False  # the most likely token always stays
-            probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-        return probs / probs.sum(-1, keepdim=True)
+        """What tokens are drawn from: temperature, top-k, top-p, min-p; fp32 ``[B, V]``, rows sum to one."""
+        return probabilities(logits_BV.float(), self._filters(logits_BV))
+
+    def _filters(self, logits_BV: Tensor) -> Filters:
+        c, (rows, size), device = self.config, logits_BV.shape, logits_BV.device
+        return Filters(
+            torch.full((rows,), c.temperature, device=device),
+            torch.full((rows,), min(c.top_k, size) or size, device=device),
+            torch.full((rows,), c.top_p if c.top_p < 1 else 2.0, dtype=torch.float64, device=device),
+            torch.full((rows,), c.min_p, device=device),
+        )

@@ -1,0 +1,455 @@
+"""One step's tokens for many requests at once, each with options of its own.
+
+``sample`` sorts the rows of a step into three groups: greedy ones cost one maximum for all of them, random ones
+without top-k and top-p one running sum, the others a bounded ``topk`` (and a full sort for the few rows whose
+nucleus is larger). Penalties, biases and grammars change a few numbers of the rows that have them. Everything a
+step yields crosses to the host in one transfer.
+
+A request's randomness is a table: place ``p`` of its answer has one uniform number, the output of Philox
+(Salmon et al. 2011) under the request's seed. So a token depends on the seed, the place and the row's logits,
+not on batching, preemption or speculation; ``sample_drafts`` keeps a drafted token where ``sample`` would have
+drawn the very same one, which makes answers with and without speculation equal, random ones too.
+
+Shape letters: R rows, N rows of several requests' drafts, V vocabulary, U updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deepseek.errors import RequestError
+from deepseek.serve.distribution import COLDEST, Filters, draw_all, draw_best, ids_of, order_keys
+from deepseek.serve.grammar import GrammarState
+from deepseek.serve.request import TokenLogprobs
+from deepseek.serve.sampler import SamplingConfig
+from deepseek.serve.text import ends_of
+
+CANDIDATES = 128  #: how many of the most likely tokens are looked at before a row is sorted in full
+_BLOCK = 64  # uniform numbers are made so many at a time
+
+Numbers = npt.NDArray[np.int64]
+
+
+class Sampled(NamedTuple):
+    """What one row gave.
+
+    Attributes:
+        token: -1 where there is none, and then ``error`` says why: the request has to end with it.
+    """
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+    error: str = ""
+
+
+class Updates(NamedTuple):
+    """Tokens whose scores penalties change: ``score = (score / or * factor) - amount``."""
+
+    ids: Numbers
+    amounts: npt.NDArray[np.float32]
+
+
+class SamplingState:
+    """What sampling remembers of one request.
+
+    Args:
+        prompt: token ids; the repetition penalty counts them.
+        seed: 0 … 2^63 - 1; the engine chooses one where ``config.seed`` is ``None``.
+        vocabulary: columns of the logits, i.e. ids that can be drawn.
+        grammar: a matcher of this request's own, if it has a grammar.
+        end_ids: the model's end tokens.
+
+    Attributes:
+        tokens: the answer so far.
+        ends: the tokens that end the answer: ``stop_token_ids``, and ``end_ids`` unless they are ignored (a
+            grammar says itself when it is over, so it never ignores them).
+
+    Raises:
+        RequestError: ``logit_bias`` names a token that the model does not have.
+    """
+
+    def __init__(
+        self,
+        config: SamplingConfig,
+        prompt: Sequence[int],
+        seed: int,
+        vocabulary: int,
+        grammar: GrammarState | None = None,
+        *,
+        end_ids: Collection[int] = (),
+    ) -> None:
+        if outside := [token for token in config.logit_bias if token >= vocabulary]:
+            raise RequestError(
+                f"logit_bias names token {outside[0]}, the vocabulary has {vocabulary} tokens", "logit_bias"
+            )
+        self.config, self.seed, self.vocabulary, self.grammar = config, seed, vocabulary, grammar
+        self.tokens: list[int] = []
+        self.ends = ends_of(config, end_ids)
+        self.greedy = config.temperature < COLDEST or config.top_k == 1
+        self._banned = np.array(sorted(i for i in self.ends if i < vocabulary), np.int64)
+        self._bias = Updates(
+            np.array(list(config.logit_bias), np.int64),
+            np.array(list(config.logit_bias.values()), np.float32),
+        )
+        self._counts = _Counts(config, prompt, vocabulary)
+        self._uniform: npt.NDArray[np.float64] = np.empty(0)
+        self._block = -1
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are the logits, whatever was generated."""
+        return not (self.grammar or self._counts.on or len(self._bias.ids) or self.config.min_tokens)
+
+    def accept(self, token: int) -> None:
+        """``token`` is part of the answer: penalties count it, the grammar goes on."""
+        self.tokens.append(token)
+        self._counts.add(token)
+        if self.grammar is not None:
+            self.grammar.accept(token)
+
+    def uniform(self, place: int) -> float:
+        """The random number in [0, 1) of the answer's token ``place``."""
+        block, at = divmod(place, _BLOCK)
+        if block != self._block:
+            raw = np.random.Philox(key=self.seed, counter=block * _BLOCK).random_raw(_BLOCK)
+            self._uniform, self._block = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53, block
+        return float(self._uniform[at])
+
+
+class _Counts:
+    """Which tokens a request's penalties touch, and how often each was generated; grows by one slot a token."""
+
+    def __init__(self, config: SamplingConfig, prompt: Sequence[int], vocabulary: int) -> None:
+        self.presence, self.frequency = config.presence_penalty, config.frequency_penalty
+        repeats = config.repetition_penalty != 1.0
+        self.on = repeats or bool(self.presence or self.frequency)
+        seen = np.unique(np.asarray(prompt if repeats else [], np.int64))
+        seen = seen[(seen >= 0) & (seen < vocabulary)]
+        self._size, self._vocabulary = len(seen), vocabulary
+        self._ids = np.zeros(max(64, 2 * len(seen)), np.int64)
+        self._ids[: len(seen)] = seen
+        self._times = np.zeros_like(self._ids)
+        self._slots = {int(token): slot for slot, token in enumerate(seen)} if self.on else {}
+
+    def add(self, token: int) -> None:
+        if not self.on or not 0 <= token < self._vocabulary:
+            return
+        slot = self._slots.get(token)
+        if slot is None:
+            slot = self._slots[token] = self._size
+            if slot == len(self._ids):
+                self._ids, self._times = (
+                    np.concatenate([a, np.zeros_like(a)]) for a in (self._ids, self._times)
+                )
+            self._ids[slot], self._times[slot] = token, 0
+            self._size += 1
+        self._times[slot] += 1
+
+    def mark(self) -> int:
+        return self._size
+
+    def remove(self, tokens: Iterable[int], mark: int) -> None:
+        """Undo the ``add`` of ``tokens``, since ``mark``."""
+        for token in tokens:
+            if self.on and 0 <= token < self._vocabulary:
+                self._times[self._slots[token]] -= 1
+        while self._size > mark:
+            self._size -= 1
+            del self._slots[int(self._ids[self._size])]
+
+    def updates(self) -> Updates:
+        times = self._times[: self._size]
+        amounts = self.presence * (times > 0) + self.frequency * times
+        return Updates(self._ids[: self._size].copy(), amounts.astype(np.float32))
+
+
+class _Row(NamedTuple):
+    """One row of logits, and all that decides its token."""
+
+    state: SamplingState
+    place: int
+    penalties: Updates | None = None
+    banned: Numbers | None = None
+    mask: npt.NDArray[np.int32] | None = None
+    error: str = ""
+
+
+def sample(
+    logits_RV: Tensor, rows: Sequence[SamplingState], places: Sequence[int] | None = None
+) -> list[Sampled]:
+    """The next token of each row. Changes no state: ``accept`` what becomes part of an answer.
+
+    Args:
+        logits_RV: ``[R, V]``, any floating-point type and device, the columns of real tokens only.
+        rows: the request of each row; one request at most once.
+        places: how many tokens of its answer come before each row's (``len(state.tokens)`` if not given).
+    """
+    if places is None:
+        places = [len(state.tokens) for state in rows]
+    return _sample(logits_RV, [_row(state, place) for state, place in zip(rows, places, strict=True)])
+
+
+def sample_drafts(
+    logits_NV: Tensor, requests: Sequence[tuple[SamplingState, Sequence[int]]]
+) -> list[list[Sampled]]:
+    """The tokens that several requests' drafts earn: those ``sample`` would have given, one after the other.
+
+    Args:
+        logits_NV: each request's ``1 + len(draft)`` rows, one request after the other: the logits after its
+            answer so far, then after each token of its draft.
+        requests: states (left as they are) and drafts, which may be empty.
+
+    Returns:
+        For each request its drafted tokens as far as they are right, then one more token that is not of the
+        draft. An end token, or a row without a token (``Sampled.error``), comes last.
+    """
+    rows: list[_Row] = []
+    used: list[int] = []  # rows of the logits; those after a token that the grammar forbids are not needed
+    first = 0
+    lengths = []
+    for state, draft in requests:
+        planned = _draft_rows(state, draft)
+        rows += planned
+        used += range(first, first + len(planned))
+        lengths.append(len(planned))
+        first += 1 + len(draft)
+    assert first == logits_NV.shape[0], f"{first} rows of drafts, {logits_NV.shape[0]} rows of logits"
+    if len(used) < first:
+        logits_NV = logits_NV[torch.tensor(used, device=logits_NV.device)]
+    found, at, answers = _sample(logits_NV, rows), 0, []
+    for (state, draft), length in zip(requests, lengths):
+        answer: list[Sampled] = []
+        for here, sampled in enumerate(found[at : at + length]):
+            answer.append(sampled)
+            wrong = here >= len(draft) or sampled.token != draft[here]
+            if wrong or sampled.token in state.ends:
+                break
+        answers.append(answer)
+        at += length
+    return answers
+
+
+def prompt_logprobs(logits_RV: Tensor, next_tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """For each row of logits the log-probability of the token that came next, and of the ``top`` best ones."""
+    tokens_R = torch.tensor(next_tokens, dtype=torch.int64, device=logits_RV.device)
+    packed = _logprobs(logits_RV.float(), tokens_R, top).cpu().numpy()
+    return [_read_logprobs(token, row, top) for token, row in zip(next_tokens, packed)]
+
+
+def _row(state: SamplingState, place: int) -> _Row:
+    """``state`` as it is now, as a row."""
+    if state.plain:
+        return _Row(state, place)
+    mask, error, over = None, "", False
+    if state.grammar is not None:
+        mask, error, over = state.grammar.mask(), state.grammar.error, state.grammar.over
+    early = place < state.config.min_tokens and not over
+    return _Row(
+        state,
+        place,
+        state._counts.updates() if state._counts.on else None,
+        state._banned if early and len(state._banned) else None,
+        mask,
+        error,
+    )
+
+
+def _draft_rows(state: SamplingState, draft: Sequence[int]) -> list[_Row]:
+    """A row after every beginning of ``draft``; fewer where the grammar forbids a token of it."""
+    begin, grammar, counts = len(state.tokens), state.grammar, state._counts
+    if state.plain:
+        return [_Row(state, begin + i) for i in range(1 + len(draft))]
+    rows, mark, taken = [_row(state, begin)], counts.mark(), 0
+    for token in draft:
+        if rows[-1].error or token in state.ends or (grammar and not grammar.try_accept(token)):
+            break
+        counts.add(token)
+        taken += 1
+        rows.append(_row(state, begin + taken))
+    counts.remove(draft[:taken], mark)
+    if grammar:
+        grammar.retract(taken)
+    return rows
+
+
+def _sample(logits_RV: Tensor, rows: Sequence[_Row]) -> list[Sampled]:
+    if not rows:
+        return []
+    top = max((row.state.config.logprobs or 0 for row in rows), default=0)
+    found = _launch(logits_RV, rows, top, CANDIDATES).cpu()
+    if again := torch.nonzero(found[:, 1] == _SHORT)[:, 0].tolist():
+        index = torch.tensor(again, device=logits_RV.device)
+        full = _launch(logits_RV[index], [rows[i] for i in again], top, logits_RV.shape[-1]).cpu()
+        found[again, : full.shape[1]] = full
+    return [_read(row, packed, top) for row, packed in zip(rows, found.numpy())]
+
+
+_GOOD, _BAD, _SHORT = 0, 1, 2
+
+
+def _launch(logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int) -> Tensor:
+    """Queue all of a step's work; ``[R, 2 or more]`` int64 on the device: token, health, log-probabilities."""
+    device = logits_RV.device
+    if all(row.state.plain or _bare(row) for row in rows):
+        scores_RV = logits_RV
+    else:
+        scores_RV = _edited(logits_RV, rows)
+    best_R, token_R = scores_RV.max(-1)
+    health_R = (~torch.isfinite(best_R)).long()
+    if scores_RV is not logits_RV:
+        health_R |= (~torch.isfinite(logits_RV.amax(-1))).long()
+    random = [i for i, row in enumerate(rows) if not row.state.greedy]
+    sorting = [i for i in random if _sorts(rows[i].state.config)]
+    summing = [i for i in random if not _sorts(rows[i].state.config)]
+    for group in (summing, sorting):
+        if not group:
+            continue
+        index = None if len(group) == len(rows) else torch.tensor(group, device=device)
+        scores = (scores_RV if index is None else scores_RV[index]).float()
+        filters, uniform = _options([rows[i] for i in group], scores.shape[-1], device)
+        if group is summing:
+            token = draw_all(scores, filters, uniform)
+        else:
+            ks = [rows[i].state.config.top_k for i in group]
+            token, short = draw_best(scores, filters, uniform, max(candidates, *ks, 1))
+            few = short.long() * _SHORT
+            if index is None:
+                health_R = torch.where(health_R == _BAD, health_R, few)
+            else:
+                health_R[index] = torch.where(health_R[index] == _BAD, _BAD, few)
+        token_R = token if index is None else token_R.index_copy(0, index, token)
+    head = torch.stack([token_R, health_R], 1)
+    asked = [i for i, row in enumerate(rows) if row.state.config.logprobs is not None]
+    if not asked:
+        return head
+    whole = len(asked) == len(rows)
+    index = slice(None) if whole else torch.tensor(asked, device=device)  # type: ignore[assignment]
+    found = _logprobs(logits_RV[index].float(), token_R[index], top)
+    packed = head.new_zeros(len(rows), 2 + found.shape[1])
+    packed[:, :2] = head
+    packed[index, 2:] = found
+    return packed
+
+
+def _bare(row: _Row) -> bool:
+    """Whether this row's scores are its logits, this time."""
+    return row.penalties is None and row.banned is None and row.mask is None and not len(row.state._bias.ids)
+
+
+def _sorts(config: SamplingConfig) -> bool:
+    return config.top_k > 0 or config.top_p < 1
+
+
+def _options(rows: Sequence[_Row], vocabulary: int, device: torch.device) -> tuple[Filters, Tensor]:
+    """The rows' options and random numbers as tensors, in one transfer."""
+    table = torch.tensor(
+        [
+            [
+                c.temperature,
+                c.top_k if 0 < c.top_k < vocabulary else vocabulary,
+                c.top_p if c.top_p < 1 else 2.0,
+                c.min_p,
+                row.state.uniform(row.place),
+            ]
+            for row in rows
+            for c in [row.state.config]
+        ],
+        dtype=torch.float64,
+    ).to(device, non_blocking=True)
+    heat, k, p, least, uniform = table.unbind(1)
+    return Filters(heat.float(), k.long(), p, least.float()), uniform
+
+
+def _edited(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
+    """Logits in fp32 after repetition, presence and frequency penalties, bias, min_tokens, grammar; a copy."""
+    scores_RV = logits_RV.to(torch.float32, copy=True)
+    device = scores_RV.device
+    touched = [(i, row.penalties) for i, row in enumerate(rows) if row.penalties is not None]
+    if touched:
+        at, ids = _places([(i, u.ids) for i, u in touched], device)
+        factors = [
+            np.full(len(u.ids), rows[i].state.config.repetition_penalty, np.float32) for i, u in touched
+        ]
+        factor = torch.from_numpy(np.concatenate(factors)).to(device, non_blocking=True)
+        amount = torch.from_numpy(np.concatenate([u.amounts for _, u in touched])).to(
+            device, non_blocking=True
+        )
+        old = scores_RV[at, ids]
+        scores_RV[at, ids] = torch.where(old > 0, old / factor, old * factor) - amount
+    biased = [(i, row.state._bias) for i, row in enumerate(rows) if len(row.state._bias.ids)]
+    if biased:
+        at, ids = _places([(i, u.ids) for i, u in biased], device)
+        amount = torch.from_numpy(np.concatenate([u.amounts for _, u in biased])).to(
+            device, non_blocking=True
+        )
+        scores_RV[at, ids] = scores_RV[at, ids] + amount
+    banned = [(i, row.banned) for i, row in enumerate(rows) if row.banned is not None]
+    if banned:
+        scores_RV[_places(banned, device)] = -torch.inf
+    masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+    if masked:
+        index = torch.tensor([i for i, _ in masked], device=device)
+        bits = torch.from_numpy(np.stack([mask for _, mask in masked])).to(device, non_blocking=True)
+        scores_RV[index] = scores_RV[index].masked_fill_(~allowed(bits, scores_RV.shape[-1]), -torch.inf)
+    return scores_RV
+
+
+def allowed(bits: Tensor, vocabulary: int) -> Tensor:
+    """Bit masks int32 ``[R, ceil(V / 32)]`` as bool ``[R, V]``."""
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :vocabulary]
+
+
+def _places(updates: Sequence[tuple[int, Numbers]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of every update, in one transfer."""
+    at = np.repeat([i for i, _ in updates], [len(ids) for _, ids in updates])
+    both = np.stack([at, np.concatenate([ids for _, ids in updates])])
+    rows, columns = torch.from_numpy(both).to(device, non_blocking=True)
+    return rows, columns
+
+
+def _logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int) -> Tensor:
+    """Of the model's own distribution; int64 ``[R, 2 + 2 top]``: log-probability, rank, best ids, theirs."""
+    vocabulary = logits_RV.shape[-1]
+    total_R1 = logits_RV.logsumexp(-1, keepdim=True)
+    keys_RV = order_keys(logits_RV)
+    own_R1 = tokens_R[:, None]
+    own_logprob = logits_RV.gather(-1, own_R1) - total_R1
+    rank = (keys_RV > keys_RV.gather(-1, own_R1)).sum(-1, keepdim=True) + 1
+    parts = [_bits(own_logprob), rank]
+    if top:
+        best = ids_of(keys_RV.topk(min(top, vocabulary)).values, vocabulary)
+        parts += [best, _bits(logits_RV.gather(-1, best) - total_R1)]
+    return torch.cat(parts, 1)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """fp32 numbers, bit by bit, in int64."""
+    return x.contiguous().view(torch.int32).long()
+
+
+def _read_logprobs(token: int, packed: Numbers, top: int) -> TokenLogprobs:
+    floats = packed.astype(np.int32).view(np.float32)
+    n = (len(packed) - 2) // 2
+    best = zip(packed[2 : 2 + n].tolist(), floats[2 + n :].tolist())
+    return TokenLogprobs(token, float(floats[0]), int(packed[1]), tuple(best)[:top])
+
+
+def _read(row: _Row, packed: Numbers, top: int) -> Sampled:
+    token, health = int(packed[0]), int(packed[1])
+    if row.error:
+        return Sampled(-1, None, row.error)
+    if health == _BAD:
+        return Sampled(
+            -1, None, "no token can be drawn: the logits are not finite, or every token is forbidden"
+        )
+    asked = row.state.config.logprobs
+    if asked is None:
+        return Sampled(token)
+    return Sampled(token, _read_logprobs(token, packed[2:], asked))

@@ -1,0 +1,89 @@
+"""Guessing the next tokens cheaply, so that the model checks several in one step.
+
+What is guessed changes only the speed: ``sampling.sample_drafts`` keeps of a draft what it would have drawn
+anyway. ``NgramProposer`` guesses that what followed the last few tokens before will follow them again ("prompt
+lookup"), which costs no model: good for answers that quote their prompt, edit code, or repeat themselves.
+
+The seam for a trained draft head (multi-token prediction, arXiv 2404.19737; DeepSeek-V3's MTP module): a
+``Proposer`` per request that the engine tells every accepted token. A head reads hidden states, too; it is a
+``Proposer`` whose ``propose`` runs the head on the last accepted position's hidden state, which the engine's
+decoder can keep per row (``Step.hidden``), and drafts token after token up to ``most``. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Proposer(Protocol):
+    """Drafts for one request; knows the tokens it was told."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """``tokens`` follow those told before: first the prompt, later what was accepted."""
+
+    def propose(self, most: int) -> list[int]:
+        """What may come next, at most ``most`` tokens, perhaps none."""
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Of the last draft, as many tokens were checked, and as many were right."""
+
+
+class NgramProposer:
+    """Looks the last tokens up in what came before: longest match first, newest place first.
+
+    Every n-gram's newest two places are kept in a table, so a token costs ``longest - shortest + 1`` look-ups
+    however long the text is. The draft's length follows its luck: it doubles when all of it was right and falls
+    to what was right when not; after ``patience`` drafts in a row without a right token it pauses, twice as
+    long every time, up to 64 tokens.
+
+    Args:
+        longest, shortest: of the n-grams looked up, in tokens.
+    """
+
+    def __init__(self, longest: int = 4, shortest: int = 2, patience: int = 2) -> None:
+        assert 1 <= shortest <= longest
+        self._sizes, self._patience = range(longest, shortest - 1, -1), patience
+        self._tokens: list[int] = []
+        self._places: dict[tuple[int, ...], int] = {}  # n-gram -> where its continuation begins
+        self._last: list[int] = []  # for each size where the newest n-gram was before, or -1
+        self._length, self._misses, self._pause, self._rest = 4, 0, 4, 0
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        known, places = self._tokens, self._places
+        for token in tokens:
+            known.append(token)
+            end, self._last = len(known), []
+            for size in self._sizes:
+                if size < end:
+                    gram = tuple(known[-size:])
+                    self._last.append(places.get(gram, -1))
+                    places[gram] = end
+        self._rest = max(0, self._rest - len(tokens))
+
+    def propose(self, most: int) -> list[int]:
+        if self._rest or most < 1:
+            return []
+        at = next((place for place in self._last if place >= 0), -1)
+        if at < 0:
+            return []
+        wanted = min(most, self._length)
+        draft = self._tokens[at : at + wanted]
+        period = len(self._tokens) - at  # a text that repeats itself goes on doing so
+        while len(draft) < wanted:
+            draft.append(draft[len(draft) - period])
+        return draft
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        if not drafted:
+            return
+        if accepted == drafted:
+            self._length = min(2 * self._length, 64)
+        else:
+            self._length = max(1, accepted + 1)
+        if accepted:
+            self._misses, self._pause = 0, 4
+            return
+        self._misses += 1
+        if self._misses >= self._patience:
+            self._rest, self._pause = self._pause, min(2 * self._pause, 64)
