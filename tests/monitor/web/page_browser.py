@@ -35,6 +35,16 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
+def expect(of: Any) -> Any:
+    """Playwright's assertions about a page or locator: they wait, up to 15 seconds, until they hold.
+
+    What a page shows follows an action a moment later, so never compare what ``count`` or ``inner_text`` says at once.
+    """
+    sync = pytest.importorskip("playwright.sync_api")
+    sync.expect.set_options(timeout=15_000)
+    return sync.expect(of)
+
+
 class Watched:
     """A page whose errors, refused resources and foreign requests are kept."""
 
@@ -67,6 +77,14 @@ class Watched:
             assert time.monotonic() < until, "something on the page is loading since 20 seconds"
             self.page.wait_for_timeout(20)
         self.page.wait_for_timeout(60)
+
+    def until(self, script: str) -> Any:
+        """What ``script`` gives, once it is true; ``wait_for_function`` cannot: the page's policy forbids its eval."""
+        until = time.monotonic() + 20
+        while not (found := self.page.evaluate(script)):
+            assert time.monotonic() < until, f"not true within 20 seconds: {script}"
+            self.page.wait_for_timeout(20)
+        return found
 
     def close(self) -> None:
         self.context.close()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from live_run import BAD, EVERY
-from page_browser import chromium, watched
+from page_browser import chromium, expect, watched
 from test_page_spike import dashboard
 
 HERE = Path(__file__).parent
@@ -70,10 +70,10 @@ def test_from_red_pin_to_cause_to_rollback(root: Path) -> None:
             page = window.open(f"{address}#/run/live", ".pin")
             page.locator(f".pin[aria-label*='{BAD}']").first.click()
             page.wait_for_selector(".incident")
-            assert page.inner_text(".verdict.large b") == "DATA"
-            assert page.locator(".sample").count() >= 1, "the batch's documents are named"
+            expect(page.locator(".verdict.large b")).to_have_text("DATA", use_inner_text=True)
+            page.wait_for_selector(".sample")  # the batch's documents are named
             page.click("[data-action=rollback_skip]")
-            assert page.get_by_label("Last step left out").input_value() == str(BAD)
+            expect(page.get_by_label("Last step left out")).to_have_value(str(BAD))
             page.click("[data-confirm]")
             page.wait_for_selector(".incident .command.done", timeout=30_000)
             print(f"from the page to the run's answer: {time.monotonic() - began:.1f} s")

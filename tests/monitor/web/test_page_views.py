@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from fake_series import SPIKE, STEPS
 from fake_server import FakeServer, fake_server
-from page_browser import Watched, chromium, watched
+from page_browser import Watched, chromium, expect, watched
 
 AXE = Path(__file__).parents[3] / "web" / "node_modules" / "axe-core" / "axe.min.js"
 RUN = "moe-3b-hybrid"
@@ -84,6 +85,7 @@ def test_chinese_is_complete(server: FakeServer, browser: Any) -> None:
         for path in PAGES.values():
             page = window.open(f"{server.url}#/{path}")
             page.keyboard.press("?")
+            expect(page.locator("dialog[open]")).to_have_count(1)
             missing |= set(page.evaluate("[...deepseekUntranslated]"))
             assert page.evaluate("document.documentElement.lang") == "zh-CN"
         assert missing == set()
@@ -104,15 +106,14 @@ def test_red_pin_leads_to_cause_and_rollback(server: FakeServer, window: Watched
     page = window.open(f"{server.url}#/run/{RUN}")
     page.click(".pin.critical")
     page.wait_for_selector(".incident")
-    assert page.inner_text(".verdict.large b") == "DATA"
+    expect(page.locator(".verdict.large b")).to_have_text("DATA", use_inner_text=True)
     page.click("[data-action=rollback_skip]")
-    said = page.inner_text("dialog")
-    assert "last checkpoint before the incident" in said
-    assert page.get_by_label("First step left out").input_value() == str(SPIKE - 3)
+    expect(page.locator("dialog")).to_contain_text("last checkpoint before the incident", use_inner_text=True)
+    expect(page.get_by_label("First step left out")).to_have_value(str(SPIKE - 3))
     assert server.state.posted == [], "nothing is sent before it is confirmed"
     page.click("[data-confirm]")
     page.wait_for_selector(".command.done")
-    assert "went back" in page.inner_text(".incident .commands")
+    expect(page.locator(".incident .commands")).to_contain_text("went back", use_inner_text=True)
     assert server.state.posted == [
         {"action": "rollback_skip", "incident": "3", "arguments": {"skip": [SPIKE - 3, SPIKE]}}
     ]
@@ -122,8 +123,8 @@ def test_quarantine_sends_the_chosen_documents(server: FakeServer, window: Watch
     server.state.posted.clear()
     page = window.open(f"{server.url}#/run/{RUN}/incidents/3")
     boxes = page.locator(".samples input[type=checkbox]")
-    assert boxes.nth(0).is_checked()
-    assert not boxes.nth(1).is_checked()
+    expect(boxes.nth(0)).to_be_checked()
+    expect(boxes.nth(1)).not_to_be_checked()
     boxes.nth(1).check()
     page.click("[data-action=quarantine]")
     page.click("[data-confirm]")
@@ -144,7 +145,7 @@ def test_drag_reads_full_resolution_and_double_click_resets(server: FakeServer, 
     page.mouse.move(box["x"] + 0.64 * box["width"], y, steps=4)
     with page.expect_request(lambda r: "/data?" in r.url and "start=" in r.url):
         page.mouse.up()
-    window.settle()
+    window.until("location.hash.includes('from=')")
     start, stop = (
         int(page.evaluate(f"new URLSearchParams(location.hash.split('?')[1]).get('{k}')"))
         for k in ("from", "to")
@@ -152,8 +153,7 @@ def test_drag_reads_full_resolution_and_double_click_resets(server: FakeServer, 
     assert start == pytest.approx(0.60 * STEPS, abs=0.01 * STEPS)
     assert stop == pytest.approx(0.64 * STEPS, abs=0.01 * STEPS)
     page.mouse.dblclick(box["x"] + 0.5 * box["width"], y)
-    page.wait_for_timeout(300)
-    assert "from=" not in page.evaluate("location.hash")
+    window.until("!location.hash.includes('from=')")
 
 
 def test_robust_scale_says_what_it_hides(server: FakeServer, window: Watched) -> None:
@@ -161,15 +161,16 @@ def test_robust_scale_says_what_it_hides(server: FakeServer, window: Watched) ->
     panel = page.locator(".panel").first
     assert panel.locator(".note").count() == 0, "nothing is hidden by default"
     panel.get_by_role("button", name="Robust scale").click()
-    assert panel.locator(".note").inner_text().startswith("1 points lie outside")
+    expect(panel.locator(".note")).to_have_text(re.compile("^1 points lie outside"), use_inner_text=True)
 
 
 def test_any_series_by_search_in_the_address_and_after_reload(server: FakeServer, window: Watched) -> None:
     page = window.open(f"{server.url}#/run/{RUN}")
     page.keyboard.press("/")
+    expect(page.get_by_label("Search series")).to_be_focused()
     page.keyboard.type("layer/*/grad_norm")
     rows = page.locator(".pick")
-    assert rows.count() == 12
+    expect(rows).to_have_count(12)
     assert [r.split("\n")[0] for r in rows.all_inner_texts()][2:11:8] == [
         "layer/2/grad_norm",
         "layer/10/grad_norm",
@@ -177,29 +178,32 @@ def test_any_series_by_search_in_the_address_and_after_reload(server: FakeServer
     rows.nth(7).click()
     page.get_by_role("button", name="Show", exact=True).click()
     page.wait_for_selector("section[aria-label='layer/7/grad_norm'] canvas")
-    assert "panels=layer%2F7%2Fgrad_norm" in page.evaluate("location.hash")
+    window.until("location.hash.includes('panels=layer%2F7%2Fgrad_norm')")
     page.reload()
     page.wait_for_selector("section[aria-label='layer/7/grad_norm'] canvas")
 
 
 def test_keys_walk_open_and_help(server: FakeServer, window: Watched) -> None:
     page = window.open(server.url)
-    page.keyboard.press("j")
-    page.keyboard.press("x")
-    page.keyboard.press("j")
-    page.keyboard.press("x")
+    links, chosen, dialogs = (page.locator(x) for x in ("a.run-link", ".run-card.chosen", "dialog[open]"))
+    for i in range(2):
+        page.keyboard.press("j")
+        expect(links.nth(i)).to_be_focused()
+        page.keyboard.press("x")
+        expect(chosen).to_have_count(i + 1)
     page.keyboard.press("c")
     page.wait_for_selector(".compare canvas")
     page.keyboard.press("Escape")
     page.wait_for_selector(".run-card .status")
-    page.wait_for_timeout(300)
+    window.settle()
     page.keyboard.press("j")
+    expect(links.nth(0)).to_be_focused()
     page.keyboard.press("Enter")
     page.wait_for_selector(".health")
     page.keyboard.press("?")
-    assert page.locator("dialog[open]").count() == 1
+    expect(dialogs).to_have_count(1)
     page.keyboard.press("Escape")
-    assert page.locator("dialog[open]").count() == 0
+    expect(dialogs).to_have_count(0)
     page.keyboard.press("i")
     page.wait_for_selector(".incident-list")
 
@@ -211,19 +215,20 @@ def test_a_chart_can_be_read_without_a_mouse(server: FakeServer, window: Watched
     page.keyboard.press("Home")
     for _ in range(50):
         page.keyboard.press("ArrowRight")
-    said = chart.locator(".legend").inner_text()
-    assert f"{SPIKE:,}".replace(",", "\u202f") in said
-    assert "7.95" in said, "2 and the spike of 6"
-    assert "last" in chart.get_attribute("aria-label")
+    legend = chart.locator(".legend")
+    expect(legend).to_contain_text(f"{SPIKE:,}".replace(",", "\u202f"), use_inner_text=True)
+    expect(legend).to_contain_text("7.95", use_inner_text=True)  # 2 and the spike of 6
+    expect(chart).to_have_attribute("aria-label", re.compile("last"))
 
 
 def test_fifty_runs_do_not_slow_the_list(server: FakeServer, window: Watched) -> None:
     before, server.runs = server.runs, [f"sweep~{i}" for i in range(50)]
     try:
         page = window.open(server.url, ".run-card .status")
-        assert page.locator(".run-card").count() == 50
+        cards = page.locator(".run-card")
+        expect(cards).to_have_count(50)
         page.fill("#search", "sweep/4")
-        assert page.locator(".run-card").count() == 11
+        expect(cards).to_have_count(11)
     finally:
         server.runs = before
 
@@ -239,7 +244,7 @@ def test_text_of_a_run_cannot_become_code(
         fake, "card", lambda run, index=0: {**cards(run, index), "name": evil, "device": evil}
     )
     page = window.open(server.url, ".run-card .status")
-    assert page.inner_text(".run-card h2") == evil
+    expect(page.locator(".run-card h2").first).to_have_text(evil, use_inner_text=True)
     assert page.title() != "owned"
     assert page.locator(".run-card img").count() == 0
 
@@ -260,7 +265,7 @@ def test_a_note_is_kept_beside_its_step(server: FakeServer, window: Watched) -> 
     page.keyboard.press("Enter")
     page.wait_for_selector(".notes li")
     assert server.state.notes[0]["step"] == SPIKE
-    assert "told the data team" in page.inner_text(".notes li")
+    expect(page.locator(".notes li").first).to_contain_text("told the data team", use_inner_text=True)
 
 
 def test_a_paused_run_offers_to_go_on(server: FakeServer, window: Watched) -> None:
