@@ -23,7 +23,7 @@ from deepseek.models import Output, Transformer
 from deepseek.nn.moe import MoE
 from deepseek.transformers.cache import GenerationCache
 from deepseek.transformers.configuration import DeepseekHybridConfig
-from deepseek.weights.convert import KEPT_FLOAT32
+from deepseek.weights.foreign import KEPT_FLOAT32
 from deepseek.weights.hf_files import listed
 
 

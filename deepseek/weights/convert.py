@@ -8,6 +8,7 @@ both out.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from deepseek.files import staged
 from deepseek.models import ModelConfig, Transformer
 from deepseek.weights.families import FAMILIES, Family, Slot, family_named, slots
 from deepseek.weights.family_config import from_hf, matching_family, obstacle, to_hf
+from deepseek.weights.foreign import KEPT_FLOAT32, ForeignModel, empty
+from deepseek.weights.gguf_model import GGUFTensors
 from deepseek.weights.hf_files import (
     INDEX,
     SHARD,
@@ -37,8 +40,6 @@ from deepseek.weights.shards import SHARD_BYTES
 
 OURS = "deepseek_hybrid"
 ARCHITECTURE = "DeepseekHybridForCausalLM"
-#: Statistics, not weights: too fine for bf16.
-KEPT_FLOAT32 = ("router.bias", "default_EC", "drift.moments_ED", "drift.watch")
 IGNORED = ("rotary_emb.inv_freq",)  # a constant that old Llama directories carry
 
 
@@ -72,19 +73,59 @@ def load_hf(
     Raises:
         WeightsError: as ``read_config``; or a file is damaged, a tensor missing, left over or misshapen.
     """
+    with open_directory(directory) as found:
+        return found.load(dtype, device)
+
+
+def open_directory(directory: Path | str) -> ForeignModel:
+    """The model in a Hugging Face directory, to be read tensor by tensor. Raises as ``load_hf``."""
     directory = model_directory(directory)
     family, config = _read(directory)
-    try:
-        with torch.device("meta"):
-            model = Transformer(config)
-    except (RuntimeError, OverflowError) as error:
-        raise WeightsError(f"{directory}: no model has this shape: {str(error).splitlines()[0]}") from None
-    with TensorFiles(directory) as files:
+    with ExitStack() as held:
+        files = held.enter_context(TensorFiles(directory))
+        model = empty(config, str(directory))
         names = tensor_slots(model, family, files.names)
         _check_names(directory, names, files, config)
-        state = _fill(model, names, files, dtype, torch.device(device))
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+        found = ForeignModel(model, names, files, "config.json")
+        held.pop_all()
+    return found
+
+
+def open_gguf(path: Path | str) -> ForeignModel:
+    """The model in a GGUF file, to be read tensor by tensor; quantised tensors come out as fp32.
+
+    Raises:
+        WeightsError: the file is damaged, a tensor missing, left over or misshapen, or our layers cannot express
+            what it asks for.
+    """
+    with ExitStack() as held:
+        files = held.enter_context(GGUFTensors(Path(path)))
+        found = ForeignModel(empty(files.config, str(path)), files.slots, files, f"the metadata of {path}")
+        held.pop_all()
+    return found
+
+
+def open_model(path: Path | str) -> ForeignModel:
+    """``open_gguf`` or ``open_directory``, as ``path`` is a GGUF file (or a directory with one) or not."""
+    file = gguf_file(path)
+    return open_gguf(file) if file is not None else open_directory(path)
+
+
+def gguf_file(path: Path | str) -> Path | None:
+    """The GGUF file that ``path`` is, or the only one in that directory without ``config.json``; else ``None``.
+
+    Raises:
+        WeightsError: a directory with several.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "config.toml")):
+        return None
+    held = sorted(path.glob("*.gguf"))
+    if len(held) > 1:
+        raise WeightsError(f"{path} holds {len(held)} GGUF files; name one: {listed(p.name for p in held)}")
+    return held[0] if held else None
 
 
 def tensor_slots(
@@ -170,40 +211,6 @@ def _check_names(directory: Path, names: dict[str, Slot], files: TensorFiles, co
         parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
         parts += [f"{len(extra)} without a place ({listed(extra)})"] if extra else []
         raise WeightsError(f"{directory}: tensors and config.json do not match: {'; '.join(parts)}")
-
-
-def _fill(
-    model: Transformer,
-    names: dict[str, Slot],
-    files: TensorFiles,
-    dtype: torch.dtype | None,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Our state with every tensor read; also gives the model's buffers that no file holds their zeros."""
-    expected, state = model.state_dict(), dict[str, Tensor]()
-    for name, slot in names.items():
-        tensor = files.get(name)
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise WeightsError(
-                f"{name} is {tensor.dtype}; quantised weights are not supported: dequantise them first"
-            )
-        want = slot.view(expected[slot.name]).shape
-        if tensor.shape != want:
-            raise WeightsError(
-                f"{name} is {list(tensor.shape)} in the file; config.json asks for {list(want)}"
-            )
-        if slot.name not in state:
-            kept = tensor.dtype if dtype is None or slot.name.endswith(KEPT_FLOAT32) else dtype
-            state[slot.name] = torch.empty(expected[slot.name].shape, dtype=kept, device=device)
-        slot.view(state[slot.name]).copy_(tensor)
-    for name, buffer in model.named_buffers():
-        zeros = torch.zeros(buffer.shape, dtype=torch.float32, device=device)
-        if name in expected:
-            state.setdefault(name, zeros)
-        else:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, zeros)
-    return state
 
 
 def _choose(model: Transformer, wanted: str, tokenizer: Path | None) -> tuple[Family | None, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepseek.config import replace
 from deepseek.errors import ConfigError, WeightsError
 from deepseek.models import ModelConfig
 from deepseek.nn.attention import AttentionConfig
@@ -18,6 +19,8 @@ from deepseek.weights.families import COMMON, FAMILIES, Family
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LIMITS = dict.fromkeys(("num_hidden_layers", "num_experts", "num_local_experts"), 10_000)
 SLIDING, FULL = "sliding_attention", "full_attention"
+#: A foreign expert layer has none of our balancing: trained on here, it computes what it did elsewhere.
+NO_BALANCE = MoEConfig(entropy_weight=0.0, bias_rate=0.0, token_floor=0.0, default_decay=0.0)
 
 
 class Keys:
@@ -173,17 +176,16 @@ def _attention(keys: Keys, family: Family, kinds: str) -> AttentionConfig:
 
 
 def _moe(keys: Keys, family: Family) -> MoEConfig:
-    """The expert layer; our balancing is off, so that training computes what it did elsewhere."""
-    off: dict[str, Any] = {"entropy_weight": 0.0, "bias_rate": 0.0, "token_floor": 0.0, "default_decay": 0.0}
+    """The expert layer."""
     if not family.experts:
         return MoEConfig()
     qwen = family.model_type == "qwen3_moe"
-    return MoEConfig(
+    return replace(
+        NO_BALANCE,
         experts=_expert_count(keys, family),
         top_k=keys.whole("num_experts_per_tok"),
         expert_ffn=keys.whole("moe_intermediate_size" if qwen else "intermediate_size"),
         normalise_gates=keys.flag("norm_topk_prob") if qwen else True,
-        **off,
     )
 
 

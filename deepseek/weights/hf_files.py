@@ -21,6 +21,8 @@ from deepseek.errors import WeightsError
 from deepseek.weights.shards import DTYPES, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+REOPEN = 256 << 20  #: bytes read from mapped files before they are mapped anew
+NAMED = {name: dtype for dtype, name in DTYPES.items()}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -49,12 +51,17 @@ def model_directory(directory: Path | str) -> Path:
 
 
 class TensorFiles:
-    """Every tensor of a model directory by name, read when asked for. A context manager."""
+    """Every tensor of a model directory by name, read when asked for. A context manager.
+
+    Pages of a file that were read stay in memory as long as it is open, so files are opened anew after ``REOPEN``
+    bytes.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._stack = directory, ExitStack()
         self._files: dict[str, Any] = {}
         self._places: dict[str, str] = {}
+        self._read = 0
 
     def __enter__(self) -> TensorFiles:
         try:
@@ -79,9 +86,32 @@ class TensorFiles:
         """One tensor, on the CPU; it may share the pages of the file, so copy it."""
         file = self._places[name]
         try:
-            return self._files[file].get_tensor(name)
+            if self._read > REOPEN:
+                self._reopen()
+            tensor: Tensor = self._files[file].get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise WeightsError(f"{self._directory / file}: cannot read {name}: {error}") from None
+        self._read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Type and shape of a tensor, which is not read."""
+        file = self._places[name]
+        try:
+            found = self._files[file].get_slice(name)
+            return NAMED[found.get_dtype()], tuple(found.get_shape())
+        except KeyError as error:
+            raise WeightsError(f"{self._directory / file}: {name} is of the unknown type {error}") from None
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{self._directory / file}: cannot read {name}: {error}") from None
+
+    def _reopen(self) -> None:
+        self._stack.close()
+        self._read = 0
+        for file in self._files:
+            self._files[file] = self._stack.enter_context(
+                safe_open(self._directory / file, framework="pt", device="cpu")
+            )
 
     def _read_index(self) -> dict[str, str] | None:
         path = self._directory / INDEX
