@@ -6,12 +6,13 @@
         for output in engine.step():
             print(output.text, end="")
 
-``step`` schedules, runs the model over the scheduled rows, samples, and tells what each request gained. It owns no thread
-and no socket; ``serve.worker`` puts it in a process of its own.
+``step`` schedules, runs the model over the scheduled rows, samples, and tells what each request gained. It owns no
+thread and no socket; ``serve.worker`` puts it in a process of its own.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from deepseek.precision import choose
 from deepseek.serve.adapters import Adapter, AdapterBank, load_adapter
 from deepseek.serve.decoder import COMPUTE, Decoder, RowAdapters, Traced
 from deepseek.serve.generate import Completion
-from deepseek.serve.grammar import Grammars
+from deepseek.serve.grammar import Grammars, GrammarState
 from deepseek.serve.memory import cache_budget
 from deepseek.serve.pages import PageLayout, Pages, share_memory
 from deepseek.serve.request import (
@@ -45,7 +46,7 @@ from deepseek.serve.request import (
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs, sample_drafts
 from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work
-from deepseek.serve.speculative import NgramProposer
+from deepseek.serve.speculative import NgramProposer, Proposer
 from deepseek.serve.text import TextStream
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
@@ -98,7 +99,8 @@ class Answer:
 
     state: SamplingState
     text: TextStream
-    proposer: NgramProposer | None = None
+    room: int  #: tokens the answer may have
+    proposer: Proposer | None = None
     adapter: int = -1
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     embedding: Tensor | None = None
@@ -179,15 +181,20 @@ class Engine:
             RequestError: it can never be served.
         """
         self._check(request)
-        sampling = request.sampling
-        grammar = self._grammar(request)
-        seed = sampling.seed if sampling.seed is not None else int(torch.seed() & (2**63 - 1))
-        state = SamplingState(sampling, request.prompt, seed, self.vocabulary, grammar)
-        ends = self.loaded.tokenizer.end_ids if self.loaded.tokenizer else ()
-        room = min(sampling.max_tokens, self.max_length - len(request.prompt))
+        room = min(request.sampling.max_tokens, self.max_length - len(request.prompt))
+        least = min(request.sampling.min_tokens, room)
+        sampling = replace(request.sampling, max_tokens=max(room, 1), min_tokens=least)
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        tokenizer = self.loaded.tokenizer
+        ends = tokenizer.end_ids if tokenizer is not None else ()
+        state = SamplingState(
+            sampling, request.prompt, seed, self.vocabulary, self._grammar(request), end_ids=ends
+        )
+        proposer = NgramProposer() if self.config.speculate else None
+        if proposer is not None:
+            proposer.extend(request.prompt)
         answer = Answer(
-            state, TextStream(self.loaded.tokenizer, sampling, ends, room),
-            NgramProposer(request.prompt) if self.config.speculate else None,
+            state, TextStream(tokenizer or _Wordless(), sampling, ends), room, proposer,
             -1 if request.adapter is None else self._adapters[request.adapter],
             [] if sampling.prompt_logprobs is not None else None,
         )  # fmt: skip
@@ -255,10 +262,14 @@ class Engine:
             if outputs[-1].finish == "error":
                 raise EngineError(outputs[-1].error)
         return [
-            Completion("".join(o.text for o in outputs), [t for o in outputs for t in o.tokens], outputs[-1].finish or "",
-                       seconds)
+            Completion(
+                text="".join(o.text for o in outputs),
+                tokens=[t for o in outputs for t in o.tokens],
+                finish_reason=outputs[-1].finish or "",
+                seconds=seconds,
+            )
             for outputs in done.values()
-        ]  # fmt: skip
+        ]
 
     # --- parts of a step ----------------------------------------------------------------------------------------------
 
@@ -311,25 +322,30 @@ class Engine:
         text, kept, stream = "", list[Sampled](), answer.text
         for s in sampled:
             if s.token < 0:
-                return self._fail(sequence, self._not_finite(sequence))
+                break
             kept.append(s)
+            answer.state.accept(s.token)
             text += stream.push(s.token)
             if stream.finish:
                 break
+        if not kept:
+            return self._end(sequence, "error", error=f"{sampled[0].error}; {self._advice()}")
         sequence.tokens += [s.token for s in kept]
         sequence.draft = []
         self._count(generated_tokens=len(kept), drafted=work.drafts, accepted=len(kept) - 1)
         # Rows whose token came out as drafted are final; the token sampled last has not been computed.
         self.scheduler.advance(work, work.rows - work.drafts + len(kept) - 1)
         if answer.proposer is not None:
-            answer.proposer.extend([s.token for s in kept], work.drafts)
+            answer.proposer.extend([s.token for s in kept])
+            if work.drafts:
+                answer.proposer.learn(work.drafts, len(kept) - 1)
         request = sequence.request
         output = Output(
             request.id, text, tuple(s.token for s in kept),
             tuple(s.logprobs for s in kept if s.logprobs is not None) if request.sampling.logprobs is not None else (),
             None if answer.told or answer.prompt_logprobs is None else tuple(answer.prompt_logprobs),
             tuple(traces.at(row + i) for i in range(len(kept))) if traces is not None and request.trace else (),
-            None, stream.finish, stream.stopped_by, sequence.prompt_length, sequence.cached,
+            None, stream.finish, stream.stop, sequence.prompt_length, sequence.cached,
         )  # fmt: skip
         if not answer.told:
             answer.told = True
@@ -347,7 +363,8 @@ class Engine:
             return []
         mean = torch.nn.functional.normalize(answer.embedding / sequence.prompt_length, dim=0)
         if not bool(torch.isfinite(mean).all()):
-            return [self._fail(sequence, self._not_finite(sequence))]
+            error = f"the hidden states of the prompt are not finite; {self._advice()}"
+            return [self._end(sequence, "error", error=error)]
         self._count(prompt_tokens=sequence.prompt_length)
         return [self._end(sequence, "stop", embedding=tuple(mean.float().tolist()))]
 
@@ -368,8 +385,7 @@ class Engine:
         for sequence in self.scheduler.running:
             answer: Answer = sequence.engine
             if sequence.decoding and answer.proposer is not None:
-                room = answer.text.room - 1
-                most = min(self.config.speculate, room, self.max_length - len(sequence.tokens) - 1)
+                most = min(self.config.speculate, answer.room - len(answer.state.tokens) - 1)
                 sequence.draft = answer.proposer.propose(most) if most > 0 else []
 
     def _expire(self) -> list[Output]:
@@ -384,25 +400,22 @@ class Engine:
     def _end(
         self, sequence: Scheduled, reason: FinishReason, *, error: str = "", embedding: tuple[float, ...] | None = None
     ) -> Output:  # fmt: skip
-        tail = sequence.engine.text.close()
+        tail = sequence.engine.text.close(reason)
         self._drop(sequence)
         return Output(
             sequence.request.id, text=tail, embedding=embedding, finish=reason, error=error,
             prompt_tokens=sequence.prompt_length, cached_tokens=sequence.cached,
         )  # fmt: skip
 
-    def _fail(self, sequence: Scheduled, error: str) -> Output:
-        return self._end(sequence, "error", error=error)
-
     def _drop(self, sequence: Scheduled) -> None:
         self._live.pop(sequence.request.id, None)
         self.scheduler.remove(sequence)
         self.decoder.tables.leave(sequence)
 
-    def _not_finite(self, sequence: Scheduled) -> str:
+    def _advice(self) -> str:
         return (
-            f"the logits at position {len(sequence.tokens) - 1} are not finite: the weights of {self.loaded.path} are bad, "
-            f"or {self.format} is too narrow for them; try an earlier checkpoint or precision='fp32'"
+            f"the weights of {self.loaded.path} are bad, or {self.format} is too narrow for them; "
+            "try an earlier checkpoint or precision='fp32'"
         )
 
     def _row_adapters(self, work: list[Work]) -> RowAdapters | None:
@@ -411,7 +424,7 @@ class Engine:
         rows = [w.sequence.engine.adapter for w in work for _ in range(w.rows)]
         return RowAdapters(self.bank, torch.tensor(rows))
 
-    def _grammar(self, request: Request) -> object:
+    def _grammar(self, request: Request) -> GrammarState | None:
         if request.sampling.grammar is None:
             return None
         if self.grammars is None:
@@ -451,6 +464,15 @@ class Engine:
         self._stats = replace(
             self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()}
         )  # type: ignore[arg-type]
+
+
+class _Wordless:
+    """Stands in for the tokenizer of a model that has none: no token has text."""
+
+    special_ids: frozenset[int] = frozenset()
+
+    def piece(self, token: int) -> bytes:
+        return b""
 
 
 class _Traces:

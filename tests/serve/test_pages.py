@@ -51,8 +51,8 @@ class Oracle:
 
 
 def serve(
-    prompts: list[list[int]], layout: PageLayout, pages: int, *, rows: int, running: int, drafts: int = 0, seed: int = 0,
-    prefix_cache: bool = True, answers: int = 5, abort: float = 0.0,
+    prompts: list[list[int]], layout: PageLayout, pages: int, *, rows: int, running: int, drafts: int = 0,
+    seed: int = 0, prefix_cache: bool = True, answers: int = 5, abort: float = 0.0,
 ) -> Scheduler:  # fmt: skip
     """Serve everything with a model that answers the sum of the text so far; the oracle watches."""
     chance = random.Random(seed)

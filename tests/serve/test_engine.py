@@ -1,0 +1,300 @@
+"""The engine against the plain model, one request at a time; and against itself under every way of being busy."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek.assemble import Loaded
+from deepseek.errors import RequestError
+from deepseek.models import ModelConfig, Transformer
+from deepseek.nn.attention import AttentionConfig
+from deepseek.nn.moe import MoEConfig
+from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.request import Output, Request
+from deepseek.serve.sampler import SamplingConfig
+
+VOCABULARY = 97
+HEADS = AttentionConfig(heads=4, kv_heads=2, head_dim=8, window=11, block=8, stride=8)
+OVERLAPPING = AttentionConfig(
+    heads=4, kv_heads=1, head_dim=8, window=11, block=8, stride=4, pooling="learned", gate="static", qk_norm=True,
+    bias=True, full_rope=False,
+)  # fmt: skip
+EXPERTS = MoEConfig(experts=8, top_k=2, expert_ffn=24)
+SHAPES = {
+    "full": ("F", HEADS, MoEConfig()),
+    "window": ("L", HEADS, MoEConfig()),
+    "hybrid": ("H", HEADS, MoEConfig()),
+    "mixed": ("LHF", HEADS, EXPERTS),
+    "overlapping": ("HLF", OVERLAPPING, MoEConfig(experts=6, top_k=3, expert_ffn=16, shared_experts=1)),
+}
+
+
+def made(shape: str, layers: int = 3) -> Loaded:
+    """A model all of whose parameters matter."""
+    pattern, attention, moe = SHAPES[shape]
+    torch.manual_seed(7)
+    model = Transformer(
+        ModelConfig(
+            vocab_size=VOCABULARY,
+            hidden=32,
+            layers=layers,
+            ffn=48,
+            pattern=pattern,
+            max_length=160,
+            tie_embeddings=False,
+            attention=attention,
+            moe=moe,
+        )
+    )
+    with torch.no_grad():
+        for name, p in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("norm.weight"):
+                p.uniform_(0.5, 1.5)
+            else:
+                p.normal_(std=0.3 if p.dim() > 1 else 0.1)
+    return Loaded(model.eval(), None, Path(shape), None)
+
+
+def texts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    """Prompts of several lengths, some with common beginnings."""
+    g = torch.Generator().manual_seed(seed)
+    stem = torch.randint(VOCABULARY, (longest,), generator=g).tolist()
+    found = []
+    for i in range(count):
+        length = int(torch.randint(1, longest, (1,), generator=g))
+        own = torch.randint(VOCABULARY, (length,), generator=g).tolist()
+        found.append([*stem[: longest - length], *own] if i % 2 else own)
+    return found
+
+
+@torch.no_grad()
+def plain(loaded: Loaded, prompt: Sequence[int], tokens: int) -> tuple[list[int], list[torch.Tensor]]:
+    """Greedy answer and its logits by the model itself, computing the whole text anew for every token."""
+    text, logits = list(prompt), []
+    for _ in range(tokens):
+        row = loaded.model.logits(loaded.model(torch.tensor([text])).hidden[:, -1])[0]
+        logits.append(row)
+        text.append(int(row.argmax()))
+    return text[len(prompt) :], logits
+
+
+def serve(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, **config: object
+) -> tuple[list[list[Output]], Engine]:
+    """Every prompt's outputs."""
+    engine = Engine(loaded, EngineConfig(**{"precision": "fp32", "memory_gib": 0.01, **config}))
+    found: dict[str, list[Output]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(str(i), tuple(prompt), sampling))
+    while engine.has_work:
+        for output in engine.step():
+            found[output.id].append(output)
+    assert engine.stats().pages_used == 0
+    return list(found.values()), engine
+
+
+def tokens_of(outputs: Sequence[Output]) -> list[int]:
+    return [t for o in outputs for t in o.tokens]
+
+
+GREEDY = SamplingConfig(temperature=0, max_tokens=24, logprobs=0)
+WAYS = {
+    "together": {},
+    "one at a time": {"max_running": 1},
+    "small chunks": {"max_step_tokens": 7, "max_running": 7},
+    "no prefix cache": {"prefix_cache": False},
+    "speculation": {"speculate": 5},
+    "speculation in small chunks": {"speculate": 3, "max_step_tokens": 5, "max_running": 3},
+}
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_greedy_answers_are_the_plain_models(shape: str) -> None:
+    loaded, prompts = made(shape), texts(8)
+    wanted = [plain(loaded, prompt, GREEDY.max_tokens) for prompt in prompts]
+    for way, config in WAYS.items():
+        found, _ = serve(loaded, prompts, GREEDY, **config)
+        assert [tokens_of(o) for o in found] == [tokens for tokens, _ in wanted], way
+    logprobs = [p for o in found for out in o for p in out.logprobs]
+    exact = [row.double().log_softmax(-1).max() for _, rows in wanted for row in rows]
+    torch.testing.assert_close(
+        torch.tensor([p.logprob for p in logprobs]), torch.stack(exact).float(), atol=2e-4, rtol=2e-4
+    )
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_deterministic_answers_are_equal_to_the_last_bit(shape: str) -> None:
+    loaded, prompts = made(shape), texts(10, seed=3)
+    sampling = SamplingConfig(temperature=1.0, top_p=0.9, seed=5, max_tokens=16, logprobs=3)
+
+    def run(**config: object) -> list[object]:
+        found, _ = serve(loaded, prompts, sampling, deterministic=True, **config)
+        return [(tokens_of(o), [p for out in o for p in out.logprobs]) for o in found]
+
+    first = run()
+    for way, config in WAYS.items():
+        assert run(**config) == first, way
+    alone = [serve(loaded, [p], sampling, deterministic=True)[0][0] for p in prompts]
+    assert [(tokens_of(o), [p for out in o for p in out.logprobs]) for o in alone] == first
+
+
+@pytest.mark.parametrize("shape", ["full", "window", "mixed"])
+def test_preemption_changes_nothing(shape: str) -> None:
+    loaded, prompts = made(shape), texts(12, seed=9, longest=100)
+    roomy, _ = serve(loaded, prompts, GREEDY, deterministic=True)
+    layout = Engine(loaded, EngineConfig(precision="fp32")).pages.layout
+    one = 5 * layout.global_bytes + layout.window_pages(160) * layout.window_bytes
+    config = {
+        "memory_gib": 1.6 * one / 2**30,
+        "deterministic": True,
+        "max_running": 12,
+        "max_step_tokens": 160,
+    }
+    tight, engine = serve(loaded, prompts, GREEDY, **config)
+    assert engine.stats().preemptions > 0
+    assert [tokens_of(o) for o in tight] == [tokens_of(o) for o in roomy]
+    assert [p for o in tight for out in o for p in out.logprobs] == [
+        p for o in roomy for out in o for p in out.logprobs
+    ]
+
+
+@pytest.mark.parametrize("shape", ["mixed", "window"])
+def test_a_second_request_finds_its_prompt_in_the_cache(shape: str) -> None:
+    loaded = made(shape)
+    engine = Engine(loaded, EngineConfig(precision="fp32", memory_gib=0.01))
+    prompt = tuple(texts(1, seed=2)[0] * 3)[:100]
+    answers, cached = [], []
+    for name in "ab":
+        engine.add(Request(name, prompt, GREEDY))
+        outputs = list(
+            itertools.chain.from_iterable(iter(lambda: engine.step() if engine.has_work else [], []))
+        )
+        answers.append(tokens_of(outputs))
+        cached.append(outputs[-1].cached_tokens)
+    assert answers[0] == answers[1]
+    assert cached == [0, 96]
+
+
+def test_prompt_logprobs_are_the_plain_models() -> None:
+    loaded, prompt = made("mixed"), texts(1, seed=4)[0]
+    sampling = SamplingConfig(temperature=0, max_tokens=1, prompt_logprobs=2)
+    (outputs,), _ = serve(loaded, [prompt], sampling, max_step_tokens=9, max_running=9)
+    found = outputs[0].prompt_logprobs
+    assert found is not None
+    assert found[0] is None
+    with torch.no_grad():
+        logits = loaded.model.logits(loaded.model(torch.tensor([prompt])).hidden)[0]
+    wanted = logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
+    torch.testing.assert_close(
+        torch.tensor([p.logprob for p in found[1:] if p]), wanted, atol=1e-4, rtol=1e-4
+    )
+    assert [p.token for p in found[1:] if p] == prompt[1:]
+    assert all(len(p.top) == 2 for p in found[1:] if p)
+
+
+def test_an_embedding_is_the_mean_of_the_hidden_states() -> None:
+    loaded, prompt = made("mixed"), texts(1, seed=4)[0]
+    engine = Engine(
+        loaded, EngineConfig(precision="fp32", memory_gib=0.01, max_step_tokens=16, max_running=4)
+    )
+    engine.add(Request("e", tuple(prompt), embed=True))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    (output,) = outputs
+    with torch.no_grad():
+        mean = loaded.model(torch.tensor([prompt])).hidden[0].mean(0)
+    wanted = torch.nn.functional.normalize(mean, dim=0)
+    torch.testing.assert_close(torch.tensor(output.embedding), wanted, atol=1e-5, rtol=1e-4)
+    assert output.finish == "stop"
+    assert engine.stats().pages_used == 0
+
+
+def test_traces_tell_which_experts_and_branches_worked() -> None:
+    loaded, prompt = made("mixed"), texts(1, seed=4)[0]
+    engine = Engine(loaded, EngineConfig(precision="fp32", memory_gib=0.01))
+    engine.add(Request("t", tuple(prompt), SamplingConfig(temperature=0, max_tokens=3), trace=True))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    traces = [trace for o in outputs for trace in o.traces]
+    assert len(traces) == 3
+    seen: dict[int, torch.Tensor] = {}
+    for layer, moe in loaded.model.moe_layers().items():
+        moe.router.register_forward_hook(lambda _m, _i, out, layer=layer: seen.update({layer: out.expert_NK}))
+    gates = []
+    with torch.no_grad():
+        for end in range(3):
+            stats = loaded.model(torch.tensor([[*prompt, *tokens_of(outputs)[:end]]])).layers
+            assert stats[1].gate_H is not None
+            gates.append(stats)
+            for layer, experts in traces[end].experts:
+                assert {e for e, _ in experts} == set(seen[layer][-1].tolist())
+                assert sum(g for _, g in experts) == pytest.approx(1, abs=1e-5)
+    assert [layer for layer, _ in traces[0].gates] == [1]
+    assert all(0 < share < 1 for _, share in traces[0].gates)
+
+
+def test_aborts_at_any_moment_leave_nothing_behind() -> None:
+    loaded = made("mixed")
+    engine = Engine(loaded, EngineConfig(precision="fp32", memory_gib=0.01, speculate=3, max_step_tokens=32))
+    chance = torch.Generator().manual_seed(0)
+    prompts = texts(20, seed=1)
+    live: list[str] = []
+    for turn in range(150):
+        for _ in range(int(torch.randint(3, (1,), generator=chance))):
+            name = f"{turn}-{len(live)}"
+            engine.add(Request(name, tuple(prompts[turn % 20]), SamplingConfig(max_tokens=9, seed=turn)))
+            live.append(name)
+        for output in engine.step():
+            if output.finish:
+                live.remove(output.id)
+        while live and torch.rand((), generator=chance) < 0.4:
+            assert engine.abort(live.pop(int(torch.randint(len(live), (1,), generator=chance))))
+    for name in live:
+        assert engine.abort(name)
+    assert not engine.abort("never there")
+    assert not engine.has_work
+    assert engine.stats().pages_used == 0
+
+
+def test_a_deadline_ends_a_request_with_what_it_has() -> None:
+    engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01))
+    engine.add(Request("late", (1, 2, 3), deadline=0.0))
+    (output,) = engine.step()
+    assert output.finish == "timeout"
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request("a", ()), "empty prompt"),
+        (Request("a", (1, VOCABULARY)), f"token id {VOCABULARY} is outside the vocabulary of {VOCABULARY}"),
+        (Request("a", (1,) * 160), "160 tokens"),
+        (Request("a", (1,), adapter="none"), "no adapter 'none'"),
+        (Request("a", (1,), SamplingConfig(stop=("x",))), "need a tokenizer"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(request_: Request, words: str) -> None:
+    engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01))
+    with pytest.raises(RequestError, match=words):
+        engine.add(request_)
+    assert not engine.has_work
+
+
+def test_bad_weights_end_one_request_and_no_other() -> None:
+    loaded = made("full")
+    with torch.no_grad():
+        loaded.model.embedding.weight[5] = float("nan")
+    engine = Engine(loaded, EngineConfig(precision="fp32", memory_gib=0.01))
+    engine.add(Request("bad", (1, 5), GREEDY))
+    engine.add(Request("good", (1, 2), GREEDY))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert {o.id: o.finish for o in outputs if o.finish} == {"bad": "error", "good": "length"}
+    assert "weights" in next(o.error for o in outputs if o.id == "bad")
