@@ -1,32 +1,186 @@
-"""Answers that match a grammar (JSON, JSON schema, regular expression, Lark, a choice of texts), by llguidance."""
+"""Answers that match a grammar (JSON, JSON schema, regular expression, Lark, a choice of texts), by llguidance.
+
+A grammar is compiled once and kept while it is among the newest ``KEPT``; each request gets a matcher of its own
+from it. Before a token is drawn the matcher says which tokens may come next, one bit each; the end token is among
+them only where the answer may end, so an answer that ends by itself matches. Compiling and every step run under
+limits of size and work: a grammar that needs more is refused, or ends its own request, and nobody else's.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from deepseek.data import Tokenizer
+from deepseek.errors import MissingExtraError, RequestError
+from deepseek.serve.sampler import Grammar
 
-class GrammarState(Protocol):
-    """Where one answer stands in its grammar."""
+KEPT = 64  #: compiled grammars, and refusals, that are kept
+PARAM = "grammar"
+_LIMITS = {  # of llguidance; in brackets what one unit costs
+    "initial_lexer_fuel": 1_000_000,  # to compile the regular expressions (50,000 a ms)
+    "step_lexer_fuel": 200_000,  # for one mask (14,000 a ms)
+    "step_max_items": 50_000,  # for one mask (20,000 a ms)
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 50_000,  # of one grammar (1 to 2 KiB each)
+    "max_grammar_size": 20_000,  # symbols in productions: an object of 1,000 properties has 8,000
+    "verbose_errors": False,
+}
+#: Between the parts of a JSON answer: enough for indentation, not enough to go on for ever.
+_BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
 
-    @property
-    def error(self) -> str:
-        """Why it cannot go on; empty as long as it can."""
+
+class Grammars:
+    """Compiles grammars for one tokenizer.
+
+    Args:
+        vocabulary: columns of the logits.
+        end_ids: the tokens that end an answer (the tokenizer's, if not given).
+
+    Raises:
+        MissingExtraError: at the first grammar, if llguidance is not installed.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocabulary: int, end_ids: Collection[int] | None = None
+    ) -> None:
+        self._tokenizer, self._vocabulary, self._end_ids = tokenizer, vocabulary, end_ids
+        self._known: OrderedDict[Grammar, Any] = OrderedDict()  # a matcher at its beginning, or an error's text
+        self._tokens: Any = None
+
+    def state(self, grammar: Grammar) -> GrammarState:
+        """A new answer's place in ``grammar``: its beginning.
+
+        Raises:
+            RequestError: the grammar is wrong, cannot be matched, or is larger than the limits.
+        """
+        found = self._known.get(grammar)
+        if found is None:
+            found = self._known[grammar] = self._compile(grammar)
+            if len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(grammar)
+        if isinstance(found, str):
+            raise RequestError(found, PARAM)
+        return GrammarState(found.deep_copy(), self._vocabulary)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        llguidance = _llguidance()
+        try:
+            source = _source(llguidance.LLMatcher, grammar)
+        except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+            return _refusal(grammar, str(error))
+        limits = llguidance.LLParserLimits(**_LIMITS)
+        if self._tokens is None:
+            self._tokens = self._token_table(llguidance)
+        matcher = llguidance.LLMatcher(self._tokens, source, log_level=0, limits=limits)
+        if error := matcher.get_error() or _probe(matcher.deep_copy()):
+            return _refusal(grammar, error)
+        return matcher
+
+    def _token_table(self, llguidance: Any) -> Any:
+        ends = list(self._tokenizer.end_ids if self._end_ids is None else self._end_ids)
+        return llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Words(self._tokenizer, self._vocabulary, ends)), eos_token=ends
+        )
+
+
+class GrammarState:
+    """Where one answer stands in its grammar.
+
+    Attributes:
+        error: why it cannot go on (a limit was hit, or a forbidden token accepted); empty as long as it can.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher, self._words = matcher, (vocabulary + 31) // 32
+        self.error = ""
 
     @property
     def over(self) -> bool:
         """Whether the answer is complete and nothing but an end token may follow."""
+        return bool(self._matcher.is_stopped())
 
     def mask(self) -> npt.NDArray[np.int32]:
         """The tokens that may come next, a bit each: int32 ``[ceil(V / 32)]``."""
+        bits = np.zeros(self._words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        self._look()
+        return bits
 
     def accept(self, token: int) -> None:
         """The answer goes on with ``token``."""
+        if not self._matcher.consume_token(token):
+            self._look()
 
     def try_accept(self, token: int) -> bool:
         """``accept`` it if it is allowed."""
+        return bool(self._matcher.try_consume_tokens([token]) == 1)
 
     def retract(self, count: int) -> None:
         """Undo the last ``count`` tokens accepted."""
+        if count and not self._matcher.rollback(count):
+            self._look()
+
+    def _look(self) -> None:
+        if not self.error and self._matcher.is_error():
+            self.error = f"the grammar cannot go on: {_short(self._matcher.get_error())}"
+
+
+class _Words:
+    """What llguidance needs to know of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = ends[0], None
+        self.special_token_ids = sorted({*tokenizer.special_ids, *ends})
+        special = set(self.special_token_ids)
+        self.tokens = [tokenizer.piece(i, skip_special=i not in special) for i in range(vocabulary)]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)
+
+
+def _source(matcher: Any, grammar: Grammar) -> str:
+    """``grammar`` in llguidance's own form."""
+    if grammar.kind in ("json", "json_schema"):
+        schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
+        return str(matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS}))
+    if grammar.kind == "regex":
+        return str(matcher.grammar_from_regex(grammar.text))
+    if grammar.kind == "choice":
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.text))
+        return str(matcher.grammar_from_lark(f"start: {texts}"))
+    return str(matcher.grammar_from_lark(grammar.text))
+
+
+def _probe(matcher: Any) -> str:
+    """What is wrong with a grammar that shows only when it is used: nothing matches it, or its rows are too wide."""
+    for _ in range(2):
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        matcher.try_consume_tokens([int(bits.argmax())])
+    return str(matcher.get_error())
+
+
+def _refusal(grammar: Grammar, error: str) -> str:
+    return f"the grammar ({grammar.kind}) cannot be used: {_short(error)}"
+
+
+def _short(error: str) -> str:
+    first = error.partition("<state>")[0].replace("<non-verbose/>", "").strip()
+    return first if len(first) <= 300 else f"{first[:300]} …"
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise MissingExtraError("llguidance", "serve", "an answer that matches a grammar") from None
+    return llguidance
