@@ -25,6 +25,7 @@ BENCHES = {
     "optim": "deepseek.bench.optim",
     "fusion": "deepseek.bench.fusion",
     "time-to-loss": "deepseek.bench.time_to_loss",
+    "serve": "deepseek.bench.serve",
 }
 
 

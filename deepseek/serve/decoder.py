@@ -27,7 +27,7 @@ from deepseek.nn.moe import MoE
 from deepseek.nn.rope import rope_table
 from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.experts import swiglu
-from deepseek.ops.packed_linear import PackedLinear, pack_linear
+from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
 from deepseek.ops.paged_attention import (
     StepRows,
     paged_attention,
@@ -114,15 +114,14 @@ class DecoderLayer:
         ffn = block.ffn
         self.experts: PackedExperts | None = None
         if isinstance(ffn, MoE):
-            shared = ffn.shared
             self.experts = PackedExperts(
-                ffn.router.weight.detach(), ffn.router.bias, ffn.gate_up.detach(), ffn.down.detach(),
-                None if shared is None else (shared.gate_up.weight.detach(), shared.down.weight.detach()),
-                top_k=ffn.config.top_k, normalise=ffn.config.normalise_gates, format=format, device=device, exact=exact,
+                ffn.router.weight, ffn.router.bias, ffn.gate_up.detach(), ffn.down.detach(), ffn.config.top_k,
+                ffn.config.normalise_gates, format, device, exact=exact,
+                shared=None if ffn.shared is None else _packed_swiglu(ffn.shared, format, device, exact),
             )  # fmt: skip
         else:
             assert isinstance(ffn, SwiGLU)
-            self.gate_up, self.down = (pack(m.weight, m.bias) for m in (ffn.gate_up, ffn.down))
+            self.ffn = _packed_swiglu(ffn, format, device, exact)
 
     def __call__(
         self, x: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
@@ -137,8 +136,8 @@ class DecoderLayer:
             if traced is not None:
                 traced.experts[self.index] = chosen, gates
             return x + y
-        inner = swiglu(self._linear("gate_up", self.gate_up, h, adapters))
-        return x + self._linear("down", self.down, inner, adapters)
+        inner = swiglu(self._linear("gate_up", self.ffn.gate_up, h, adapters))
+        return x + self._linear("down", self.ffn.down, inner, adapters)
 
     def _attend(
         self, h: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
@@ -183,11 +182,20 @@ class DecoderLayer:
             adapters.bank.add(self.index, name, x, y, adapters.adapter_N)
         return y
 
-    @property
-    def nbytes(self) -> int:
-        parts = [self.qkv, self.output]
-        parts += [self.gate_up, self.down] if self.experts is None else []
-        return sum(p.nbytes for p in parts) + (0 if self.experts is None else self.experts.nbytes)
+    def bytes_read(self, rows: int) -> float:
+        """Bytes of weights that a step of ``rows`` rows reads, experts as far as they are chosen if all are alike."""
+        fixed = self.qkv.nbytes + self.output.nbytes
+        if self.experts is None:
+            return fixed + self.ffn.nbytes
+        e = self.experts
+        chosen = 1 - (1 - e.top_k / e.experts) ** rows
+        shared = 0 if e.shared is None else e.shared.nbytes
+        return fixed + e.router.nbytes + shared + chosen * sum(w.nbytes for w in (*e.gate_up, *e.down))
+
+
+def _packed_swiglu(ffn: SwiGLU, format: str, device: torch.device, exact: bool) -> PackedSwiGLU:
+    up, down = ffn.gate_up, ffn.down
+    return PackedSwiGLU(up.weight, up.bias, down.weight, down.bias, format, device, exact=exact)
 
 
 @dataclass(frozen=True)
@@ -335,10 +343,9 @@ class Decoder:
             rows=tuple(counts), lengths=tuple(lengths), decodes=sum(1 for _ in _leading_ones(counts)), exact=self.exact,
         )  # fmt: skip
 
-    @property
-    def weight_bytes(self) -> int:
-        """What one row reads at most: every matrix once."""
-        return sum(layer.nbytes for layer in self.layers) + self.head.nbytes
+    def bytes_read(self, rows: int) -> float:
+        """Bytes of weights that a step of ``rows`` rows reads."""
+        return sum(layer.bytes_read(rows) for layer in self.layers) + self.head.nbytes
 
     @property
     def cache_bytes(self) -> int:
