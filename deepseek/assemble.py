@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +20,8 @@ from deepseek.errors import CheckpointError, ConfigError, RunError, did_you_mean
 from deepseek.files import holder
 from deepseek.models import ModelConfig, Transformer, model_config
 from deepseek.weights import checkpoint
-from deepseek.weights.convert import load_hf
+from deepseek.weights.convert import gguf_file, open_model
+from deepseek.weights.gguf_tokenizer import load_gguf_tokenizer
 
 TRAINER = ".training"  #: the file in a run directory that its one trainer holds
 
@@ -92,26 +93,54 @@ def build(config: ModelConfig, device: torch.device | str = "cpu", seed: int | N
     return Transformer(config).to(device)
 
 
-def load(path: Path | str, device: torch.device | str = "cpu") -> Loaded:
-    """The model of a run (its newest checkpoint), of one checkpoint, or of a Hugging Face directory.
+def load(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | Literal["kept"] | None = None,
+) -> Loaded:
+    """The model of a run (its newest checkpoint), of one checkpoint, of a Hugging Face directory, or of a GGUF file
+    (or a directory that holds one).
+
+    Args:
+        dtype: of the weights; 'kept': as they are in the files, quantised ones as fp32. ``None``: fp32 for foreign
+            models, 'kept' for runs. Statistics stay fp32.
 
     Raises:
         RunError, CheckpointError, WeightsError: what was found instead, and what to do.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
-        return Loaded(load_hf(path, dtype=torch.float32, device=device), tokenizer, path, None)
+    wanted = None if dtype == "kept" else dtype
+    file = gguf_file(path)
+    if file is not None or (path / "config.json").is_file():
+        wide = torch.float32 if dtype is None else wanted
+        with open_model(path) as found:
+            tokenizer = _foreign_tokenizer(file or path)
+            return Loaded(found.load(wide, device), tokenizer, path, None)
     inside = path.name.startswith("step-") and (path.parent / "config.toml").is_file()
     run = Run.open(path.parent if inside else path)
     if not inside and checkpoint.latest(run.path) is None:
         raise RunError(f"{run.path} has no checkpoint yet; start it again with `deepseek pretrain`")
-    found = checkpoint.load(path if inside else run.path, groups=("model",))
+    at = checkpoint.load(path if inside else run.path, groups=("model",))
     with torch.device("meta"):
         model = Transformer(run.model_config())
-    load_weights(model, found, assign=True)
+    load_weights(model, at, assign=True)
     _fill_meta(model)
-    return Loaded(model.to(device).eval(), Tokenizer.load(run.tokenizer_path), run.path, found.step)
+    _cast(model, wanted)
+    tokenizer = Tokenizer.load(run.tokenizer_path) if run.tokenizer_path.exists() else None
+    return Loaded(model.to(device).eval(), tokenizer, run.path, at.step)
+
+
+def _foreign_tokenizer(path: Path) -> Tokenizer | None:
+    if path.is_file():
+        return load_gguf_tokenizer(path)
+    return Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
+
+
+def _cast(model: Transformer, dtype: torch.dtype | None) -> None:
+    """Weights to ``dtype``, one at a time; ``None`` leaves them."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_weights(model: Transformer, found: checkpoint.Checkpoint, assign: bool = False) -> None:

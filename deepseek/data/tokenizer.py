@@ -16,6 +16,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,17 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from deepseek.data.fast_lane import PATTERN, FastLane
+from deepseek.data.foreign_text import BEGINS, ForeignText, special_names
 from deepseek.errors import ConfigError, DataError, did_you_mean
 from deepseek.files import write_atomic
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 CHAT = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 SPECIAL = (EOS, PAD, *CHAT)  #: ids 0..5 of a tokenizer trained here
+#: How models write the end of a turn or of a text.
+END_NAMES = (
+    EOS, "<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>",
+)  # fmt: skip
 MIN_VOCAB = 256 + len(SPECIAL)
 
 Ids = npt.NDArray[np.int32]
@@ -49,13 +55,25 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of ids, added tokens included.
-        eos_id: id that begins and ends every document.
+        eos_id: id that ends every document (and begins it, in what is trained here).
+        bos_id: the start token; ``None`` when there is none. Here that is ``eos_id``.
+        prefix: ids in front of a plain text, as the model was trained: the start token, or nothing.
+        end_ids: ids after which an answer is over: ``eos_id``, the ends of a turn, and what the model's own
+            ``generation_config.json`` names.
+        chat_templates: Jinja text by name (``default``, ``tool_use``), as the model brings it; empty for ours.
         pad_id: id that fills padding (``eos_id`` when the tokenizer has none of its own).
         token_bytes: ``[vocab_size]`` int32, bytes of text each token stands for; 0 for special tokens. The
             sum over a document's tokens is its length in UTF-8 bytes.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, eos: str = EOS, pad: str | None = PAD) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        eos: str = EOS,
+        pad: str | None = PAD,
+        foreign: ForeignText | None = None,
+    ) -> None:
         self._inner = inner
         inner.encode_special_tokens = True
         inner.no_padding()
@@ -64,7 +82,34 @@ class Tokenizer:
         self.eos_id = self.token_id(eos)
         found = inner.token_to_id(pad) if pad else None
         self.pad_id: int = self.eos_id if found is None else found
+        self.foreign = foreign
+        self.bos_id: int | None = inner.token_to_id(foreign.bos) if foreign and foreign.bos else None
+        if foreign is None:
+            self.bos_id = self.eos_id
+        begins = foreign is None or foreign.add_bos
+        self.prefix: tuple[int, ...] = (self.bos_id,) if begins and self.bos_id is not None else ()
+        self.chat_templates: dict[str, str] = dict(foreign.chat_templates) if foreign else {}
         self._fast = FastLane.of(inner)
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether a plain text begins with the start token."""
+        return bool(self.prefix)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        named = {i for t in END_NAMES if (i := self._inner.token_to_id(t)) in self.special_ids}
+        more = self.foreign.ends if self.foreign else ()
+        return frozenset({self.eos_id, *named, *(i for i in more if 0 <= i < self.vocab_size)})
+
+    def text_of(self, token: int | None) -> str:
+        """How a token is written, e.g. ``<|user|>``; empty for ``None``."""
+        return (self._inner.id_to_token(token) or "") if token is not None else ""
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a plain text to be continued: ``prefix``, then the text; never empty."""
+        ids = [*self.prefix, *self.encode(text)]
+        return ids or [self.eos_id if self.bos_id is None else self.bos_id]
 
     def token_id(self, token: str) -> int:
         """The id of a token given as it is written, e.g. ``<|user|>``. Raises ``DataError`` for an unknown
@@ -84,13 +129,14 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of ``text``; with ``special``, special tokens written out in the text become their ids."""
         if special:
-            self._inner.encode_special_tokens = False
-            try:
-                return list(self._inner.encode(_encodable(text), add_special_tokens=False).ids)
-            finally:
-                self._inner.encode_special_tokens = True
+            return list(self._parsing.encode(_encodable(text), add_special_tokens=False).ids)
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """One that reads special tokens in a text: a second one, so that no thread meets a changed flag."""
+        return tokenizers.Tokenizer.from_str(self._inner.to_str())
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text as an int32 array. Raises ``DataError`` for text with lone surrogates."""
@@ -158,15 +204,18 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        eos, pad = self._inner.id_to_token(self.eos_id), self._inner.id_to_token(self.pad_id)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": eos,
-            "eos_token": eos,
-            "pad_token": pad,
+            "bos_token": self.text_of(self.bos_id) or None,
+            "eos_token": self.text_of(self.eos_id),
+            "pad_token": self.text_of(self.pad_id),
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000_000,
         }
+        if self.foreign is None:
+            config[BEGINS] = True  # not add_bos_token: Hugging Face would put it in front of every text
+        else:
+            self.foreign.save(directory, config)
         write_atomic(directory / "tokenizer.json", self._inner.to_str(pretty=True))
         write_atomic(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -185,35 +234,21 @@ class Tokenizer:
             raise DataError(f"no tokenizer at {path}") from None
         except Exception as error:  # the library raises plain Exception for damaged files
             raise DataError(f"{path} is not a tokenizer: {str(error)[:200]}") from None
-        names = _special_names(path.parent)
+        names = special_names(path.parent)
         known = [t for t in (names.get("eos_token"), names.get("bos_token"), *_EOS_NAMES) if t]
         eos = next((t for t in known if inner.token_to_id(t) is not None), None)
         if eos is None:
             raise DataError(
                 f"{path} has no end-of-text token; name one as eos_token in tokenizer_config.json"
             )
-        return cls(inner, eos=eos, pad=names.get("pad_token") or PAD)
+        ours = all(inner.token_to_id(t) == i for i, t in enumerate(SPECIAL))
+        foreign: ForeignText | None = ForeignText.read(path.parent, inner, names)
+        if ours and foreign is not None:
+            foreign = replace(foreign, bos=eos, add_bos=True) if foreign.chat_templates else None
+        return cls(inner, eos=eos, pad=names.get("pad_token") or PAD, foreign=foreign)
 
 
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
-
-
-def _special_names(directory: Path) -> dict[str, str]:
-    """``eos_token`` and friends from the two files Hugging Face keeps them in."""
-    names: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            found = json.loads((directory / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{directory / name} is damaged: {error}") from None
-        for key in ("eos_token", "bos_token", "pad_token"):
-            value = found.get(key) if isinstance(found, dict) else None
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                names[key] = value
-    return names
 
 
 def _encodable(text: str) -> str:

@@ -26,7 +26,7 @@ from deepseek.weights.gguf_quants import Format, dequantise, format_of
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MOST_HEADER = 512 << 20  #: bytes of metadata; the largest tokenizers need a tenth
+MOST_HEADER = 256 << 20  #: bytes of metadata; the largest tokenizers need a twentieth
 MOST_ITEMS = 1 << 24  #: in one array
 MOST_TENSORS = 1 << 20
 MOST_KEYS = 1 << 16

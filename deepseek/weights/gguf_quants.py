@@ -17,7 +17,7 @@ Layouts: ggml's ``ggml-common.h`` (https://github.com/ggml-org/ggml), and the GG
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from torch import Tensor
 from deepseek.errors import WeightsError
 
 Bytes = npt.NDArray[np.uint8]
+Whole = npt.NDArray[np.integer[Any]]
 Values = npt.NDArray[np.float32]
 
 CHUNK = 1 << 21  #: values made at a time; bounds the memory beyond the result
@@ -85,7 +86,7 @@ def _bits(packed: Bytes, shifts: tuple[int, ...], mask: int) -> Bytes:
     return (packed[..., None, :] >> amounts) & np.uint8(mask)
 
 
-def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
+def _fifth_bits(blocks: Bytes, at: int) -> Whole:
     """Bit j of the 32-bit word at byte ``at``, in the place of a fifth bit, ``[n, 32]``."""
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
 
@@ -112,13 +113,13 @@ def _q8_0(blocks: Bytes) -> Values:
     return _half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
 
-def _affine(scale: Values, q: Bytes, low: Values) -> Values:
+def _affine(scale: Values, q: Whole, low: Values) -> Values:
     """``scale·q − low`` for sub-blocks: ``scale`` and ``low`` ``[n, s]``, ``q`` ``[n, SUPER]``."""
     parts = q.reshape(len(q), scale.shape[1], -1).astype(np.float32)
     return (scale[..., None] * parts - low[..., None]).reshape(-1, SUPER)
 
 
-def _centred(scale: Values, q: Bytes, centre: int) -> Values:
+def _centred(scale: Values, q: Whole, centre: int) -> Values:
     """``scale·(q − centre)`` for sub-blocks of 16."""
     parts = (q.reshape(len(q), 16, 16).astype(np.int8) - centre).astype(np.float32)
     return (scale[..., None] * parts).reshape(-1, SUPER)
@@ -179,7 +180,7 @@ def _iq4_nl(blocks: Bytes) -> Values:
 
 
 def _iq4_xs(blocks: Bytes) -> Values:
-    high = blocks[:, 2:4].copy().view("<u2") >> np.arange(0, 16, 2, np.uint16) & 3
+    high = blocks[:, 2:4].copy().view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], 2).reshape(-1, 8)
     scale = _half(blocks, 0) * ((low | (high.astype(np.uint8) << 4)).astype(np.int8) - 32).astype(np.float32)
     values = CODES[_nibbles(blocks[:, 8:].reshape(-1, 8, 16))].astype(np.float32)
