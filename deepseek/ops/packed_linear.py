@@ -1,0 +1,208 @@
+"""Linear layers for serving: the one seam for weight formats.
+
+A weight is laid out once, when a model is loaded, for the kernel that will read it at every step; ``pack_linear`` is
+the only place where a format is chosen. A new format (FP8, int4, a vendor's kernel) is one function of the same
+signature, registered as ``register_op("packed_linear", name)``, that returns its own ``PackedLinear``; nothing else changes.
+
+On a CPU the formats ``fp32`` and ``bf16`` are oneDNN products over weights in oneDNN's own blocked layout: from two
+rows up they beat a plain product (which MKL runs row by row there), and each row's sum runs over the inputs in the same
+order however many rows there are. Only a single row goes another way. So ``exact`` costs almost nothing: a single row
+is computed as two (``rows_agree`` checks the claim on this machine for every shape, and a layer for which it does not
+hold is computed row by row). ``int8``: see ``deepseek.ops.int8_linear``.
+
+Shape letters: N rows, C inputs, F outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek.errors import ConfigError
+from deepseek.ops.experts import swiglu
+from deepseek.registry import backends, get_op, register_op
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SMALL = 1 << 17  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
+
+
+class PackedLinear(ABC):
+    """``x Wᵀ + b`` with a weight that was laid out for one device and format.
+
+    Attributes:
+        in_features, out_features: C and F.
+        nbytes: bytes of weights (and their scales) that one call reads.
+    """
+
+    in_features: int
+    out_features: int
+    nbytes: int
+
+    @abstractmethod
+    def __call__(self, x_NC: Tensor) -> Tensor:
+        """``[N, C]`` → ``[N, F]`` in the dtype of ``x``: fp32 or bf16, on the weight's device, contiguous; N ≥ 1."""
+
+
+def pack_linear(
+    weight_FC: Tensor, bias_F: Tensor | None, format: str, device: torch.device | str, *, exact: bool = False
+) -> PackedLinear:
+    """Lay a weight out for serving; the tensors given are not kept.
+
+    Args:
+        weight_FC: as in ``nn.Linear``, any float dtype and device. bias_F: the same, or ``None``.
+        format: 'fp32', 'bf16', 'int8' (CPU), or one an extension registered.
+        exact: every row of a result is bit-identical whatever the other rows and their number are.
+
+    Raises:
+        ConfigError: an unknown format, one that the device does not have, or ``exact`` where it cannot be had.
+    """
+    pack = get_op("packed_linear", format)
+    device = torch.device(device)
+    with torch.no_grad():
+        bias = None if bias_F is None else bias_F.detach()
+        packed: PackedLinear = pack(weight_FC.detach(), bias, device, exact)
+    return packed
+
+
+def formats() -> list[str]:
+    """The names ``pack_linear`` takes."""
+    return backends("packed_linear")
+
+
+class PackedSwiGLU:
+    """``down(silu(gate(x)) · up(x))``, gate and up in one matrix: a dense layer, or the shared expert of a sparse one.
+
+    Args:
+        gate_up_F2C: gate above up, ``[2F, C]``; gate_up_bias_F2: its bias or ``None``.
+        down_CF: ``[C, F]``; down_bias_C: its bias or ``None``.
+        format, device, exact: as in ``pack_linear``.
+    """
+
+    def __init__(
+        self,
+        gate_up_F2C: Tensor,
+        gate_up_bias_F2: Tensor | None,
+        down_CF: Tensor,
+        down_bias_C: Tensor | None,
+        format: str,
+        device: torch.device | str,
+        *,
+        exact: bool = False,
+    ) -> None:
+        self.gate_up = pack_linear(gate_up_F2C, gate_up_bias_F2, format, device, exact=exact)
+        self.down = pack_linear(down_CF, down_bias_C, format, device, exact=exact)
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+    def __call__(self, x_NC: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x_NC)))
+
+
+# --- fp32 and bf16 --------------------------------------------------------------------------------------------------
+
+
+class PlainLinear(PackedLinear):
+    """``F.linear``: the reference, what GPUs run, and what a CPU without oneDNN runs."""
+
+    def __init__(self, weight_FC: Tensor, bias_F: Tensor | None) -> None:
+        self.out_features, self.in_features = weight_FC.shape
+        self.weight, self.bias = weight_FC, bias_F
+        self.nbytes = weight_FC.nbytes
+
+    def __call__(self, x_NC: Tensor) -> Tensor:
+        return F.linear(x_NC, self.weight, self.bias)
+
+
+class RowwiseLinear(PlainLinear):
+    """One product a row: bit-identical rows on any machine, and no faster than a row at a time."""
+
+    def __call__(self, x_NC: Tensor) -> Tensor:
+        return torch.cat([F.linear(row[None], self.weight, self.bias) for row in x_NC])
+
+
+class OneDNNLinear(PackedLinear):
+    """A oneDNN product over a weight in its blocked layout; ``exact`` never lets it see a single row."""
+
+    def __init__(self, weight_FC: Tensor, bias_F: Tensor | None, exact: bool) -> None:
+        self.out_features, self.in_features = weight_FC.shape
+        self.nbytes = weight_FC.nbytes
+        self.exact, self.bias = exact, bias_F
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_FC.contiguous(), None)
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x_NC: Tensor) -> Tensor:
+        if self.exact and x_NC.shape[0] == 1:
+            pair = torch.cat((x_NC, x_NC))
+            return self._product(pair, self.weight, self.bias, "none", [], "")[:1]
+        out: Tensor = self._product(x_NC, self.weight, self.bias, "none", [], "")
+        return out
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes products of ``dtype`` on this CPU (bf16: AVX512 or better)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def rows_agree(linear: PackedLinear, dtype: torch.dtype, most: int = 97) -> bool:
+    """Whether a row's result was bit-identical in every one of some compositions of up to ``most`` rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(most, linear.in_features, generator=generator).to(dtype)
+    whole = linear(x)
+    for rows in (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 48, 64):
+        for first in (0, most - rows):
+            if not linear(x[first : first + rows]).equal(whole[first : first + rows]):
+                return False
+    return True
+
+
+@cache
+def _exact_by_onednn(inputs: int, outputs: int, dtype: torch.dtype, threads: int) -> bool:
+    """``rows_agree`` for a shape; how oneDNN divides the work depends on nothing else."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return rows_agree(OneDNNLinear(weight, None, exact=True), dtype)
+
+
+def _pack(weight: Tensor, bias: Tensor | None, device: torch.device, exact: bool, name: str) -> PackedLinear:
+    dtype = DTYPES[name]
+    weight = weight.to(device, dtype).contiguous()
+    bias = None if bias is None else bias.to(device, dtype).contiguous()
+    if device.type != "cpu":
+        if exact:
+            raise ConfigError(
+                f"format '{name}' on {device.type} has no bit-identical rows; "
+                "use the CPU, or serve without `deterministic`"
+            )
+        return PlainLinear(weight, bias)
+    small = dtype == torch.float32 and weight.numel() < SMALL and not exact
+    if small or not has_onednn(dtype):
+        return RowwiseLinear(weight, bias) if exact else PlainLinear(weight, bias)
+    outputs, inputs = weight.shape
+    if exact and not _exact_by_onednn(inputs, outputs, dtype, torch.get_num_threads()):
+        return RowwiseLinear(weight, bias)
+    return OneDNNLinear(weight, bias, exact)
+
+
+@register_op("packed_linear", "fp32")
+def pack_fp32(weight_FC: Tensor, bias_F: Tensor | None, device: torch.device, exact: bool) -> PackedLinear:
+    return _pack(weight_FC, bias_F, device, exact, "fp32")
+
+
+@register_op("packed_linear", "bf16")
+def pack_bf16(weight_FC: Tensor, bias_F: Tensor | None, device: torch.device, exact: bool) -> PackedLinear:
+    """Weights, activations and results in bf16, sums in fp32; ``x`` must be bf16."""
+    return _pack(weight_FC, bias_F, device, exact, "bf16")
+
+
+@register_op("packed_linear", "int8")
+def pack_int8(weight_FC: Tensor, bias_F: Tensor | None, device: torch.device, exact: bool) -> PackedLinear:
+    from deepseek.ops import int8_linear
+
+    return int8_linear.pack(weight_FC, bias_F, device, exact)

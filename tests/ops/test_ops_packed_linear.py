@@ -1,0 +1,148 @@
+"""Weight formats of the serving engine: against fp64 products, and row by row against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek.errors import ConfigError
+from deepseek.ops import int8_linear, packed_linear
+from deepseek.ops.experts import swiglu
+from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, formats, pack_linear, rows_agree
+from deepseek.registry import register_op
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+ERROR = {"fp32": 1e-6, "bf16": 5e-3, "int8": 2e-2}
+
+
+def make(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(200, 300), (576, 512), (33, 7)])
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
+def test_equals_a_wide_product(format: str, inputs: int, outputs: int, bias: bool, exact: bool) -> None:
+    weight, b = make(0, outputs, inputs), make(1, outputs) if bias else None
+    linear = pack_linear(weight, b, format, CPU, exact=exact)
+    assert (linear.in_features, linear.out_features) == (inputs, outputs)
+    for rows in (1, 2, 5, 64):
+        x = make(rows, rows, inputs)
+        y = linear(x.to(DTYPES[format]))
+        assert y.dtype == DTYPES[format]
+        assert y.shape == (rows, outputs)
+        want = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        assert distance(y, want) < ERROR[format]
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(64, 48), (128, 128), (96, 704), (704, 96), (1536, 576), (2048, 512), (5632, 64)]
+)
+def test_exact_rows_do_not_depend_on_the_others(format: str, inputs: int, outputs: int, threads: int) -> None:
+    linear = pack_linear(make(0, outputs, inputs), None, format, CPU, exact=True)
+    assert not isinstance(linear, packed_linear.RowwiseLinear)
+    x = make(1, 140, inputs).to(DTYPES[format])
+    x[3] *= 1000  # a loud neighbour
+    whole = linear(x)
+    order = torch.randperm(140, generator=torch.Generator().manual_seed(2))
+    assert linear(x[order]).equal(whole[order])
+    for rows in (1, 2, 3, 6, 15, 16, 17, 33, 64, 65, 127, 139):
+        for first in (0, 1, 140 - rows):
+            assert linear(x[first : first + rows]).equal(whole[first : first + rows]), (rows, first)
+
+
+@pytest.mark.parametrize("inputs", [576, 2048])
+def test_exact_rows_are_the_same_on_one_thread_and_two(inputs: int) -> None:
+    linear, x = pack_linear(make(0, 256, inputs), None, "fp32", CPU, exact=True), make(1, 9, inputs)
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(linear(x))
+    torch.set_num_threads(before)
+    assert results[0].equal(results[1])
+
+
+def test_where_onednn_depends_on_the_rows_they_are_computed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed_linear, "_exact_by_onednn", lambda *_: False)
+    linear = pack_linear(make(0, 100, 3000), None, "fp32", CPU, exact=True)
+    assert isinstance(linear, packed_linear.RowwiseLinear)
+    assert rows_agree(linear, torch.float32)
+    plain = packed_linear.PlainLinear(make(0, 100, 3000), None)
+    assert not rows_agree(plain, torch.float32)  # or the check could not fail
+
+
+def test_int8_is_the_plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, x = make(0, 130, 300), make(1, 130), make(2, 20, 300)
+    x[4] = 0
+    x[5] *= 1e4
+    reference = int8_linear.Int8Reference(weight, bias)
+    want = F.linear(x, weight, bias)
+    for exact in (False, True):
+        got = pack_linear(weight, bias, "int8", CPU, exact=exact)(x)
+        assert got[4].equal(bias)
+        for row in (0, 5):
+            assert distance(got[row], want[row].double()) < 1.5 * distance(
+                reference(x)[row], want[row].double()
+            )
+    monkeypatch.setattr(int8_linear, "has_fbgemm", lambda: False)
+    assert isinstance(pack_linear(weight, bias, "int8", CPU), int8_linear.Int8Reference)
+
+
+def test_int8_weights_are_a_quarter() -> None:
+    weight = make(0, 256, 1024)
+    sizes = {format: pack_linear(weight, None, format, CPU).nbytes for format in ("fp32", "bf16", "int8")}
+    assert sizes == {"fp32": 4 * 256 * 1024, "bf16": 2 * 256 * 1024, "int8": 256 * 1024 + 4 * 256}
+
+
+def test_swiglu() -> None:
+    gate_up, down, x = make(0, 2 * 96, 64), make(1, 64, 96), make(2, 5, 64)
+    bias, out_bias = make(3, 2 * 96), make(4, 64)
+    layer = PackedSwiGLU(gate_up, bias, down, out_bias, "fp32", CPU)
+    want = F.linear(swiglu(F.linear(x, gate_up, bias)), down, out_bias)
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+    assert layer.nbytes == gate_up.nbytes + down.nbytes
+
+
+def test_what_cannot_be_had_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'int8'"):
+        pack_linear(make(0, 4, 4), None, "int9", CPU)
+    with pytest.raises(ConfigError, match="'int8' is for CPUs"):
+        pack_linear(make(0, 4, 4), None, "int8", "meta")
+    with pytest.raises(ConfigError, match="no bit-identical rows"):
+        pack_linear(make(0, 4, 4), None, "bf16", "meta", exact=True)
+
+
+def test_an_extension_adds_a_format() -> None:
+    class Doubled(PackedLinear):
+        def __init__(self, weight: Tensor) -> None:
+            self.weight = weight
+
+        def __call__(self, x_NC: Tensor) -> Tensor:
+            return 2 * F.linear(x_NC, self.weight)
+
+    name = "doubled-in-a-test"
+    register_op("packed_linear", name)(lambda weight, bias, device, exact: Doubled(weight))
+    assert name in formats()
+    weight, x = make(0, 4, 4), make(1, 2, 4)
+    assert pack_linear(weight, None, name, CPU)(x).equal(2 * F.linear(x, weight))
