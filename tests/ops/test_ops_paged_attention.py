@@ -7,7 +7,7 @@ import torch
 from paged_sequences import Pages, make_case
 
 from deepseek.nn.attention import AttentionConfig
-from deepseek.ops import paged_attention as paged
+from deepseek.ops import paged_gathered as gathered
 
 SIZES = {"heads": 6, "kv_heads": 2, "head_dim": 16}
 SHAPES = [
@@ -44,6 +44,24 @@ def test_equals_decoding_with_the_models_own_cache(kind: str) -> None:
         torch.testing.assert_close(y, case.decoded(s, 20)[20:50], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["F", "L", "H"])
+def test_small_parts_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathered, "BUDGET", 20_000)
+    monkeypatch.setattr(gathered, "PIECE", 24)
+    case = make_case(kind, SHAPES[1], LENGTHS, 5).to("cpu", torch.float64)
+    for s, y in enumerate(Pages(case, page=16).run(5)):
+        torch.testing.assert_close(y, case.whole(s), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["F", "L", "H"])
+def test_half_precision_is_near_the_whole_row(kind: str) -> None:
+    case = make_case(kind, SHAPES[0], [70, 33]).to("cpu", torch.bfloat16)
+    want = make_case(kind, SHAPES[0], [70, 33]).to("cpu", torch.bfloat16).to("cpu", torch.float64)
+    for s, y in enumerate(Pages(case, page=16).run(1)):
+        assert y.dtype == torch.bfloat16
+        assert (y.double() - want.whole(s)).norm() < 1e-2 * want.whole(s).norm()
+
+
 def test_plans_are_made_once_a_step() -> None:
     case = make_case("F", SHAPES[0], [40, 9])
     rows = Pages(case, page=16).rows([(0, 30), (1, 1)])
@@ -54,8 +72,12 @@ def test_plans_are_made_once_a_step() -> None:
 
 
 def test_very_different_lengths_are_kept_apart() -> None:
-    lengths = (4000, 3900, 100, 90, 80, 110)
-    groups = paged._alike(list(range(6)), lengths)
-    assert groups == [[0, 1], [2, 3, 4, 5]]
-    assert paged._alike([0, 1], lengths) == [[0, 1]]
-    assert paged._alike([], lengths) == []
+    lengths, sizes = (4000, 3900, 100, 90, 80, 110), gathered.Sizes(8, 64, 2, torch.float32)
+
+    def cut(members: list[int]) -> list[list[int]]:
+        return gathered._alike(members, lengths, lambda length: length, sizes)
+
+    assert cut([]) == []
+    assert cut([2, 3, 4, 5]) == [[2, 3, 4, 5]]
+    assert cut([2, 3, 1]) == [[1], [2, 3]]
+    assert cut([2, 0, 3, 1]) == [[0], [1], [2, 3]]  # the two long ones together would exceed the budget
