@@ -2,7 +2,8 @@
 
 A weight is laid out once, when a model is loaded, for the kernel that will read it at every step; ``pack_linear`` is
 the only place where a format is chosen. A new format (FP8, int4, a vendor's kernel) is one function of the same
-signature, registered as ``register_op("packed_linear", name)``, that returns its own ``PackedLinear``; nothing else changes.
+signature, registered as ``register_op("packed_linear", name)``, that returns its own
+``PackedLinear``; nothing else changes.
 
 On a CPU the formats ``fp32`` and ``bf16`` are oneDNN products over weights in oneDNN's own blocked layout: from two
 rows up they beat a plain product (which MKL runs row by row there), and each row's sum runs over the inputs in the same
