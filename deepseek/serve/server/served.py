@@ -1,0 +1,112 @@
+"""The model that answers now, as the front end needs it: its facts, its tokenizer, its chat template.
+
+The engine lives in another process; text becomes tokens here, and long text does so in a thread, so that one prompt of
+a hundred thousand characters delays nobody else's next word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import anyio.to_thread
+
+from deepseek.data import Tokenizer
+from deepseek.serve.request import ModelInfo
+from deepseek.serve.server.errors import ApiError
+
+T = TypeVar("T")
+
+
+class Chat(Protocol):
+    """A chat template: ``deepseek.serve.chat_template.ChatTemplate``."""
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template itself tells the model of tools."""
+
+    def ids(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The conversation as token ids. Raises ``RequestError``."""
+
+
+#: Reads the tokenizer and the chat template of a run, a checkpoint, a Hugging Face directory or a GGUF file.
+Loader = Callable[[str], tuple[Tokenizer, Chat | None]]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as clients see it. ``name`` is what they call it."""
+
+    info: ModelInfo
+    name: str
+    tokenizer: Tokenizer
+    chat: Chat | None
+    created: int = field(default_factory=lambda: int(time.time()))
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model and its adapters, each of which is a model to clients."""
+        return (self.name, *(a for a in self.info.adapters if a != self.name))
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that the model name of a request means. Raises ``ApiError`` 404."""
+        if name is None or name == self.name:
+            return None
+        if name in self.info.adapters:
+            return name
+        raise ApiError(
+            f"the model {name[:200]!r} does not exist here; there are: {', '.join(self.names)}",
+            404,
+            param="model",
+            code="model_not_found",
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever may change the answer to an equal request with an equal seed."""
+        known = f"{self.info.path} {self.info.step} {self.info.parameters} {self.tokenizer.fingerprint}"
+        return "fp_" + hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
+
+    @property
+    def longest_text(self) -> int:
+        """Characters above which no text fits the model, however it is tokenised."""
+        return self.info.max_length * max(1, int(self.tokenizer.token_bytes.max(initial=1)))
+
+    async def threaded(self, size: int, limit: int, work: Callable[[], T]) -> T:
+        """``work`` with the tokenizer to itself: here if it is small and the tokenizer is free, else in a thread.
+
+        A tokenizer is told by a switch of its own whether to read special tokens, so two texts at a time do not go.
+        """
+        if size <= limit and self._lock.acquire(blocking=False):
+            try:
+                return work()
+            finally:
+                self._lock.release()
+
+        def alone() -> T:
+            with self._lock:
+                return work()
+
+        return await anyio.to_thread.run_sync(alone)
+
+    def token_text(self, token: int) -> str:
+        """A token as text; one that is part of a character as ``bytes:\\xe2\\x82``, as the OpenAI API writes it."""
+        piece = self.tokenizer.piece(token, skip_special=False)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in piece)

@@ -1,0 +1,280 @@
+"""Function calls: what the model is told of the tools, what its answer must match, and how calls are read out of it.
+
+Three ways, by ``tool_choice``:
+
+- *named*: a grammar makes the whole answer the arguments of that function;
+- *required*: a grammar makes it a JSON list of ``{"name", "arguments"}``;
+- *auto*: the model writes what it likes. Calls are what stands between ``<tool_call>`` and ``</tool_call>`` (the form
+  of Hermes 2 Pro, Qwen 2 and 3, SmolLM2), or an answer that is nothing but such a JSON object (Llama 3).
+
+What is not a call after all is given back as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from deepseek.serve.sampler import Grammar
+from deepseek.serve.server.errors import ApiError
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+TOLD = (
+    "You may call functions to answer. They are, as JSON schemas:\n<tools>\n{tools}\n</tools>\n"
+    "To call one, write a JSON object with its name and its arguments between tags, and nothing else:\n"
+    '<tool_call>\n{{"name": "…", "arguments": {{…}}}}\n</tool_call>'
+)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of an answer: ``text`` of it; a ``call`` that begins; ``arguments`` of the call that began last."""
+
+    kind: Literal["text", "call", "arguments"]
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """What ``tools`` and ``tool_choice`` of a chat come to. ``name``: the function that must be called."""
+
+    mode: Literal["none", "auto", "required", "named"] = "none"
+    tools: tuple[Mapping[str, Any], ...] = ()
+    name: str = ""
+    parallel: bool = True
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> ToolPlan:
+        """Raises ``ApiError`` where they contradict each other."""
+        tools, choice = body["tools"] or [], body["tool_choice"]
+        names = [tool["function"]["name"] for tool in tools]
+        if len(set(names)) < len(names):
+            raise ApiError("two tools have the same name", param="tools")
+        if isinstance(choice, dict):
+            name = choice["function"]["name"]
+            if name not in names:
+                raise ApiError(
+                    f"tool_choice names {name!r}; tools are: {', '.join(names) or 'none'}",
+                    param="tool_choice",
+                )
+            return cls("named", _told(tools), name)
+        if choice in ("auto", "required") and not tools:
+            raise ApiError(f"tool_choice={choice!r} needs tools", param="tool_choice")
+        mode: Any = choice or ("auto" if tools else "none")
+        return cls(mode, _told(tools) if mode != "none" else (), parallel=body["parallel_tool_calls"])
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must match, if the choice forces a call."""
+        if self.mode == "named":
+            schema = next(_parameters(t) for t in self.tools if t["function"]["name"] == self.name)
+            return Grammar(kind="json_schema", text=orjson.dumps(schema).decode())
+        if self.mode != "required":
+            return None
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["function"]["name"]},
+                    "arguments": _lifted(_parameters(tool), i),
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for i, tool in enumerate(self.tools)
+        ]
+        found: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+        found |= {} if self.parallel else {"maxItems": 1}
+        return Grammar(kind="json_schema", text=orjson.dumps(_with_definitions(found, self.tools)).decode())
+
+    def message(self) -> dict[str, Any]:
+        """A system message that tells the model of its tools, where its template does not."""
+        listed = "\n".join(orjson.dumps(tool).decode() for tool in self.tools)
+        return {"role": "system", "content": TOLD.format(tools=listed)}
+
+    def parser(self) -> Parser:
+        if self.mode == "named":
+            return NamedCall(self.name)
+        if self.mode == "required":
+            return ListedCalls()
+        return TaggedCalls([t["function"]["name"] for t in self.tools]) if self.mode == "auto" else Parser()
+
+
+def _told(tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """As templates want them: without members that were left out."""
+    return tuple(
+        {"type": "function", "function": {k: v for k, v in tool["function"].items() if v is not None}}
+        for tool in tools
+    )
+
+
+def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return tool["function"].get("parameters") or {"type": "object", "properties": {}}
+
+
+DEFINITIONS = ("$defs", "definitions")
+
+
+def _lifted(schema: dict[str, Any], number: int) -> dict[str, Any]:
+    """A tool's schema inside a larger one: its ``$ref`` point to its own definitions, which move to the top."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                k: (_moved_reference(v, number) if k == "$ref" and isinstance(v, str) else moved(v))
+                for k, v in value.items()
+            }
+        return [moved(v) for v in value] if isinstance(value, list) else value
+
+    return {k: moved(v) for k, v in schema.items() if k not in DEFINITIONS}
+
+
+def _moved_reference(reference: str, number: int) -> str:
+    for place in DEFINITIONS:
+        if reference.startswith(f"#/{place}/"):
+            return f"#/$defs/{number}.{reference.removeprefix(f'#/{place}/')}"
+    return reference
+
+
+def _with_definitions(schema: dict[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for i, tool in enumerate(tools):
+        for place in DEFINITIONS:
+            given = _parameters(tool).get(place)
+            if isinstance(given, dict):
+                found |= {f"{i}.{k}": _lifted(v, i) if isinstance(v, dict) else v for k, v in given.items()}
+    return {**schema, "$defs": found} if found else schema
+
+
+class Parser:
+    """Reads an answer as it grows; this one finds text only."""
+
+    def push(self, text: str) -> list[Event]:
+        """What ``text``, the next piece of the answer, makes certain."""
+        return [Event("text", text)] if text else []
+
+    def finish(self) -> list[Event]:
+        """What is left at the end of the answer."""
+        return []
+
+
+class NamedCall(Parser):
+    """The whole answer is the arguments of one call."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._begun = name, False
+
+    def push(self, text: str) -> list[Event]:
+        if not text:
+            return []
+        begun, self._begun = self._begun, True
+        return [Event("arguments", text)] if begun else [Event("call", self.name), Event("arguments", text)]
+
+
+class ListedCalls(Parser):
+    """The answer is a JSON list of calls; each is told when it is complete."""
+
+    def __init__(self) -> None:
+        self._held, self._depth, self._quoted, self._escaped = "", 0, False, False
+
+    def push(self, text: str) -> list[Event]:
+        found: list[Event] = []
+        for character in text:
+            if self._depth:
+                self._held += character
+            if self._quoted:
+                self._quoted = self._escaped or character != '"'
+                self._escaped = character == "\\" and not self._escaped
+            elif character == '"':
+                self._quoted = self._depth > 0
+            elif character == "{":
+                self._held = self._held if self._depth else "{"
+                self._depth += 1
+            elif character == "}" and self._depth:
+                self._depth -= 1
+                if not self._depth:
+                    found += _call(self._held) or [Event("text", self._held)]
+                    self._held = ""
+        return found
+
+    def finish(self) -> list[Event]:
+        """An answer cut off in a call: what there is of it is no call."""
+        held, self._held = self._held, ""
+        return [Event("text", held)] if held else []
+
+
+class TaggedCalls(Parser):
+    """Text, and calls between tags. What may become a tag is held back."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+        self._held, self._inside, self._bare, self._begun = "", False, False, False
+
+    def push(self, text: str) -> list[Event]:
+        self._held += text
+        if not self._begun and self._held.strip():
+            self._begun, self._bare = True, self._held.lstrip().startswith(("{", "["))
+        if self._bare:
+            return []
+        found: list[Event] = []
+        while True:
+            mark = CLOSE if self._inside else OPEN
+            before, tag, after = self._held.partition(mark)
+            if not tag:
+                break
+            if self._inside:
+                found += _call(before, self._names) or [Event("text", f"{OPEN}{before}{CLOSE}")]
+            elif before.strip():
+                found.append(Event("text", before))
+            self._held, self._inside = after, not self._inside
+        if not self._inside:
+            keep = _beginning_of(OPEN, self._held)
+            safe, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+            if safe.strip() or (safe and not found and self._begun):
+                found.append(Event("text", safe))
+        return found
+
+    def finish(self) -> list[Event]:
+        held, self._held = self._held, ""
+        if self._inside:  # the end tag may be the model's end token, which is no text
+            return _call(held, self._names) or [Event("text", OPEN + held)]
+        if self._bare:
+            return _calls(held, self._names) or [Event("text", held)]
+        return [Event("text", held)] if held.strip() else []
+
+
+def _beginning_of(mark: str, text: str) -> int:
+    """How many characters at the end of ``text`` may be the beginning of ``mark``."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def _call(text: str, names: frozenset[str] | None = None) -> list[Event]:
+    """The events of one call, or none if ``text`` is no call."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return _events(value, names)
+
+
+def _calls(text: str, names: frozenset[str]) -> list[Event]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    found = [_events(v, names) for v in (value if isinstance(value, list) else [value])]
+    return [e for events in found for e in events] if all(found) else []
+
+
+def _events(value: Any, names: frozenset[str] | None) -> list[Event]:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return []
+    if names is not None and value["name"] not in names:
+        return []
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        return [Event("call", value["name"]), Event("arguments", arguments)]
+    return [Event("call", value["name"]), Event("arguments", json.dumps(arguments, ensure_ascii=False))]
