@@ -130,6 +130,21 @@ def load(
     return Loaded(model.to(device).eval(), tokenizer, run.path, at.step)
 
 
+def load_tokenizer(path: Path | str) -> Tokenizer | None:
+    """The tokenizer that ``load`` would give, without the weights; ``None`` if there is none.
+
+    Raises:
+        RunError, DataError, WeightsError: what was found instead.
+    """
+    path = Path(path)
+    file = gguf_file(path)
+    if file is not None or (path / "config.json").is_file():
+        return _foreign_tokenizer(file or path)
+    inside = path.name.startswith("step-") and (path.parent / "config.toml").is_file()
+    run = Run.open(path.parent if inside else path)
+    return Tokenizer.load(run.tokenizer_path) if run.tokenizer_path.exists() else None
+
+
 def _foreign_tokenizer(path: Path) -> Tokenizer | None:
     if path.is_file():
         return load_gguf_tokenizer(path)
