@@ -220,3 +220,43 @@ def test_names(tmp_path: Path) -> None:
         bank.index("lega")
     with pytest.raises(ConfigError, match="fp32 or bf16"):
         AdapterBank({}, "int8", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, called by peft
+def test_equals_peft_on_the_directory_it_writes(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16,
+        )
+    )  # fmt: skip
+    targets = [module.split(".")[1] for module in SIZES]
+    options = {
+        "rank_pattern": {"k_proj": 3},
+        "alpha_pattern": {"layers.1.mlp.up_proj": 5},
+        "use_rslora": True,
+    }
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **options))
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            p.data.copy_(make(i, *p.shape))
+    model.save_pretrained(tmp_path / "a")
+    bank = AdapterBank({"a": load_adapter(tmp_path / "a", CONFIG)}, "fp32", "cpu")
+    rows = bank.rows([-1, 0, 0])
+    for layer in range(2):
+        block = model.base_model.model.model.layers[layer]
+        for module, (inputs, outputs) in SIZES.items():
+            linear, x = block.get_submodule(module), make(layer, 3, inputs)
+            name = {"q": "query", "k": "key", "v": "value", "o": "output", "d": "down"}.get(
+                module.split(".")[1][0], "gate_up"
+            )
+            y = torch.zeros(3, 160 if name == "gate_up" else outputs)
+            bank.add(layer, name, x, y, rows)
+            first = 80 if "up_proj" in module else 0
+            with torch.no_grad():
+                want = linear(x) - linear.base_layer(x)
+            got = y[:, first : first + outputs]
+            torch.testing.assert_close(got[1:], want[1:], rtol=1e-4, atol=1e-4)
+            assert not got[0].any()
