@@ -1,0 +1,78 @@
+"""The command that serves a model over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+from deepseek.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a run, a checkpoint, a Hugging Face directory or a GGUF file as the OpenAI API, with a chat page."""
+
+    model: Positional[str]
+    host: str = "127.0.0.1"  # anything else can be reached from other machines, and needs keys
+    port: int = 8000  # 0: any free one
+    keys_file: str = ""  # TOML: [NAME] and below it key = "…"; or in the environment as DEEPSEEK_API_KEYS
+    name: str = ""  # what clients call the model; its directory's name unless told
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    memory_gib: float = 0.0  # for the cache; 0: derived
+    max_running: int = 0  # sequences computed at once; 0: derived from the device
+    max_waiting: int = 256  # sequences that may wait beyond them; then requests are answered 429
+    max_step_tokens: int = 0  # tokens of one step; 0: derived
+    max_length: int = 0  # positions of one request, prompt and answer; 0: the model's own
+    speculate: int = 0  # tokens proposed at most by looking back in the text; 0: off
+    prefix_cache: bool = True
+    deterministic: bool = False  # answers do not depend on what else is running; slower
+    graphs: bool = True  # CUDA graphs
+    adapter: tuple[
+        str, ...
+    ] = ()  # NAME=DIRECTORY of a LoRA adapter; clients ask for it as a model of that name
+    reload: Literal["beside", "inplace"] = "beside"  # where /admin/reload loads the next model
+    timeout: float = 600.0  # seconds that a request may take unless it says otherwise; 0: no end
+    drain: float = 30.0  # seconds that running requests get to finish after SIGTERM
+    log: str = "-"  # the access log: '-' is stderr, or a file; '' writes none
+
+    def go(self, rest: Sequence[str]) -> int:
+        from deepseek.serve.client import Supervision
+        from deepseek.serve.engine import EngineConfig
+        from deepseek.serve.server import ServerConfig, serve
+
+        engine = EngineConfig(
+            device=self.device, precision=self.precision, memory_gib=self.memory_gib, max_running=self.max_running,
+            max_step_tokens=self.max_step_tokens, max_length=self.max_length, speculate=self.speculate,
+            prefix_cache=self.prefix_cache, deterministic=self.deterministic, graphs=self.graphs,
+            adapters=_adapters(self.adapter), name=self.name,
+        )  # fmt: skip
+        config = ServerConfig(
+            name=self.name, max_running=self.max_running or _running(self.device), max_waiting=self.max_waiting,
+            timeout=self.timeout, drain=self.drain, log=self.log,
+        )  # fmt: skip
+        serve(
+            self.model, engine, config, host=self.host, port=self.port, keys_file=self.keys_file,
+            supervision=Supervision(reload=self.reload), say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        return 0
+
+
+def _adapters(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for entry in given:
+        name, separator, directory = entry.partition("=")
+        if not separator or not name or not directory:
+            raise ConfigError(f"--adapter {entry!r} must be NAME=DIRECTORY")
+        found[name] = directory
+    return found
+
+
+def _running(device: str) -> int:
+    """What the engine takes by itself."""
+    from deepseek.assemble import pick_device
+
+    return 64 if pick_device(device).type == "cpu" else 256
