@@ -133,14 +133,22 @@ class Pages:
         )  # fmt: skip
 
     def inputs(self, rows: StepRows, step: list[tuple[int, int]]) -> list[Tensor]:
-        """x, q, k, v of the step's rows, padded to ``rows.position_N``."""
+        """q, k, v of the step's rows, padded to ``rows.position_N``."""
         step = sorted(step, key=lambda item: item[1] > 1)
         taken = []
-        for some in (self.case.x, self.case.q, self.case.k, self.case.v):
+        for some in (self.case.q, self.case.k, self.case.v):
             one = torch.cat([some[s][end - n : end] for (s, n), end in zip(step, rows.lengths)])
             padding = one.new_zeros(len(rows.position_N) - len(one), *one.shape[1:])
             taken.append(torch.cat((one, padding)))
         return taken
+
+    def gates(self, rows: StepRows, step: list[tuple[int, int]]) -> Tensor:
+        """``[N, H]``, from each whole sequence: the product that makes them is not what is tested."""
+        assert isinstance(self.case.layer, HybridAttention)
+        step = sorted(step, key=lambda item: item[1] > 1)
+        whole = [self.case.layer.gates(self.case.x[s][None])[0].T for s, _ in step]
+        one = torch.cat([g[end - n : end] for g, (_, n), end in zip(whole, step, rows.lengths)])
+        return torch.cat((one, one.new_zeros(len(rows.position_N) - len(one), one.shape[1])))
 
     @torch.no_grad()
     def step(
@@ -152,7 +160,7 @@ class Pages:
     ) -> dict[int, Tensor]:
         """Write, pool and attend; ``[count, H, D]`` of each sequence."""
         rows = self.rows(step, exact, padding)
-        x, q, k, v = self.inputs(rows, step)
+        q, k, v = self.inputs(rows, step)
         c, layer = self.case.config, self.case.layer
         table = rope_table(rows.position_N, c.head_dim, c.rope_theta)
         q_rope, k_rope = (rotate(y.transpose(0, 1)[None], table)[0].transpose(0, 1) for y in (q, k))
@@ -160,7 +168,7 @@ class Pages:
             write_pages(self.k, self.v, k_rope, v, rows.window_slot_N)
             self.raw.flatten(0, 1).index_copy_(0, rows.window_slot_N, k)
             pool_pages(self.raw, self.v, self.pool_k, self.pool_v, rows, c.block, c.stride, layer.pooling())
-            gate = layer.gates(x[None])[0].T
+            gate = self.gates(rows, step)
             y = paged_hybrid_attention(
                 q, q_rope, self.k, self.v, self.pool_k, self.pool_v, layer.sink, gate, rows,
                 c.window, c.block, c.stride,

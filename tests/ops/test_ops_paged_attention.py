@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from paged_sequences import Pages, make_case
+from torch import Tensor
 
 from deepseek.nn.attention import AttentionConfig
 from deepseek.ops import paged_gathered as gathered
@@ -81,3 +82,41 @@ def test_very_different_lengths_are_kept_apart() -> None:
     assert cut([2, 3, 4, 5]) == [[2, 3, 4, 5]]
     assert cut([2, 3, 1]) == [[1], [2, 3]]
     assert cut([2, 0, 3, 1]) == [[0], [1], [2, 3]]  # the two long ones together would exceed the budget
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize("kind", ["F", "L", "H"])
+def test_exact_equals_the_whole_row(kind: str, config: AttentionConfig) -> None:
+    case = make_case(kind, config, LENGTHS).to("cpu", torch.float64)
+    for s, y in enumerate(Pages(case, page=16).run(1, exact=True, padding=2)):
+        torch.testing.assert_close(y, case.whole(s), rtol=0, atol=1e-10)
+
+
+def compare_bits(kind: str, config: AttentionConfig, lengths: list[int], seeds: range) -> None:
+    """Whatever the steps, the pages and the threads are, every row comes out as in the first run."""
+    case = make_case(kind, config, lengths)
+    want: list[Tensor] = []
+    threads = torch.get_num_threads()
+    try:
+        for seed in seeds:
+            torch.set_num_threads(1 + seed % 2)
+            pages = Pages(case, page=(16, 32)[seed // 2 % 2], seed=seed)
+            got = pages.run(seed, most=(20, 200, 64)[seed % 3], exact=True, padding=seed % 4)
+            want = want or got
+            same = [torch.equal(a, b) for a, b in zip(got, want)]
+            assert all(same), (seed, same)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize("kind", ["F", "L", "H"])
+def test_exact_rows_are_the_same_to_the_last_bit_in_any_steps(kind: str, config: AttentionConfig) -> None:
+    compare_bits(kind, config, [1, 70, 100], range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["F", "L", "H"])
+def test_exact_rows_of_a_real_size(kind: str) -> None:
+    config = AttentionConfig(heads=8, kv_heads=2, head_dim=64, window=128, block=32, stride=16)
+    compare_bits(kind, config, [400, 150], range(3))
