@@ -72,6 +72,7 @@ class Output:
         prompt_logprobs: for the whole prompt, once, with the first output; ``None`` for its first token.
         finish: why it ended, ``None`` while it goes on. stop: the stop text or token id that ended it.
         prompt_tokens, cached_tokens: its prompt's length, and how much of it the prefix cache held.
+        queued: seconds that it waited before its first step, in every output.
         error: for ``finish='error'``.
     """
 
@@ -87,6 +88,7 @@ class Output:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     error: str = ""
+    queued: float = 0.0
 
 
 @dataclass(frozen=True)

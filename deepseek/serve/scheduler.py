@@ -35,6 +35,7 @@ class Scheduled:
     salt: bytes = b""
     computed: int = 0
     cached: int = 0
+    queued: float = 0.0
     draft: list[int] = field(default_factory=list)
     pages: SequencePages = field(default_factory=SequencePages)
     engine: Any = None
@@ -250,6 +251,7 @@ class Scheduler:
         self.prefix_hits += start
         if sequence.preempted == 0:
             sequence.cached = start
+            sequence.queued = time.monotonic() - sequence.arrival
         for key in held.hashes[found:]:
             self._promised.setdefault(key, sequence)
         return count
