@@ -34,6 +34,9 @@ from deepseek.errors import ConfigError, did_you_mean
 from deepseek.models import PRESETS, ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
+from deepseek.serve.engine import Engine, EngineConfig, Precision
+from deepseek.serve.request import Request
+from deepseek.serve.sampler import SamplingConfig
 from deepseek.weights.convert import save_hf
 
 STACKS = ("ours", "transformers", "vllm")
@@ -81,7 +84,7 @@ class Options(BenchOptions):
     answer: int = 128  # tokens of every answer
     stacks: tuple[str, ...] = ("ours", "transformers")
     vllm_python: str = ""  # the interpreter of an environment that has vllm; adds the stack 'vllm'
-    precision: str = "auto"  # of ours: auto, fp32, bf16, int8
+    precision: Precision = "auto"  # of ours; peers take bf16 unless it is fp32
     repeats: int = 3
     speculate: int = 0
 
@@ -102,7 +105,7 @@ class Job:
     prompt: int
     answer: int
     vocabulary: int
-    precision: str
+    precision: Precision
     device: str
     seed: int
     repeats: int
@@ -118,10 +121,8 @@ def run(options: Options) -> Report:
     """Every stack on every number of streams."""
     options.check()
     device = options.torch_device
-    if options.quick:
-        streams, prompt, answer = (1, 4), 16, 8
-    else:
-        streams, prompt, answer = options.streams, options.prompt, options.answer
+    streams = (1, 4) if options.quick else options.streams
+    prompt, answer = (16, 8) if options.quick else (options.prompt, options.answer)
     report = Report("serve", device, options, options.json)
     size = 2**20 if options.quick else 2**27 if device.type == "cpu" else 2**30
     bandwidth = report.ceiling("copy TB/s", copy_tb_per_s(device, size))
@@ -168,7 +169,8 @@ def _in_a_process(stack: str, job: Job, vllm_python: str) -> tuple[list[dict[str
     """The rows a stack reports, and why there are not more."""
     program = [sys.executable, "-m", "deepseek.bench.serve"]
     if stack == "vllm":
-        program = [vllm_python or sys.executable, str(Path(__file__).with_name("serve_vllm.py"))]
+        # As text: as a file, this directory would be searched first, and modules here have others' names.
+        program = [vllm_python or sys.executable, "-c", Path(__file__).with_name("serve_vllm.py").read_text()]
     environment = {**os.environ, "DEEPSEEK_BENCH_BEGAN": str(time.time())}
     told = json.dumps({"stack": stack, **job.__dict__})
     try:
@@ -203,10 +205,6 @@ def tell(streams: int, start: float, firsts: list[float], seconds: float, job: J
 
 def serve_ours(job: Job) -> None:
     """Our engine, stepped here."""
-    from deepseek.serve.engine import Engine, EngineConfig
-    from deepseek.serve.request import Request
-    from deepseek.serve.sampler import SamplingConfig
-
     config = EngineConfig(
         device=job.device, precision=job.precision, max_running=max(job.streams), speculate=job.speculate,
         max_length=min(2048, job.prompt + job.answer + 64),

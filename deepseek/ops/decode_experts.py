@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.ops import expert_rows
+from deepseek.ops.exact import exact_swiglu
 from deepseek.ops.experts import swiglu
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
 
@@ -54,6 +55,7 @@ class PackedExperts:
             pack_linear(w.T, None, format, device, exact=exact) for w in down_EFC
         ]
         self.shared = shared
+        self._swiglu = exact_swiglu if exact else swiglu
 
     def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows through their experts.
@@ -80,7 +82,7 @@ class PackedExperts:
 
     def _one(self, x_1C: Tensor, expert_1K: Tensor, gate_1K: Tensor) -> Tensor:
         chosen = expert_1K[0].tolist()
-        inner = swiglu(torch.cat([self.gate_up[e](x_1C) for e in chosen])).mul_(gate_1K.T)
+        inner = self._swiglu(torch.cat([self.gate_up[e](x_1C) for e in chosen])).mul_(gate_1K.T)
         parts = [self.down[e](row) for e, row in zip(chosen, inner.split(1))]
         return torch.cat(parts).sum(0, keepdim=True, dtype=torch.float32).to(x_1C.dtype)
 
@@ -91,7 +93,7 @@ class PackedExperts:
         chosen = [e for e, count in enumerate(counts) if count]
         sizes = [counts[e] for e in chosen]
         rows = x_NC.index_select(0, order // self.top_k).split(sizes)
-        inner = swiglu(torch.cat([self.gate_up[e](part) for e, part in zip(chosen, rows)]))
+        inner = self._swiglu(torch.cat([self.gate_up[e](part) for e, part in zip(chosen, rows)]))
         inner.mul_(gate_NK.flatten().index_select(0, order)[:, None])
         y = torch.cat([self.down[e](part) for e, part in zip(chosen, inner.split(sizes))])
         place = torch.empty_like(order)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.errors import ConfigError
+from deepseek.ops.exact import exact_swiglu
 from deepseek.ops.experts import swiglu
 from deepseek.registry import backends, get_op, register_op
 
@@ -96,13 +97,14 @@ class PackedSwiGLU:
     ) -> None:
         self.gate_up = pack_linear(gate_up_F2C, gate_up_bias_F2, format, device, exact=exact)
         self.down = pack_linear(down_CF, down_bias_C, format, device, exact=exact)
+        self.activation = exact_swiglu if exact else swiglu
 
     @property
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, x_NC: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_NC)))
+        return self.down(self.activation(self.gate_up(x_NC)))
 
 
 # --- fp32 and bf16 --------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ Shape letters: N rows, S sequences, C hidden size, H query heads, K key/value he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from deepseek.nn.layers import RMSNorm, SwiGLU
 from deepseek.nn.moe import MoE
 from deepseek.nn.rope import rope_table
 from deepseek.ops.decode_experts import PackedExperts
-from deepseek.ops.experts import swiglu
+from deepseek.ops.exact import exact_map
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
 from deepseek.ops.paged_attention import (
     StepRows,
@@ -35,7 +34,7 @@ from deepseek.ops.paged_attention import (
     pool_pages,
     write_pages,
 )
-from deepseek.serve.adapters import AdapterBank
+from deepseek.serve.adapters import AdapterBank, AdapterRows
 from deepseek.serve.pages import PageLayout
 from deepseek.serve.scheduler import Scheduled, Work
 
@@ -89,7 +88,7 @@ class DecoderLayer:
     ) -> None:  # fmt: skip
         attention: Attention = block.attention  # type: ignore[assignment]
         dtype, a = COMPUTE[format], config.attention
-        self.index, self.kind, self.config = index, kind, a
+        self.index, self.kind, self.config, self.exact = index, kind, a, exact
         self.rotated = kind != "F" or a.full_rope
 
         def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -136,7 +135,7 @@ class DecoderLayer:
             if traced is not None:
                 traced.experts[self.index] = chosen, gates
             return x + y
-        inner = swiglu(self._linear("gate_up", self.ffn.gate_up, h, adapters))
+        inner = self.ffn.activation(self._linear("gate_up", self.ffn.gate_up, h, adapters))
         return x + self._linear("down", self.ffn.down, inner, adapters)
 
     def _attend(
@@ -144,7 +143,12 @@ class DecoderLayer:
         traced: Traced | None,
     ) -> Tensor:  # fmt: skip
         c = self.config
-        qkv = self._linear("qkv", self.qkv, h, adapters).view(h.shape[0], -1, c.head_dim)
+        flat = self.qkv(h)
+        if adapters is not None:
+            sizes = [n * c.head_dim for n in (c.heads, c.kv_heads, c.kv_heads)]
+            for name, part in zip(("query", "key", "value"), flat.split(sizes, 1)):
+                adapters.bank.add(self.index, name, h, part, adapters.rows)
+        qkv = flat.view(h.shape[0], -1, c.head_dim)
         qk, v = qkv[:, : c.heads + c.kv_heads], qkv[:, c.heads + c.kv_heads :]
         if self.head_norms:
             qk = torch.cat((self.head_norms[0](qk[:, : c.heads]), self.head_norms[1](qk[:, c.heads :])), 1)
@@ -174,12 +178,13 @@ class DecoderLayer:
         """Share of the global branch, fp32 ``[N, H]``."""
         if self.gate is None:
             return self.gate_bias.sigmoid().expand(h.shape[0], -1)
-        return (self.gate(h).float() + self.gate_bias).sigmoid()
+        logits = self.gate(h).float() + self.gate_bias
+        return exact_map(torch.sigmoid, logits) if self.exact else logits.sigmoid()
 
     def _linear(self, name: str, linear: PackedLinear, x: Tensor, adapters: RowAdapters | None) -> Tensor:
         y = linear(x)
         if adapters is not None:
-            adapters.bank.add(self.index, name, x, y, adapters.adapter_N)
+            adapters.bank.add(self.index, name, x, y, adapters.rows)
         return y
 
     def bytes_read(self, rows: int) -> float:
@@ -198,12 +203,11 @@ def _packed_swiglu(ffn: SwiGLU, format: str, device: torch.device, exact: bool) 
     return PackedSwiGLU(up.weight, up.bias, down.weight, down.bias, format, device, exact=exact)
 
 
-@dataclass(frozen=True)
-class RowAdapters:
-    """Which LoRA adapter every row uses: an index into ``bank``, -1 for none."""
+class RowAdapters(NamedTuple):
+    """Which LoRA adapters of a bank the step's rows use."""
 
     bank: AdapterBank
-    adapter_N: Tensor
+    rows: AdapterRows
 
 
 class Rope:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from deepseek.config import configclass
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
-from deepseek.serve.adapters import Adapter, AdapterBank, load_adapter
+from deepseek.serve.adapters import AdapterBank, load_adapter
 from deepseek.serve.decoder import COMPUTE, Decoder, RowAdapters, Traced
 from deepseek.serve.generate import Completion
 from deepseek.serve.grammar import Grammars, GrammarState
@@ -111,10 +111,11 @@ class Engine:
     """A model, its cache, and the requests on their way."""
 
     def __init__(self, loaded: Loaded, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008
-        self.config, self.loaded = config, loaded
-        self.device = pick_device(config.device)
+        self.config, self.device = config, pick_device(config.device)
         self.format = _format(config, self.device)
-        shape = loaded.model.config
+        self.path, self.training_step, self._tokenizer = loaded.path, loaded.step, loaded.tokenizer
+        self.parameters = sum(p.numel() for p in loaded.model.parameters())
+        shape = self.shape = loaded.model.config
         self.max_length = min(config.max_length or shape.max_length, shape.max_length)
         cpu = self.device.type == "cpu"
         running = config.max_running or (64 if cpu else 256)
@@ -132,11 +133,10 @@ class Engine:
         self.vocabulary = min(
             loaded.tokenizer.vocab_size if loaded.tokenizer else shape.vocab_size, shape.vocab_size
         )
-        self.bank = AdapterBank(shape, self.device, dtype)
-        self._adapters: dict[str, int] = {}
-        for name, directory in config.adapters.items():
-            self.add_adapter(name, load_adapter(Path(directory), shape))
-        self.grammars = Grammars(loaded.tokenizer, self.vocabulary) if loaded.tokenizer else None
+        adapters = {name: load_adapter(place, shape) for name, place in config.adapters.items()}
+        kept = "bf16" if dtype == torch.bfloat16 else "fp32"
+        self.bank = AdapterBank(adapters, kept, self.device, exact=config.deterministic)
+        self.grammars = Grammars(self._tokenizer, self.vocabulary) if self._tokenizer else None
         self._live: dict[str, Scheduled] = {}
         self._stats = EngineStats()
 
@@ -147,32 +147,28 @@ class Engine:
         Raises:
             RunError, CheckpointError, WeightsError: what was found instead. ConfigError: it does not fit in memory.
         """
-        return cls(load_model(path), config)
+        return cls(load_model(path, dtype="kept"), config)
 
     # --- what a front end asks ---------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises ``EngineError`` when the model came without one."""
-        if self.loaded.tokenizer is None:
-            raise EngineError(f"{self.loaded.path} has no tokenizer.json: prompts must be token ids")
-        return self.loaded.tokenizer
+        if self._tokenizer is None:
+            raise EngineError(f"{self.path} has no tokenizer.json: prompts must be token ids")
+        return self._tokenizer
 
     @property
     def info(self) -> ModelInfo:
-        shape, path = self.loaded.model.config, self.loaded.path
+        shape, path = self.shape, self.path
         return ModelInfo(
             name=self.config.name or path.name, path=str(path), max_length=self.max_length,
             vocab_size=self.vocabulary, hidden=shape.hidden,
-            parameters=sum(p.numel() for p in self.loaded.model.parameters()), step=self.loaded.step,
-            adapters=tuple(self._adapters), experts=shape.moe.experts,
+            parameters=self.parameters, step=self.training_step,
+            adapters=self.bank.names, experts=shape.moe.experts,
             expert_layers=tuple(i for i, kind in enumerate(shape.ffn_kinds) if kind == "E"),
             hybrid_layers=tuple(i for i, kind in enumerate(shape.kinds) if kind == "H"),
         )  # fmt: skip
-
-    def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Serve a LoRA adapter under ``name``."""
-        self._adapters[name] = self.bank.load(adapter)
 
     def add(self, request: Request) -> None:
         """Let a request wait its turn.
@@ -185,7 +181,7 @@ class Engine:
         least = min(request.sampling.min_tokens, room)
         sampling = replace(request.sampling, max_tokens=max(room, 1), min_tokens=least)
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
-        tokenizer = self.loaded.tokenizer
+        tokenizer = self._tokenizer
         ends = tokenizer.end_ids if tokenizer is not None else ()
         state = SamplingState(
             sampling, request.prompt, seed, self.vocabulary, self._grammar(request), end_ids=ends
@@ -194,8 +190,8 @@ class Engine:
         if proposer is not None:
             proposer.extend(request.prompt)
         answer = Answer(
-            state, TextStream(tokenizer or _Wordless(), sampling, ends), room, proposer,
-            -1 if request.adapter is None else self._adapters[request.adapter],
+            state, TextStream(tokenizer or cast(Tokenizer, _Wordless()), sampling, ends), room, proposer,
+            self.bank.index(request.adapter),
             [] if sampling.prompt_logprobs is not None else None,
         )  # fmt: skip
         salt = b"" if request.adapter is None else request.adapter.encode()
@@ -345,7 +341,7 @@ class Engine:
             tuple(s.logprobs for s in kept if s.logprobs is not None) if request.sampling.logprobs is not None else (),
             None if answer.told or answer.prompt_logprobs is None else tuple(answer.prompt_logprobs),
             tuple(traces.at(row + i) for i in range(len(kept))) if traces is not None and request.trace else (),
-            None, stream.finish, stream.stop, sequence.prompt_length, sequence.cached,
+            None, stream.finish, stream.stop, sequence.prompt_length, sequence.cached, queued=sequence.queued,
         )  # fmt: skip
         if not answer.told:
             answer.told = True
@@ -414,15 +410,16 @@ class Engine:
 
     def _advice(self) -> str:
         return (
-            f"the weights of {self.loaded.path} are bad, or {self.format} is too narrow for them; "
+            f"the weights of {self.path} are bad, or {self.format} is too narrow for them; "
             "try an earlier checkpoint or precision='fp32'"
         )
 
     def _row_adapters(self, work: list[Work]) -> RowAdapters | None:
-        if not self._adapters or all(w.sequence.engine.adapter < 0 for w in work):
+        if not len(self.bank) or all(w.sequence.engine.adapter < 0 for w in work):
             return None
-        rows = [w.sequence.engine.adapter for w in work for _ in range(w.rows)]
-        return RowAdapters(self.bank, torch.tensor(rows))
+        return RowAdapters(
+            self.bank, self.bank.rows(w.sequence.engine.adapter for w in work for _ in range(w.rows))
+        )
 
     def _grammar(self, request: Request) -> GrammarState | None:
         if request.sampling.grammar is None:
@@ -448,22 +445,19 @@ class Engine:
                 f"the prompt has {length} tokens; with one token of answer there is room for {self.max_length - 1}",
                 "prompt",
             )
-        if request.adapter is not None and request.adapter not in self._adapters:
-            raise RequestError(
-                f"there is no adapter {request.adapter!r}; known: {sorted(self._adapters)}", "model"
-            )
+        self.bank.index(request.adapter)
         outside = [
             i for i in (*request.sampling.logit_bias, *request.sampling.stop_token_ids) if not 0 <= i < top
         ]
         if outside:
             raise RequestError(f"token id {outside[0]} is outside the vocabulary of {top}", "logit_bias")
-        if (request.sampling.stop or request.sampling.grammar) and self.loaded.tokenizer is None:
+        if (request.sampling.stop or request.sampling.grammar) and self._tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and the model came without one", "stop")
 
     def _count(self, **more: float) -> None:
         self._stats = replace(
             self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()}
-        )  # type: ignore[arg-type]
+        )
 
 
 class _Wordless:

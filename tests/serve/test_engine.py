@@ -275,7 +275,7 @@ def test_a_deadline_ends_a_request_with_what_it_has() -> None:
         (Request("a", ()), "empty prompt"),
         (Request("a", (1, VOCABULARY)), f"token id {VOCABULARY} is outside the vocabulary of {VOCABULARY}"),
         (Request("a", (1,) * 160), "160 tokens"),
-        (Request("a", (1,), adapter="none"), "no adapter 'none'"),
+        (Request("a", (1,), adapter="none"), "no adapter is called 'none'"),
         (Request("a", (1,), SamplingConfig(stop=("x",))), "need a tokenizer"),
     ],
 )
