@@ -44,8 +44,7 @@ class ForeignText:
         bos, prefix = names.get("bos_token"), _prefix(inner)
         if bos is None and prefix:
             bos = inner.id_to_token(prefix[0])
-        told = config.get("add_bos_token", config.get(BEGINS))
-        add = told if isinstance(told, bool) else bool(prefix)
+        add = bool(prefix) or config.get(BEGINS) is True
         ends = read_object(directory / "generation_config.json").get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         whole = tuple(i for i in ends if isinstance(i, int) and not isinstance(i, bool))
@@ -53,7 +52,8 @@ class ForeignText:
 
     def save(self, directory: Path, config: dict[str, Any]) -> None:
         """Write the files that ``read`` reads; adds to ``config``, which becomes ``tokenizer_config.json``."""
-        config["add_bos_token"] = self.add_bos
+        if self.add_bos:
+            config["add_bos_token"] = True  # for readers that do listen
         for name, text in self.chat_templates.items():
             path = directory / (TEMPLATE if name == "default" else f"{MORE_TEMPLATES}/{name}.jinja")
             path.parent.mkdir(exist_ok=True)

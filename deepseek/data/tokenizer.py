@@ -88,7 +88,7 @@ class Tokenizer:
             self.bos_id = self.eos_id
         begins = foreign is None or foreign.add_bos
         self.prefix: tuple[int, ...] = (self.bos_id,) if begins and self.bos_id is not None else ()
-        self.chat_templates: dict[str, str] = dict(foreign.chat_templates) if foreign else {}
+        self.chat_templates: dict[str, str] = foreign.chat_templates if foreign else {}
         self._fast = FastLane.of(inner)
 
     @property

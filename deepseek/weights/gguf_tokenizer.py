@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from deepseek.data import Tokenizer
 from deepseek.data.foreign_text import MOST_TEMPLATE, ForeignText
@@ -117,6 +117,13 @@ def _wrap(meta: _Meta, inner: tokenizers.Tokenizer, tokens: list[str], add_bos: 
     bos, pad = ids["bos"], ids["padding"]
     ends = tuple(dict.fromkeys(i for i in (eos, ids["eot"], ids["eom"]) if i is not None))
     add = (told if isinstance(told, bool) else add_bos) and bos is not None
+    if add and bos is not None:
+        start = tokens[bos]
+        inner.post_processor = processors.TemplateProcessing(
+            single=[f"{start}:0", "$A:0"],
+            pair=[f"{start}:0", "$A:0", f"{start}:1", "$B:1"],
+            special_tokens=[(start, bos)],
+        )
     foreign = ForeignText(tokens[bos] if bos is not None else None, add, ends, _templates(meta.file))
     return Tokenizer(inner, eos=tokens[eos], pad=tokens[pad] if pad is not None else None, foreign=foreign)
 
