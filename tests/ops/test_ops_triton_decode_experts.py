@@ -1,0 +1,90 @@
+"""The serving step's expert kernels against one assignment at a time: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from deepseek.ops.decode_experts import experts_reference
+from deepseek.ops.triton import decode_experts as kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+C, F = 40, 18
+
+
+def make(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def layer(experts: int, popular: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias = make(1, experts) * 0.05
+    bias[experts // 2] += popular
+    return make(0, experts, C) * 0.1, bias, make(2, experts, C, 2 * F) * 0.2, make(3, experts, F, C) * 0.2
+
+
+@pytest.mark.parametrize("path", ["few", "grouped"])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 2), (17, 3), (3, 1)])
+def test_equals_one_assignment_at_a_time(path: str, experts: int, top_k: int, normalise: bool) -> None:
+    router, bias, gate_up, down = layer(experts)
+    for rows in (1, 3) if path == "few" else (1, 40):
+        x = make(rows, rows, C)
+        want = experts_reference(x, router, bias, gate_up, down, top_k, normalise)
+        out, expert, gate = getattr(kernel, path)(
+            x, router, bias, gate_up.mT.contiguous(), down.mT.contiguous(), top_k, normalise
+        )
+        assert expert.equal(want[1])
+        torch.testing.assert_close(gate, want[2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, want[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_popular_expert_fills_several_blocks() -> None:
+    router, bias, gate_up, down = layer(5, popular=9.0)
+    x = make(7, 45, C)
+    want = experts_reference(x, router, bias, gate_up, down, 2, True)
+    out, expert, _ = kernel.grouped(x, router, bias, gate_up.mT.contiguous(), down.mT.contiguous(), 2, True)
+    assert bool((expert == 2).any(1).all())
+    torch.testing.assert_close(out, want[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "experts"), [(1, 4), (40, 4), (300, 7), (129, 65), (64, 200)])
+def test_blocks_hold_every_assignment_once(n: int, experts: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    expert = (torch.rand(n, generator=generator) ** 3 * experts).int().to(DEVICE)
+    order, block_expert, first, rows = (t.tolist() for t in kernel.sort_blocks(expert, experts))
+    assert order == expert.argsort(stable=True).tolist()
+    places = []
+    for e, start, count in zip(block_expert, first, rows):
+        assert 0 <= count <= kernel.BLOCK
+        mine = list(range(start, start + count))
+        assert all(int(expert[order[p]]) == e for p in mine)
+        places += mine
+    assert places == list(range(n))
+
+
+def test_rows_of_the_grouped_path_do_not_depend_on_the_others() -> None:
+    router, bias, gate_up, down = layer(4)
+    gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    x = make(5, 50, C)
+    whole = kernel.decode(x, router, bias, gate_up, down, 2, True, exact=True)
+    for first, rows in ((0, 1), (49, 1), (7, 20)):
+        part = kernel.decode(x[first : first + rows], router, bias, gate_up, down, 2, True, exact=True)
+        assert all(got.equal(want[first : first + rows]) for got, want in zip(part, whole))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: NumPy says what it thinks of NaN
+def test_rows_that_are_not_finite_still_go_to_experts_that_exist() -> None:
+    router, bias, gate_up, down = layer(6)
+    x = make(0, 3, C)
+    x[1], x[2, 7] = float("nan"), float("inf")
+    out, expert, _ = kernel.few(x, router, bias, gate_up.mT.contiguous(), down.mT.contiguous(), 2, True)
+    assert int(expert.min()) >= 0
+    assert int(expert.max()) < 6
+    assert bool(out[0].isfinite().all())

@@ -1,0 +1,50 @@
+"""Small-batch linear kernels against plain products: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from deepseek.ops.triton.linear import gemv, row_matmul
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 10), (300, 5), (2304, 3)])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_gemv(rows: int, inputs: int, outputs: int, bias: bool, parts: int) -> None:
+    x, weight, b = make(0, rows, inputs), make(1, outputs, inputs), make(2, outputs) if bias else None
+    y = gemv(x, weight, b, parts=parts)
+    torch.testing.assert_close(y, F.linear(x, weight, b), rtol=1e-4, atol=1e-3)
+    assert y.equal(gemv(x, weight, b, parts=parts))
+
+
+def test_gemv_in_bf16_gives_what_is_asked() -> None:
+    x, weight = make(0, 2, 512).bfloat16(), make(1, 20, 512).bfloat16()
+    want = x.float() @ weight.float().T
+    torch.testing.assert_close(gemv(x, weight, dtype=torch.float32), want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gemv(x, weight), want.bfloat16(), rtol=2e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(64, 10, True), (130, 66, False)])
+def test_rows_of_row_matmul_do_not_depend_on_the_others(inputs: int, outputs: int, bias: bool) -> None:
+    x, weight, b = make(0, 70, inputs), make(1, outputs, inputs), make(2, outputs) if bias else None
+    whole = row_matmul(x, weight, b)
+    torch.testing.assert_close(whole, F.linear(x, weight, b), rtol=1e-4, atol=1e-3)
+    for rows in (1, 17, 64):
+        for first in (0, 70 - rows):
+            assert row_matmul(x[first : first + rows], weight, b).equal(whole[first : first + rows])
