@@ -16,7 +16,7 @@ from typing import Annotated, Any, Protocol
 import tyro
 from tyro.conf import subcommand
 
-from deepseek.cli import bench, train, use, watch
+from deepseek.cli import bench, route, serve, train, use, watch
 from deepseek.errors import ConfigError, DeepseekError, did_you_mean
 
 
@@ -34,6 +34,7 @@ COMMANDS: dict[str, type[Command]] = {
     "resume": train.Resume,
     "generate": use.Generate,
     "chat": use.Chat,
+    "serve": serve.Serve,
     "export": use.Export,
     "evaluate": train.Evaluate,
     "report": watch.Report,
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Command]] = {
     "metrics": watch.Metrics,
     "act": watch.Act,
     "replay": watch.Replay,
+    "route": route.Route,
     "doctor": bench.Doctor,
     "bench": bench.Bench,
 }

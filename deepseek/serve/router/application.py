@@ -1,0 +1,319 @@
+"""``Router``: a stateless reverse proxy over replicas of a server, as an ASGI application.
+
+    client → Call → Fleet.choose → Exchange → replica
+                         ↑
+                       Watch: /ready of every replica, once a second
+
+A replica that did not begin (no connection; 429; 503; closed before it took the body) costs the client nothing: the
+next one is asked, each once. From the moment a replica may have begun there is no second try, because a request that
+breaks one replica would break them all. An answer passes through as it comes and is never held; what breaks off in the
+middle ends with an error that a client can see. Keys pass through: the replicas know them, the router does not. So one
+that other machines can reach gives nothing to a replica that asks for no key, unless it is told to.
+
+Own routes: ``/health`` (this process lives), ``/ready`` (a replica is ready and this router is not about to stop) and
+``/metrics`` (with one of ``keys``). ``/admin`` is not passed on: what changes a replica is asked of that replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek.config import configclass
+from deepseek.errors import ConfigError
+from deepseek.serve.router.affinity import prefix_key
+from deepseek.serve.router.call import Call, ClientGone, Pairs, Receive, Scope, Send
+from deepseek.serve.router.exchange import Exchange, ExchangeError
+from deepseek.serve.router.metrics import RouterMetrics
+from deepseek.serve.router.replica import Address, Fleet, Replica
+from deepseek.serve.router.watch import Watch
+from deepseek.serve.server.address import is_loopback
+from deepseek.serve.server.errors import ApiError
+from deepseek.serve.server.keys import Keyring
+from deepseek.serve.server.metrics import CONTENT_TYPE
+
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  #: methods that may be tried again although a replica began
+BEGUN = "engine_unavailable"  #: the error code of a 503 that comes of work that broke, and not of none
+REFUSAL = 1 << 16  #: bytes of a refusal that are kept
+JSON = (b"content-type", b"application/json")
+
+
+@configclass
+class RouterConfig:
+    """Options of the router.
+
+    Attributes:
+        affinity: characters of the prompt by which equal prefixes meet the same replica; 0: only the load decides.
+        affinity_load: times the mean load above which a preferred replica is passed over.
+        max_body: bytes of a request's body. max_inside: requests at once; one more is answered 429.
+        body_seconds: for a body to arrive.
+        silence: seconds that a replica may say nothing; above the replicas' own time limit.
+        stalled: seconds that a client may take nothing of its answer.
+        poll, poll_seconds: every how many seconds a replica's readiness is asked, and how long it may take to answer.
+        ready_path: what is asked.
+        resolve: seconds after which host names are looked up again.
+        linger: seconds after SIGTERM during which new connections are still taken, while ``/ready`` says 503.
+        drain: seconds that running requests get after that.
+        keep_alive: seconds that an idle connection of a client is kept.
+        open: also give requests of other machines to replicas that ask for no key.
+    """
+
+    affinity: int = 1024
+    affinity_load: float = 1.25
+    max_body: int = 16 << 20
+    max_inside: int = 4096
+    body_seconds: float = 30.0
+    silence: float = 660.0
+    stalled: float = 60.0
+    poll: float = 1.0
+    poll_seconds: float = 2.0
+    ready_path: str = "/ready"
+    resolve: float = 10.0
+    linger: float = 0.0
+    drain: float = 60.0
+    keep_alive: float = 75.0
+    open: bool = False
+
+    def check(self) -> None:
+        if self.affinity < 0 or self.affinity_load < 1:
+            raise ConfigError(
+                f"affinity={self.affinity} must be at least 0, affinity_load={self.affinity_load} at least 1"
+            )
+        if min(self.max_body, self.max_inside) < 1 or min(self.linger, self.drain) < 0:
+            raise ConfigError(f"max_body={self.max_body} and max_inside={self.max_inside} must be at least 1, "
+                              f"linger={self.linger} and drain={self.drain} at least 0")  # fmt: skip
+        times = {
+            k: getattr(self, k)
+            for k in ("body_seconds", "silence", "stalled", "poll", "poll_seconds", "resolve")
+        }
+        if min(times.values()) <= 0:
+            raise ConfigError(f"{', '.join(f'{k}={v}' for k, v in times.items() if v <= 0)} must be above 0")
+        if not self.ready_path.startswith("/"):
+            raise ConfigError(f"ready_path={self.ready_path!r} must begin with '/'")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How a replica declined: its answer, or no answer (status 0)."""
+
+    why: str
+    status: int = 0
+    headers: Pairs = ()
+    body: bytes = b""
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds; infinite where none are told."""
+        told = next((v for k, v in self.headers if k == b"retry-after"), b"")
+        return float(told) if told.isdigit() else math.inf
+
+
+def _say(line: str) -> None:
+    print(f"router: {line}", file=sys.stderr, flush=True)
+
+
+class Router:
+    """The application over the replicas at ``urls``.
+
+    Args:
+        urls: ``http://HOST:PORT``; of a name with several addresses each is a replica.
+        keys: who may read ``/metrics``; without any that is everybody who reaches a ``local`` router.
+        local: only this machine can reach it: requests must name it so, and replicas need no keys.
+        say: told what changes, in words.
+
+    Raises:
+        ConfigError: a URL that is none, one twice, or none at all.
+    """
+
+    def __init__(self, urls: Sequence[str], config: RouterConfig | None = None, keys: Keyring | None = None, *,
+                 local: bool = True, say: Callable[[str], None] = _say) -> None:  # fmt: skip
+        addresses = [Address.parse(url) for url in urls]
+        if not addresses:
+            raise ConfigError("a router needs the address of a replica: http://HOST:PORT …")
+        if twice := [str(a) for a in dict.fromkeys(addresses) if addresses.count(a) > 1]:
+            raise ConfigError(f"{', '.join(twice)} is given twice")
+        self.config = config = config or RouterConfig()
+        self.keys, self.local, self.say = keys or Keyring(), local, say
+        self.fleet, self.metrics, self.draining = Fleet(config.affinity_load), RouterMetrics(), False
+        self.calls: set[Call] = set()
+        self._watch = Watch(
+            addresses, self.fleet, path=config.ready_path, every=config.poll, patience=config.poll_seconds,
+            resolve=config.resolve, guarded=not (local or config.open), say=say,
+        )  # fmt: skip
+        self._own = {"/health": self._health, "/ready": self._ready, "/metrics": self._metrics}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._live(receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1003})
+        call = Call(scope, receive, send)
+        call.closing = self.draining
+        try:
+            if self.local and not is_loopback(call.host):
+                raise ApiError(f"the host {call.host[:100]!r} is no name of this machine's loopback", 403,
+                               code="unknown_host")  # fmt: skip
+            if call.path.startswith("/admin"):
+                raise ApiError(
+                    f"{call.path[:100]} is for one replica; ask it itself", 404, code="unknown_route"
+                )
+            if own := self._own.get(call.path):
+                if call.method not in ("GET", "HEAD"):
+                    raise ApiError(f"{call.path} takes GET", 405, headers={"allow": "GET, HEAD"})
+                return await own(call)
+            return await self._pass_on(call)
+        except ApiError as error:
+            if not call.started:
+                await call.refuse(error)
+        except ClientGone:
+            self.metrics.gone()
+
+    async def _pass_on(self, call: Call) -> None:
+        """The answer of a replica, while the client waits for it."""
+        if len(self.calls) >= self.config.max_inside:
+            raise ApiError(f"{self.config.max_inside:,} requests are passing through this router; try again in 1 s",
+                           429, code="queue_full", headers={"retry-after": "1", "connection": "close"})  # fmt: skip
+        self.calls.add(call)
+        try:
+            body = await call.body(self.config.max_body, self.config.body_seconds)
+            await call.while_there(self._ask_in_turn(call, body))
+        finally:
+            self.calls.discard(call)
+
+    async def _ask_in_turn(self, call: Call, body: bytes) -> None:
+        key = prefix_key(body, self.config.affinity)
+        tried: list[Replica] = []
+        refusals: list[Refusal] = []
+        while (replica := self.fleet.choose(key, tried)) is not None:
+            tried.append(replica)
+            with replica.working(), contextlib.closing(Exchange(replica, self.config.silence)) as exchange:
+                refusal = await self._ask(call, exchange, body)
+            if refusal is None:
+                return
+            refusals.append(refusal)
+            self.metrics.refused(replica.name, refusal.why)
+        await self._refuse(call, refusals)
+
+    async def _ask(self, call: Call, exchange: Exchange, body: bytes) -> Refusal | None:
+        """Pass on what the replica answers; or how it declined, if another one may be asked."""
+        replica, began = exchange.replica, time.monotonic()
+        try:
+            head = await exchange.ask(call.method, call.target, call.headers(), body)
+            self.metrics.answered(replica.name, head.status_code, time.monotonic() - began)
+            if head.status_code not in (429, 503):
+                await self._stream(call, exchange, head)
+                return None
+            refusal = await self._refusal(exchange, head)
+        except ExchangeError as error:
+            self._failed(replica, error)
+            if call.started:
+                await self._broken_off(call, error)
+                return None
+            if error.begun and call.method not in SAFE:
+                status = 504 if error.kind == "silence" else 502
+                raise ApiError("the replica that worked on this request gave no whole answer", status,
+                               code="replica_lost") from None  # fmt: skip
+            return Refusal(error.kind)
+        if refusal.status == 503:
+            replica.told(False, "answered 503")
+            if BEGUN.encode() in refusal.body and exchange.begun and call.method not in SAFE:
+                await call.answer(refusal.status, refusal.body, refusal.headers)
+                return None
+        return refusal
+
+    async def _stream(self, call: Call, exchange: Exchange, head: Any) -> None:
+        """The answer, piece by piece."""
+        events = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in head.headers)
+        await call.start(head.status_code, head.headers)
+        call.between_events = events
+        async for piece in exchange.pieces():
+            await call.give(piece)
+            call.between_events = events and piece.endswith((b"\n\n", b"\r\n\r\n"))
+        await call.end()
+        if head.status_code < 500:
+            exchange.replica.succeeded()
+        else:
+            self._count_failure(exchange.replica)
+
+    async def _broken_off(self, call: Call, error: ExchangeError) -> None:
+        """End an answer that has begun: as an event where that is possible, else by closing the connection."""
+        if call.between_events:
+            told = ApiError(f"the answer broke off: {error}", 502, code="replica_lost")
+            await call.give(b"data: " + told.encoded() + b"\n\n")
+            await call.end()
+
+    async def _refusal(self, exchange: Exchange, head: Any) -> Refusal:
+        body = bytearray()
+        async for piece in exchange.pieces():
+            body += piece
+            if len(body) > REFUSAL:
+                break
+        return Refusal(str(head.status_code), head.status_code, list(head.headers), bytes(body[:REFUSAL]))
+
+    async def _refuse(self, call: Call, refusals: Sequence[Refusal]) -> None:
+        """Everybody declined: the 429 with the shortest wait, else a replica's own 503, else ours."""
+        for status in (429, 503):
+            if found := [r for r in refusals if r.status == status]:
+                best = min(found, key=lambda r: r.retry_after)
+                return await call.answer(status, best.body, best.headers)
+        self.metrics.nobody()
+        known = len(self.fleet.replicas)
+        raise ApiError(f"none of {known} replica{'s' * (known != 1)} can answer now; try again in 1 s", 503,
+                       code="no_replica", headers={"retry-after": "1"})  # fmt: skip
+
+    def _failed(self, replica: Replica, error: ExchangeError) -> None:
+        self.metrics.failed(replica.name, error.kind)
+        if error.kind == "connect":
+            replica.told(False, str(error))
+            self.say(f"replica {replica.name} is not ready: {error}")
+        else:
+            self._count_failure(replica)
+
+    def _count_failure(self, replica: Replica) -> None:
+        if replica.failed():
+            self.metrics.ejected(replica.name)
+            rest = replica.ejected_until - time.monotonic()
+            self.say(f"replica {replica.name} is ejected for {rest:.0f} s: its last answers failed")
+
+    async def _health(self, call: Call) -> None:
+        await call.answer(200, b'{"status":"ok"}', [JSON])
+
+    async def _ready(self, call: Call) -> None:
+        usable, known = len(self.fleet.usable()), len(self.fleet.replicas)
+        told = {"status": "draining" if self.draining else "ready" if usable else "no replica is ready",
+                "ready": usable, "replicas": known}  # fmt: skip
+        await call.answer(200 if usable and not self.draining else 503, json.dumps(told).encode(), [JSON])
+
+    async def _metrics(self, call: Call) -> None:
+        needs_key = bool(self.keys) or not self.local
+        if needs_key and self.keys.find(call.authorization) is None:
+            raise ApiError("/metrics needs a key: send 'Authorization: Bearer KEY', one of those that this router was "
+                           "started with", 401, headers={"www-authenticate": "Bearer"})  # fmt: skip
+        text = self.metrics.render(self.fleet, len(self.calls))
+        await call.answer(200, text, [(b"content-type", CONTENT_TYPE.encode())])
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """ASGI's lifespan: replicas are watched, and clients that take nothing are cut."""
+        await receive()
+        async with self._watch.running():
+            cutting = asyncio.ensure_future(self._cut_stalled())
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            cutting.cancel()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _cut_stalled(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self.config.stalled / 2))
+            limit = time.monotonic() - self.config.stalled
+            for call in self.calls:
+                if call.sending is not None and call.sending < limit:
+                    call.cut()
+                    self.metrics.stalled()

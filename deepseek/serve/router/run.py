@@ -1,0 +1,87 @@
+"""``route``: the router under uvicorn, and how it stops.
+
+SIGTERM (or the first Ctrl-C): ``/ready`` says 503 and answers end their connections; after ``linger`` seconds nothing
+new is accepted; what is running has ``drain`` seconds. A second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from deepseek.errors import MissingExtraError
+from deepseek.serve.router.application import Router, RouterConfig
+from deepseek.serve.server.address import bind, is_loopback, url
+from deepseek.serve.server.keys import Keyring
+
+PORT = 8080
+
+
+def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str = "127.0.0.1", port: int = PORT,
+          keys: Keyring | None = None, listening: Callable[[str], None] | None = None) -> None:  # fmt: skip
+    """Serve a ``Router`` until SIGTERM or SIGINT.
+
+    Args:
+        host: other machines can reach one that is no loopback address; then replicas must ask for keys, and
+            ``/metrics`` does too.
+        keys: who may read ``/metrics``.
+        listening: told the address once connections are accepted.
+
+    Raises:
+        ConfigError: a URL is none; the port is taken.
+        MissingExtraError: without the extra ``serve``.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise MissingExtraError("uvicorn", "serve", "the router") from error
+    router = Router(urls, config, keys, local=is_loopback(host))
+
+    class Server(uvicorn.Server):
+        """Drains before it closes, and says where it listens."""
+
+        closes = math.inf
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if router.draining:
+                self.force_exit = self.should_exit = True
+                return
+            router.draining = True
+
+        async def on_tick(self, counter: int) -> bool:
+            if router.draining and self.closes == math.inf:
+                self.closes = time.monotonic() + router.config.linger
+                router.say(f"draining: {len(router.calls)} requests are passing through")
+            self.should_exit |= time.monotonic() >= self.closes
+            return await super().on_tick(counter)
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if listening is not None:
+                listening(url(bound))
+
+    with bind(host, port) as bound:
+        Server(settings(router)).run([bound])
+
+
+def settings(router: Router) -> Any:
+    """uvicorn's settings, an ``uvicorn.Config``: nothing that the replicas say is changed or said twice."""
+    import uvicorn
+
+    from deepseek.serve.server.serving import Protocol
+
+    limits = router.config
+    return uvicorn.Config(
+        router, lifespan="on", http=type("Protocol", (Protocol,), {"head_seconds": limits.body_seconds}), ws="none",
+        access_log=False, log_level="critical", proxy_headers=False, server_header=False, date_header=False,
+        timeout_keep_alive=round(limits.keep_alive), timeout_graceful_shutdown=max(1, round(limits.drain)),
+    )  # fmt: skip
+
+
+def print_address(address: str) -> None:
+    """On standard output, for people and for programs that wait for it."""
+    print(f"routing on {address}", flush=True, file=sys.stdout)

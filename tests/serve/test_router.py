@@ -1,0 +1,560 @@
+"""The router before small servers that a test can break: what a client sees, and what the replicas saw."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import pytest
+import uvicorn
+from fake_replica import FakeReplica, replica
+
+from deepseek.errors import ConfigError
+from deepseek.serve.router import Router, RouterConfig
+from deepseek.serve.router.replica import FAILURES
+from deepseek.serve.router.run import settings
+from deepseek.serve.server.address import bind
+from deepseek.serve.server.keys import Keyring
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def text(self) -> str:
+        found: str = self.json["choices"][0]["text"]
+        return found
+
+
+class Routed:
+    """A router on a port of its own, and a client for it."""
+
+    def __init__(self, router: Router, port: int) -> None:
+        self.router, self.port = router, port
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[http.client.HTTPConnection]:
+        made = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            yield made
+        finally:
+            made.close()
+
+    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        sent = json.dumps(body) if isinstance(body, dict) else body
+        with self.connection() as connection:
+            connection.request(method, path, sent, headers or {})
+            got = connection.getresponse()
+            return Answer(got.status, {k.lower(): v for k, v in got.getheaders()}, got.read())
+
+    def complete(self, prompt: str = "p", **more: Any) -> Answer:
+        return self.ask("POST", "/v1/completions", {"prompt": prompt, **more})
+
+    def metric(self, line: str) -> float:
+        for found in self.ask("GET", "/metrics").body.decode().splitlines():
+            name, _, value = found.rpartition(" ")
+            if name == f"deepseek_router_{line}":
+                return float(value)
+        return 0.0
+
+
+def url_of(fake: FakeReplica | str) -> str:
+    return fake if isinstance(fake, str) else fake.url
+
+
+@contextlib.contextmanager
+def routed(
+    *replicas: FakeReplica | str, keys: Keyring | None = None, local: bool = True, **options: Any
+) -> Iterator[Routed]:
+    config = RouterConfig(**{"poll": 0.1, "affinity": 0, **options})
+    router = Router([url_of(r) for r in replicas], config, keys, local=local, say=lambda _: None)
+    sockets = [bind("127.0.0.1", 0)]
+    server = uvicorn.Server(settings(router))
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield Routed(router, sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(15)
+
+
+def until(what: Callable[[], Any], seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
+
+
+def nowhere() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[FakeReplica, FakeReplica]]:
+    with replica("a") as a, replica("b") as b:
+        yield a, b
+
+
+@pytest.fixture
+def two(pair: tuple[FakeReplica, FakeReplica]) -> tuple[FakeReplica, FakeReplica]:
+    """Two replicas as new."""
+    for fake in pair:
+        fake.ready, fake.key, fake.refusal, fake.left = True, "", None, 0
+        fake.asked.clear()
+        fake.heads.clear()
+    return pair
+
+
+def test_turns_and_what_is_outstanding(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(*two) as router, ThreadPoolExecutor(8) as pool:
+        assert sorted(router.complete().text for _ in range(4)) == ["a a a", "a a a", "b b b", "b b b"]
+        slow = pool.submit(router.complete, max_tokens=10, pause=0.1)
+        until(lambda: two[0].running + two[1].running == 1)
+        busy, idle = sorted(two, key=lambda r: -r.running)
+        assert {router.complete(max_tokens=1).text for _ in range(6)} == {idle.name}
+        assert router.metric(f'outstanding{{replica="{busy.url}"}}') == 1
+        assert slow.result().text == " ".join([busy.name] * 10)
+        assert router.metric("inside") == 0
+
+
+def test_messages_pass_whole_and_hops_end_here(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(two[0]) as router:
+        sent = {"X-Mine": "1", "Authorization": "Bearer k", "Connection": "X-Hop", "X-Hop": "no", "TE": "trailers",
+                "X-Forwarded-For": "10.1.1.1"}  # fmt: skip
+        got = router.ask("PUT", "/echo/a%20b/c?x=%2F&y", "héllo".encode(), sent)
+        told = got.json
+        seen = dict(told["headers"])
+        assert (got.status, told["method"], told["body"]) == (200, "PUT", "héllo")
+        assert told["target"] == "/echo/a%20b/c?x=%2F&y"
+        assert (seen["x-mine"], seen["authorization"]) == ("1", "Bearer k")
+        assert seen["x-forwarded-for"] == "10.1.1.1, 127.0.0.1"
+        assert len(seen["x-request-id"]) == 32
+        assert not {"x-hop", "te"} & set(seen)
+        assert got.headers["x-kept"] == "yes"
+        assert not {"keep-alive", "x-once"} & set(got.headers)
+        assert router.ask("HEAD", "/echo/x").status == 200
+        assert router.ask("GET", "/nothing").status == 404
+
+
+def test_chunked_request_bodies_arrive(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(two[0]) as router, router.connection() as connection:
+        body = json.dumps({"prompt": "x" * 200_000, "max_tokens": 1}).encode()
+        pieces = (body[i : i + 7000] for i in range(0, len(body), 7000))
+        connection.request("POST", "/v1/completions", pieces, encode_chunked=True)
+        assert connection.getresponse().status == 200
+        assert two[0].asked[0]["prompt"] == "x" * 200_000
+        assert two[0].heads[0]["content-length"] == str(len(body))
+
+
+def test_a_replica_that_is_not_there_costs_nobody_an_answer(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(two[0], nowhere(), poll=30.0) as router:
+        router.router.fleet.replicas[1].told(True)  # it was there a moment ago
+        assert [router.complete().status for _ in range(6)] == [200] * 6
+        assert (
+            router.metric(
+                "errors_total{" + f'replica="{router.router.fleet.replicas[1].name}",kind="connect"}}'
+            )
+            == 1
+        )
+
+
+def test_429_goes_to_the_next_and_the_shortest_wait_comes_back(two: tuple[FakeReplica, FakeReplica]) -> None:
+    a, b = two
+    with routed(a, b) as router:
+        a.refusal = (429, {"retry-after": "7"}, {"error": {"code": "queue_full", "who": "a"}})
+        assert {router.complete().text for _ in range(4)} == {"b b b"}
+        assert a.asked == [], "what is refused was not read"
+        b.refusal = (429, {"retry-after": "3"}, {"error": {"code": "queue_full", "who": "b"}})
+        for _ in range(2):
+            got = router.complete()
+            assert (got.status, got.headers["retry-after"], got.json["error"]["who"]) == (429, "3", "b")
+        b.refusal = (429, {}, {"error": {"who": "b"}})
+        assert router.complete().headers["retry-after"] == "7"
+        b.refusal = (503, {"retry-after": "1"}, {"error": {"code": "draining"}})
+        assert router.complete().status == 429, "come back is a better answer than nobody is here"
+
+
+def test_503_goes_to_the_next_and_rests_until_it_is_ready(two: tuple[FakeReplica, FakeReplica]) -> None:
+    a, b = two
+    with routed(a, b, poll=30.0) as router:
+        a.refusal = (503, {"retry-after": "1"}, {"error": {"code": "draining"}})
+        assert {router.complete().text for _ in range(6)} == {"b b b"}
+        assert router.metric(f'refusals_total{{replica="{a.url}",why="503"}}') == 1, (
+            "after that it is not asked"
+        )
+        b.refusal = a.refusal
+        got = router.complete()
+        assert (got.status, got.json["error"]["code"]) == (503, "draining")
+        got = router.complete()
+        assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (503, "no_replica", "1")
+        assert router.ask("GET", "/ready").status == 503
+        assert router.ask("GET", "/health").status == 200
+
+
+def test_readiness_is_followed(two: tuple[FakeReplica, FakeReplica]) -> None:
+    a, b = two
+    a.ready = b.ready = False
+    with routed(a, b) as router:
+        assert router.ask("GET", "/ready").json == {
+            "status": "no replica is ready",
+            "ready": 0,
+            "replicas": 2,
+        }
+        b.ready = True
+        until(lambda: router.ask("GET", "/ready").status == 200)
+        assert {router.complete().text for _ in range(4)} == {"b b b"}
+        assert router.metric(f'replica_ready{{replica="{a.url}"}}') == 0
+        a.ready = True
+        until(lambda: len({router.complete().text for _ in range(4)}) == 2)
+
+
+def test_work_that_broke_is_not_repeated(two: tuple[FakeReplica, FakeReplica]) -> None:
+    """A request that breaks one replica must not visit the others."""
+    with routed(*two) as router:
+        got = router.complete(fail_after_reading="engine_unavailable")
+        assert (got.status, got.json["error"]["code"]) == (503, "engine_unavailable")
+        assert len(two[0].asked) + len(two[1].asked) == 1
+        until(lambda: len(router.router.fleet.usable()) == 2)
+        assert router.complete(fail_after_reading="internal_error", status=500).status == 500
+        assert len(two[0].asked) + len(two[1].asked) == 2
+        until(lambda: len(router.router.fleet.usable()) == 2)
+        assert router.complete(fail_after_reading="draining").status == 503
+        assert len(two[0].asked) + len(two[1].asked) == 4, "one that only closes sends on, to all"
+
+
+def test_failures_in_a_row_eject(two: tuple[FakeReplica, FakeReplica]) -> None:
+    a, b = two
+    with routed(a, b) as router:
+        a.refusal = (500, {}, {"error": {}})
+        seen = [router.complete().status for _ in range(12)]
+        assert seen.count(500) == FAILURES
+        assert seen[-5:] == [200] * 5
+        assert router.metric(f'ejections_total{{replica="{a.url}"}}') == 1
+        a.refusal = None
+        found = next(r for r in router.router.fleet.replicas if r.name == a.url)
+        found.ejected_until = 0.0  # its five seconds are over
+        assert len({router.complete().text for _ in range(4)}) == 2
+
+
+def test_streams_come_as_they_are_made(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(*two) as router, router.connection() as connection:
+        asked = {"prompt": "p", "stream": True, "max_tokens": 6, "pause": 0.1}
+        connection.request("POST", "/v1/completions", json.dumps(asked))
+        got, delays, ends = connection.getresponse(), [], ""
+        assert (got.getheader("content-type") or "").startswith("text/event-stream")
+        while line := got.readline():
+            if line.startswith(b"data: {"):
+                delays.append(time.monotonic() - json.loads(line[6:])["at"])
+            ends = line.decode().strip() or ends
+        assert len(delays) == 6
+        assert ends == "data: [DONE]"
+        assert sorted(delays)[3] < 0.05, "an event does not wait for the next one"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_not_worked_for(two: tuple[FakeReplica, FakeReplica], stream: bool) -> None:
+    with routed(two[0]) as router:
+        asked = {"prompt": "p", "stream": stream, "max_tokens": 400, "pause": 0.05}
+        with router.connection() as connection:
+            connection.request("POST", "/v1/completions", json.dumps(asked))
+            if stream:
+                with connection.getresponse() as got:
+                    assert got.readline().startswith(b"data")
+            until(lambda: two[0].running == 1)
+        until(lambda: two[0].running == 0)
+        assert two[0].left == 1
+        until(lambda: router.metric("clients_gone_total") == 1)
+        assert router.metric(f'outstanding{{replica="{two[0].url}"}}') == 0
+
+
+def test_a_replica_killed_in_the_middle(two: tuple[FakeReplica, FakeReplica]) -> None:
+    """What has begun ends with an error that can be seen; what has not goes elsewhere."""
+    with replica("c") as c, routed(c, two[0]) as router, ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(router.complete, stream=True, max_tokens=40, pause=0.05) for _ in range(4)]
+        whole = [pool.submit(router.complete, max_tokens=40, pause=0.05) for _ in range(4)]
+        until(lambda: c.running == 4 and two[0].running == 4)
+        c.kill()
+        after = [router.complete() for _ in range(10)]
+        assert {a.status for a in after} == {200}
+        assert {a.text for a in after} == {"a a a"}
+        ends = [s.result().body for s in streams]
+        good = [e for e in ends if e.endswith(b"data: [DONE]\n\n")]
+        assert len(good) == two[0].asked.count(
+            {"prompt": "p", "stream": True, "max_tokens": 40, "pause": 0.05}
+        )
+        for broken in (e for e in ends if e not in good):
+            told = json.loads(broken.rstrip().rpartition(b"data: ")[2])
+            assert told["error"]["code"] == "replica_lost"
+        statuses = [w.result().status for w in whole]
+        assert set(statuses) <= {200, 502}
+        assert len(good) + statuses.count(200) == 4
+
+
+def test_a_deadly_request_kills_one_replica_at_most(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with replica("c") as c, replica("d") as d, routed(c, d) as router:
+        got = router.complete(die=True)
+        assert (got.status, got.json["error"]["code"]) == (502, "replica_lost")
+        assert len(c.asked) + len(d.asked) == 1
+        assert router.complete().status == 200
+
+
+def test_a_silent_replica_is_given_up(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(two[0], silence=0.3) as router:
+        got = router.complete(max_tokens=1, pause=1.0)
+        assert (got.status, got.json["error"]["code"]) == (504, "replica_lost")
+        got = router.complete(stream=True, max_tokens=2, pause=0.2)
+        assert got.body.endswith(b"data: [DONE]\n\n")
+        until(lambda: two[0].running == 0)
+
+
+def test_equal_beginnings_meet_the_same_replica(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(*two, affinity=64) as router:
+        texts = {p: {router.complete(p * 64 + str(i)).text for i in range(4)} for p in "abcdefgh"}
+        assert all(len(found) == 1 for found in texts.values())
+        assert len(set.union(*texts.values())) == 2
+
+
+def test_limits(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with (
+        routed(two[0], max_body=1000, max_inside=1, body_seconds=0.3) as router,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        got = router.complete("x" * 1000)
+        assert (got.status, got.json["error"]["code"]) == (413, "request_too_large")
+        with router.connection() as large, router.connection() as slow:
+            large.request("POST", "/v1/completions", (b"y" * 400 for _ in range(9)), encode_chunked=True)
+            assert large.getresponse().status == 413
+            slow.putrequest("POST", "/v1/completions")
+            slow.putheader("Content-Length", "10")
+            slow.endheaders(b"123")
+            assert slow.getresponse().status == 408
+        busy = pool.submit(router.complete, max_tokens=5, pause=0.1)
+        until(lambda: two[0].running == 1)
+        got = router.complete()
+        assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (429, "queue_full", "1")
+        assert busy.result().status == 200
+        assert two[0].asked[0]["prompt"] == "p"
+
+
+def test_own_routes_and_what_is_not_passed_on(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(*two) as router:
+        assert router.ask("POST", "/ready", {}).status == 405
+        assert router.ask("POST", "/admin/reload", {"path": "x"}).status == 404
+        assert router.ask("GET", "/v1/models", headers={"Host": "evil.example"}).status == 403
+        assert router.ask("GET", "/v1/models", headers={"Host": "localhost:1"}).status == 200
+        assert router.ask("GET", "/metrics").headers["content-type"].startswith("text/plain")
+
+
+def test_metrics_can_be_read_by_prometheus(two: tuple[FakeReplica, FakeReplica]) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    with routed(*two) as router:
+        for _ in range(4):
+            router.complete()
+        found = {
+            f.name: f
+            for f in parser.text_string_to_metric_families(router.ask("GET", "/metrics").body.decode())
+        }
+    answers = {
+        (s.labels["replica"], s.labels["status"]): s.value for s in found["deepseek_router_answers"].samples
+    }
+    assert answers == {(two[0].url, "200"): 2, (two[1].url, "200"): 2}
+    assert {s.value for s in found["deepseek_router_replica_ready"].samples} == {1}
+    assert found["deepseek_router_head_seconds"].type == "histogram"
+
+
+def test_where_others_reach_it_replicas_and_metrics_need_keys(two: tuple[FakeReplica, FakeReplica]) -> None:
+    a, b = two
+    a.key = "the key of replica a"
+    keys = Keyring.load(None, {"DEEPSEEK_API_KEYS": "prometheus=0123456789abcdef"})
+    with routed(a, b, local=False, keys=keys) as router:
+        assert router.ask("GET", "/ready").json["ready"] == 1, "b asks for no key, so it gets nothing"
+        assert {router.complete().text for _ in range(4)} == {"a a a"}
+        assert router.ask("GET", "/v1/models").status == 401
+        assert router.ask("GET", "/v1/models", headers={"Authorization": f"Bearer {a.key}"}).status == 200
+        assert router.ask("GET", "/metrics").status == 401
+        assert (
+            router.ask("GET", "/metrics", headers={"Authorization": "Bearer 0123456789abcdef"}).status == 200
+        )
+    with routed(b, local=False, open=True) as router:
+        assert router.complete().status == 200
+        assert router.ask("GET", "/metrics").status == 401, "no key opens it"
+
+
+def test_a_client_that_takes_nothing_is_cut(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(two[0], stalled=0.5) as router:
+        with socket.create_connection(("127.0.0.1", router.port)) as stuck:
+            stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            body = json.dumps({"prompt": "p", "stream": True, "max_tokens": 200_000}).encode()
+            stuck.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+                + body
+            )
+            until(lambda: router.metric("clients_stalled_total") == 1, 20)
+            until(lambda: two[0].running == 0)
+        assert router.metric("inside") == 0
+
+
+def test_openai_python_streams_through(two: tuple[FakeReplica, FakeReplica]) -> None:
+    openai = pytest.importorskip("openai")
+    with (
+        routed(*two) as router,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{router.port}/v1", api_key="k") as client,
+    ):
+        assert [m.id for m in client.models.list()] == ["fake"]
+        words = [c.choices[0].text for c in client.completions.create(model="fake", prompt="p", stream=True)]
+        assert words in (["a"] * 3, ["b"] * 3)
+        for fake in two:
+            fake.refusal = (429, {"retry-after": "0"}, {"error": {"message": "full", "code": "queue_full"}})
+        with pytest.raises(openai.RateLimitError, match="full"):
+            client.with_options(max_retries=0).completions.create(model="fake", prompt="p")
+
+
+def test_a_name_is_all_its_addresses(
+    two: tuple[FakeReplica, FakeReplica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a headless Kubernetes service: replicas come and go while the router runs."""
+    from deepseek.serve.router import watch
+
+    there = ["127.0.0.1"]
+
+    async def addresses(address: Any) -> list[str]:
+        return list(there)
+
+    monkeypatch.setattr(watch, "_addresses", addresses)
+    with routed(f"http://replicas:{two[0].port}", resolve=0.1) as router:
+        assert router.complete().status == 200
+        there.append("127.0.0.2")  # nobody listens there
+        until(lambda: len(router.router.fleet.replicas) == 2)
+        assert [router.complete().status for _ in range(4)] == [200] * 4
+        there.clear()  # the name server does not answer
+        time.sleep(0.3)
+        assert len(router.router.fleet.replicas) == 2
+        there.append("127.0.0.1")
+        until(lambda: len(router.router.fleet.replicas) == 1)
+        assert two[0].heads[-1]["host"] == f"replicas:{two[0].port}"
+
+
+def test_localhost_is_one_replica() -> None:
+    from deepseek.serve.router.replica import Address
+    from deepseek.serve.router.watch import _addresses
+
+    assert len(asyncio.run(_addresses(Address.parse("http://localhost:1")))) == 1
+    assert asyncio.run(_addresses(Address.parse("http://no-such-name.invalid:1"))) == []
+
+
+class Bare:
+    """A server of one socket that says what it is told, and keeps what it heard."""
+
+    def __init__(self, answer: bytes, continues: bool = False) -> None:
+        self.answer, self.continues, self.heard = answer, continues, b""
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with self.socket.accept()[0] as one:
+                    one.settimeout(5)
+                    head = b""
+                    while b"\r\n\r\n" not in head:
+                        head += one.recv(65536) or b"\r\n\r\n"
+                    if head.startswith(b"GET /ready"):
+                        one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                        continue
+                    self.heard += head
+                    while (
+                        head.startswith(b"POST") and b"expect:" not in head.lower() and b"}" not in self.heard
+                    ):
+                        self.heard += one.recv(65536)
+                    one.sendall(self.answer)
+
+    def __enter__(self) -> Bare:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 banana\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\nContent-Length: 11\r\n\r\n",
+        b"\x16\x03\x01",
+    ],
+)
+def test_nonsense_before_the_body_is_asked_for_goes_to_the_next(
+    two: tuple[FakeReplica, FakeReplica], answer: bytes
+) -> None:
+    with Bare(answer) as bare, routed(bare.url, two[0]) as router:  # type: ignore[arg-type]
+        assert [router.complete().status for _ in range(4)] == [200] * 4
+        assert b"prompt" not in bare.heard, "the body was never sent"
+
+
+@pytest.mark.parametrize(
+    "head", [b"Content-Length: 100\r\n\r\n0123", b"Transfer-Encoding: chunked\r\n\r\n4\r\n0123\r\n9"]
+)
+def test_a_short_body_is_seen_to_be_short(head: bytes) -> None:
+    with (
+        Bare(b"HTTP/1.1 200 OK\r\n" + head) as bare,
+        routed(bare.url) as router,
+        pytest.raises(http.client.IncompleteRead),
+    ):
+        router.ask("GET", "/x")
+
+
+def test_one_that_never_says_continue_is_asked_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepseek.serve.router import exchange
+
+    monkeypatch.setattr(exchange, "PATIENCE", 0.2)
+    good = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+    class Deaf(Bare):
+        def _run(self) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with self.socket.accept()[0] as one:
+                        data = b""
+                        while not data.endswith((b"}", b"\r\n\r\n")) or (
+                            b"POST" in data and b"}" not in data
+                        ):
+                            data += one.recv(65536) or b"}"
+                        self.heard += data
+                        one.sendall(good)
+
+    with Deaf(good) as deaf, routed(deaf.url) as router:
+        began = time.monotonic()
+        assert router.complete().body == b"ok"
+        assert time.monotonic() - began >= 0.2
+        assert router.complete().body == b"ok"
+        assert deaf.heard.lower().count(b"expect: 100-continue") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"urls": []}, {"urls": ["http://a:1", "a:1"]}, {"affinity": -1}, {"affinity_load": 0.5}, {"max_body": 0},
+              {"poll": 0.0}, {"ready_path": "ready"}]
+)  # fmt: skip
+def test_what_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Router(wrong.pop("urls", ["http://a:1"]), RouterConfig(**wrong))

@@ -1,0 +1,191 @@
+"""`deepseek route` in a process of its own: how it starts, drains and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_replica import FakeReplica, replica
+
+HERE = Path(__file__).parent
+
+
+@contextlib.contextmanager
+def program(*command: str) -> Iterator[subprocess.Popen[str]]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("DEEPSEEK_API_KEYS", None)
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=15)
+
+
+@contextlib.contextmanager
+def router(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    with program("-m", "deepseek", "route", *arguments, "--port", "0") as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("routing on http://127.0.0.1:"), line
+        yield process, int(line.rpartition(":")[2])
+
+
+def ask(port: int, method: str = "POST", path: str = "/v1/completions", **body: Any) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, json.dumps(body) if body else None)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[FakeReplica, FakeReplica]]:
+    with replica("a") as a, replica("b") as b:
+        yield a, b
+
+
+def wait_for_work(pair: tuple[FakeReplica, FakeReplica], count: int) -> None:
+    end = time.monotonic() + 20
+    while pair[0].running + pair[1].running < count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_sigterm_drops_nobody(pair: tuple[FakeReplica, FakeReplica]) -> None:
+    """Whoever was let in has a whole answer; whoever comes later is refused at the door, not in the middle."""
+    refused: list[Exception] = []
+    late: list[tuple[int, bytes]] = []
+    with (
+        router(pair[0].url, pair[1].url, "--linger", "0.5") as (process, port),
+        ThreadPoolExecutor(32) as pool,
+    ):
+        running = [
+            pool.submit(ask, port, prompt=str(i), stream=i % 2 == 0, max_tokens=20, pause=0.1)
+            for i in range(24)
+        ]
+        wait_for_work(pair, 24)
+        process.send_signal(signal.SIGTERM)
+        ready = 200
+        for _ in range(200):
+            try:
+                late.append(ask(port, prompt="late", max_tokens=1))
+                ready = ask(port, "GET", "/ready")[0]
+            except ConnectionRefusedError as error:
+                refused.append(error)
+                break
+            time.sleep(0.01)
+        answers = [r.result() for r in running]
+        assert process.wait(20) == 0
+    assert {status for status, _ in answers} == {200}
+    for i, (_, body) in enumerate(answers):
+        if i % 2 == 0:
+            assert body.endswith(b"data: [DONE]\n\n")
+            assert body.count(b"data: {") == 20
+        else:
+            assert len(json.loads(body)["choices"][0]["text"].split()) == 20
+    assert {status for status, _ in late} == {200}, "while it lingers it still answers"
+    assert ready == 503, "and says that it is about to go"
+    assert len(refused) == 1
+
+
+def test_the_drain_is_bounded(pair: tuple[FakeReplica, FakeReplica]) -> None:
+    with router(pair[0].url, pair[1].url, "--drain", "1") as (process, port), ThreadPoolExecutor(2) as pool:
+        endless = pool.submit(ask, port, prompt="x", stream=True, max_tokens=300, pause=0.1)
+        wait_for_work(pair, 1)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        assert time.monotonic() - began < 8
+        assert isinstance(endless.exception(), (http.client.HTTPException, OSError)), (
+            "a cut answer is no whole one"
+        )
+
+
+def test_a_second_signal_ends_at_once(pair: tuple[FakeReplica, FakeReplica]) -> None:
+    with router(pair[0].url, pair[1].url) as (process, port), ThreadPoolExecutor(2) as pool:
+        pool.submit(ask, port, prompt="x", stream=True, max_tokens=300, pause=0.1)
+        wait_for_work(pair, 1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(15)
+        assert time.monotonic() - began < 5
+
+
+def test_kill_9_of_a_replica_while_requests_come(tmp_path: Path) -> None:
+    """Answers that had begun there are lost and say so; no other request is."""
+    with replica("a") as kept, program(str(HERE / "fake_replica.py"), "z", str(port_of_nobody())) as killed:
+        address = f"http://127.0.0.1:{killed.args[3]}"  # type: ignore[index]
+        with router(kept.url, address, "--affinity", "0") as (_, port), ThreadPoolExecutor(8) as pool:
+            end = time.monotonic() + 30
+            while json.loads(ask(port, "GET", "/ready")[1])["ready"] < 2:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            flow = [pool.submit(ask, port, prompt=str(i), max_tokens=2, pause=0.02) for i in range(100)]
+            while sum(f.done() for f in flow) < 30:
+                time.sleep(0.005)
+            killed.send_signal(signal.SIGKILL)
+            killed.wait(10)
+            after = [pool.submit(ask, port, prompt=str(i), max_tokens=2) for i in range(50)]
+            statuses = [f.result()[0] for f in flow]
+            assert statuses.count(502) <= 8, "at most what was running"
+            assert set(statuses) <= {200, 502}
+            assert {f.result()[0] for f in after} == {200}
+
+
+def port_of_nobody() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "needs the address of a replica"),
+        (("http://a:1/v1",), "more than a host and a port"),
+        (("http://a:1", "--affinity", "-1"), "affinity=-1"),
+        (("http://a:1", "--keys", "nowhere.toml"), "nowhere.toml"),
+        (("http://a:1", "--nonsense", "1"), "nonsense"),
+    ],
+)
+def test_bad_options_are_one_clear_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deepseek.cli import main
+
+    assert main(["route", *arguments, "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_taken_port_is_told(
+    pair: tuple[FakeReplica, FakeReplica], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deepseek.cli import main
+
+    assert main(["route", pair[0].url, "--port", str(pair[0].port)]) == 2
+    assert f"cannot listen on 127.0.0.1, port {pair[0].port}" in capsys.readouterr().err
