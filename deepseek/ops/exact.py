@@ -1,8 +1,8 @@
 """Elementwise functions whose result for an element does not depend on how many others there are.
 
-On a CPU torch computes ``exp``, ``sigmoid`` and their like by vectors, and what is left over by another routine,
-and the two differ in the last bit; where the left-over begins depends on the size of the tensor and on how threads share
-it. ``exact_map`` fills up to whole vectors and takes pieces that one thread does alone.
+On a CPU torch computes ``exp``, ``sigmoid`` and their like by vectors, and what is left over by another routine; the
+two differ in the last bit, and where the left-over begins depends on the tensor's size and on how threads share it.
+``exact_map`` fills up to whole vectors and takes pieces that one thread does alone.
 """
 
 from __future__ import annotations
