@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.errors import ConfigError
 from deepseek.ops import expert_rows
 from deepseek.ops.exact import exact_swiglu
-from deepseek.ops.experts import swiglu
-from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
+from deepseek.ops.experts import dispatch, gates, route, run_experts, swiglu
+from deepseek.ops.packed_linear import DTYPES, PackedLinear, PackedSwiGLU, pack_linear
+from deepseek.ops.triton import available, kernels
+
+KERNEL_ROWS = 256  #: from how many rows on the grouped products of training are the faster ones on CUDA
 
 
 class PackedExperts:
@@ -29,6 +33,12 @@ class PackedExperts:
         top_k, normalise: experts per row; whether the gates of a row sum to one.
         format, device, exact: as in ``pack_linear``; the router is always fp32.
         shared: the always-on expert, or ``None``.
+
+    Attributes:
+        router_nbytes, experts_nbytes: bytes of the router's and of all experts' weights.
+
+    Raises:
+        ConfigError: a format the device does not have, or ``exact`` where it cannot be had.
     """
 
     def __init__(
@@ -45,17 +55,10 @@ class PackedExperts:
         shared: PackedSwiGLU | None = None,
         exact: bool = False,
     ) -> None:
-        self.experts, self.top_k, self.normalise, self.exact = len(gate_up_ECF2), top_k, normalise, exact
-        self.bias = bias_E.detach().to(device, torch.float32)
-        self.router = pack_linear(router_EC, None, "fp32", device, exact=exact)
-        self.gate_up: list[PackedLinear] = [
-            pack_linear(w.T, None, format, device, exact=exact) for w in gate_up_ECF2
-        ]
-        self.down: list[PackedLinear] = [
-            pack_linear(w.T, None, format, device, exact=exact) for w in down_EFC
-        ]
-        self.shared = shared
-        self._swiglu = exact_swiglu if exact else swiglu
+        self.experts, self.top_k, self.normalise, self.shared = len(gate_up_ECF2), top_k, normalise, shared
+        make = HostExperts if torch.device(device).type == "cpu" else DeviceExperts
+        self._layer = make(router_EC, bias_E, gate_up_ECF2, down_EFC, top_k, normalise, format, device, exact)
+        self.router_nbytes, self.experts_nbytes = self._layer.router_nbytes, self._layer.experts_nbytes
 
     def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows through their experts.
@@ -67,11 +70,36 @@ class PackedExperts:
             ``out [N, C]`` in the dtype of ``x``, the experts ``[N, K]`` (integer, likeliest first by probability
             plus bias) and their gates ``[N, K]`` (fp32).
         """
-        expert_NK, gate_NK = self.route(x_NC)
-        out = self._one(x_NC, expert_NK, gate_NK) if len(x_NC) == 1 else self._many(x_NC, expert_NK, gate_NK)
+        out, expert_NK, gate_NK = self._layer(x_NC)
         if self.shared is not None:
             out = out + self.shared(x_NC)
         return out, expert_NK, gate_NK
+
+
+class HostExperts:
+    """On a CPU: every chosen expert is two products over the rows that chose it."""
+
+    def __init__(
+        self, router_EC: Tensor, bias_E: Tensor, gate_up_ECF2: Tensor, down_EFC: Tensor, top_k: int, normalise: bool,
+        format: str, device: torch.device | str, exact: bool,
+    ) -> None:  # fmt: skip
+        self.experts, self.top_k, self.normalise, self.exact = len(gate_up_ECF2), top_k, normalise, exact
+        self.bias = bias_E.detach().float()
+        self.router = pack_linear(router_EC, None, "fp32", device, exact=exact)
+        self.gate_up: list[PackedLinear] = [
+            pack_linear(w.T, None, format, device, exact=exact) for w in gate_up_ECF2
+        ]
+        self.down: list[PackedLinear] = [
+            pack_linear(w.T, None, format, device, exact=exact) for w in down_EFC
+        ]
+        self._swiglu = exact_swiglu if exact else swiglu
+        self.router_nbytes = self.router.nbytes
+        self.experts_nbytes = sum(w.nbytes for w in (*self.gate_up, *self.down))
+
+    def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        expert_NK, gate_NK = self.route(x_NC)
+        run = self._one if len(x_NC) == 1 else self._many
+        return run(x_NC, expert_NK, gate_NK), expert_NK, gate_NK
 
     def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Experts and gates ``[N, K]``: ``deepseek.ops.experts.route`` with the packed router."""
@@ -100,6 +128,42 @@ class PackedExperts:
         place[order] = torch.arange(len(order))
         out = y.index_select(0, place).view(len(x_NC), self.top_k, -1).sum(1, dtype=torch.float32)
         return out.to(x_NC.dtype)
+
+
+class DeviceExperts:
+    """On an accelerator: kernels for a step's rows; for a long prompt's the grouped products that training uses."""
+
+    def __init__(
+        self, router_EC: Tensor, bias_E: Tensor, gate_up_ECF2: Tensor, down_EFC: Tensor, top_k: int, normalise: bool,
+        format: str, device: torch.device | str, exact: bool,
+    ) -> None:  # fmt: skip
+        if format not in DTYPES:
+            raise ConfigError(
+                f"experts on {torch.device(device).type} are kept in fp32 or bf16, not '{format}'"
+            )
+        self.fused = torch.device(device).type == "cuda" and available()
+        if exact and not self.fused:
+            raise ConfigError("experts with bit-identical rows need a CPU, or CUDA with the extra 'kernels'")
+        self.top_k, self.normalise, self.exact = top_k, normalise, exact
+        self.router = router_EC.detach().to(device, torch.float32)
+        self.bias = bias_E.detach().to(device, torch.float32)
+        self.gate_up, self.down = (  # inputs side by side: what the kernels read
+            w.detach().to(device, DTYPES[format]).mT.contiguous() for w in (gate_up_ECF2, down_EFC)
+        )
+        self.router_nbytes = self.router.nbytes
+        self.experts_nbytes = self.gate_up.nbytes + self.down.nbytes
+
+    def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.fused and (self.exact or len(x_NC) <= KERNEL_ROWS):
+            out: tuple[Tensor, Tensor, Tensor] = kernels("decode_experts").decode(
+                x_NC.contiguous(), self.router, self.bias, self.gate_up, self.down, self.top_k, self.normalise,
+                self.exact,
+            )  # fmt: skip
+            return out
+        probs, expert, gate = route(x_NC, self.router, self.bias, self.top_k, self.normalise)
+        where = dispatch(expert, probs)
+        y, _ = run_experts(x_NC, gates(gate, probs, where), where, self.gate_up.mT, self.down.mT)
+        return y, expert, gate
 
 
 def experts_reference(

@@ -11,6 +11,9 @@ order however many rows there are. Only a single row goes another way. So ``exac
 is computed as two (``rows_agree`` checks the claim on this machine for every shape, and a layer for which it does not
 hold is computed row by row). ``int8``: see ``deepseek.ops.int8_linear``.
 
+On CUDA a few rows go through a kernel that streams the weight once, more through the vendor's product, and ``exact``
+through a product of one tile shape for every number of rows (``deepseek.ops.triton.linear``).
+
 Shape letters: N rows, C inputs, F outputs of a layer.
 """
 
@@ -26,9 +29,11 @@ from torch import Tensor
 from deepseek.errors import ConfigError
 from deepseek.ops.exact import exact_swiglu
 from deepseek.ops.experts import swiglu
+from deepseek.ops.triton import available, kernels
 from deepseek.registry import backends, get_op, register_op
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GEMV_ROWS = 4  #: up to how many rows a product on CUDA is a matter of reading the weight
 SMALL = 1 << 17  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
 
 
@@ -129,6 +134,23 @@ class RowwiseLinear(PlainLinear):
         return torch.cat([F.linear(row[None], self.weight, self.bias) for row in x_NC])
 
 
+class TritonLinear(PlainLinear):
+    """Few rows by ``gemv``, more by ``F.linear``; ``exact``: all by ``row_matmul``."""
+
+    def __init__(self, weight_FC: Tensor, bias_F: Tensor | None, exact: bool) -> None:
+        super().__init__(weight_FC, bias_F)
+        self.exact, self._kernels = exact, kernels("linear")
+
+    def __call__(self, x_NC: Tensor) -> Tensor:
+        if self.exact:
+            y: Tensor = self._kernels.row_matmul(x_NC.contiguous(), self.weight, self.bias)
+        elif x_NC.shape[0] <= GEMV_ROWS:
+            y = self._kernels.gemv(x_NC.contiguous(), self.weight, self.bias)
+        else:
+            y = F.linear(x_NC, self.weight, self.bias)
+        return y
+
+
 class OneDNNLinear(PackedLinear):
     """A oneDNN product over a weight in its blocked layout; ``exact`` never lets it see a single row."""
 
@@ -154,10 +176,12 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def rows_agree(linear: PackedLinear, dtype: torch.dtype, most: int = 97) -> bool:
+def rows_agree(
+    linear: PackedLinear, dtype: torch.dtype, device: torch.device | str = "cpu", most: int = 97
+) -> bool:
     """Whether a row's result was bit-identical in every one of some compositions of up to ``most`` rows."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(most, linear.in_features, generator=generator).to(dtype)
+    x = torch.randn(most, linear.in_features, generator=generator).to(device, dtype)
     whole = linear(x)
     for rows in (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 48, 64):
         for first in (0, most - rows):
@@ -177,11 +201,13 @@ def _pack(weight: Tensor, bias: Tensor | None, device: torch.device, exact: bool
     dtype = DTYPES[name]
     weight = weight.to(device, dtype).contiguous()
     bias = None if bias is None else bias.to(device, dtype).contiguous()
+    if device.type == "cuda" and available():
+        return TritonLinear(weight, bias, exact)
     if device.type != "cpu":
         if exact:
             raise ConfigError(
-                f"format '{name}' on {device.type} has no bit-identical rows; "
-                "use the CPU, or serve without `deterministic`"
+                f"rows on {device.type} are bit-identical only by our Triton kernels, which need CUDA of SM80 or "
+                "newer and the extra 'kernels'; use the CPU, or do without `exact`"
             )
         return PlainLinear(weight, bias)
     small = dtype == torch.float32 and weight.numel() < SMALL and not exact

@@ -195,7 +195,7 @@ class DecoderLayer:
         e = self.experts
         chosen = 1 - (1 - e.top_k / e.experts) ** rows
         shared = 0 if e.shared is None else e.shared.nbytes
-        return fixed + e.router.nbytes + shared + chosen * sum(w.nbytes for w in (*e.gate_up, *e.down))
+        return fixed + e.router_nbytes + shared + chosen * e.experts_nbytes
 
 
 def _packed_swiglu(ffn: SwiGLU, format: str, device: torch.device, exact: bool) -> PackedSwiGLU:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepseek.errors import ConfigError
 from deepseek.nn.moe import MoE, MoEConfig
-from deepseek.ops.decode_experts import PackedExperts, experts_reference
+from deepseek.ops.decode_experts import DeviceExperts, PackedExperts, experts_reference
 from deepseek.ops.experts import route
 from deepseek.ops.packed_linear import PackedSwiGLU
 
@@ -104,3 +105,27 @@ def test_exact_rows_do_not_depend_on_the_others(format: str) -> None:
             part = packed(x[first : first + n])
             for got, want in zip(part, whole):
                 assert got.equal(want[first : first + n]), (n, first)
+
+
+def test_the_path_of_accelerators_without_kernels() -> None:
+    moe = layer()
+    device = DeviceExperts(
+        moe.router.weight, moe.router.bias, moe.gate_up, moe.down, 2, True, "fp32", CPU, exact=False
+    )
+    host = pack(moe, "fp32")
+    for n in (1, 50):
+        with torch.no_grad():
+            out, expert, gate = device(rows(n))
+        want = host(rows(n))
+        torch.testing.assert_close(out, want[0], rtol=1e-4, atol=1e-5)
+        assert expert.equal(want[1].to(expert.dtype))
+        torch.testing.assert_close(gate, want[2])
+    assert device.experts_nbytes == host.experts_nbytes
+    with pytest.raises(ConfigError, match="not 'int8'"):
+        DeviceExperts(
+            moe.router.weight, moe.router.bias, moe.gate_up, moe.down, 2, True, "int8", "meta", False
+        )
+    with pytest.raises(ConfigError, match="bit-identical rows need"):
+        DeviceExperts(
+            moe.router.weight, moe.router.bias, moe.gate_up, moe.down, 2, True, "fp32", "meta", True
+        )

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from deepseek.ops.packed_linear import TritonLinear, rows_agree
 from deepseek.ops.triton.linear import gemv, row_matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,3 +49,14 @@ def test_rows_of_row_matmul_do_not_depend_on_the_others(inputs: int, outputs: in
     for rows in (1, 17, 64):
         for first in (0, 70 - rows):
             assert row_matmul(x[first : first + rows], weight, b).equal(whole[first : first + rows])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_layer_picks_a_kernel_by_the_number_of_rows(exact: bool) -> None:
+    weight, bias = make(0, 12, 64), make(1, 12)
+    linear = TritonLinear(weight, bias, exact)
+    for rows in (1, 4, 9):
+        x = make(rows, rows, 64)
+        torch.testing.assert_close(linear(x), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+    if exact:
+        assert rows_agree(linear, torch.float32, DEVICE)
