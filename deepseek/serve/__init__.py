@@ -1,6 +1,32 @@
-"""Using a model: sampling, generation."""
+"""Using a model: sampling, generation.
 
-from deepseek.serve.generate import Completion, LanguageModel, Message, load
-from deepseek.serve.sampler import Sampler, SamplingConfig
+Names are imported when they are asked for: the router, which is below this package, needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseek.serve.generate import Completion, LanguageModel, Message, load
+    from deepseek.serve.sampler import Sampler, SamplingConfig
+
+#: Where each name lives.
+_HOMES = {
+    "Completion": "deepseek.serve.generate",
+    "LanguageModel": "deepseek.serve.generate",
+    "Message": "deepseek.serve.generate",
+    "load": "deepseek.serve.generate",
+    "Sampler": "deepseek.serve.sampler",
+    "SamplingConfig": "deepseek.serve.sampler",
+}
 
 __all__ = ["Completion", "LanguageModel", "Message", "Sampler", "SamplingConfig", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
