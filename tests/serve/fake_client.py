@@ -93,7 +93,10 @@ class FakeClient:
 
     async def _outputs(self, request: Request) -> AsyncIterator[Output]:
         sampling, first = request.sampling, True
-        sizes: dict[str, Any] = {"prompt_tokens": len(request.prompt), "cached_tokens": len(request.prompt) // 2}
+        sizes: dict[str, Any] = {
+            "prompt_tokens": len(request.prompt),
+            "cached_tokens": len(request.prompt) // 2,
+        }
         if request.embed:
             vector = tuple(float(sum(request.prompt) % (i + 7)) for i in range(self.info.hidden))
             yield Output(request.id, embedding=vector, finish="stop", **sizes)
@@ -195,7 +198,9 @@ def serving(
     """A server on a free port of loopback, in a thread."""
     client = client or FakeClient()
     options.setdefault("log", "")
-    front = Front(client, lambda path: (client.tokenizer, chat() if chat else None), ServerConfig(**options), keys)
+    front = Front(
+        client, lambda path: (client.tokenizer, chat() if chat else None), ServerConfig(**options), keys
+    )
     begun = threading.Event()
     server = Server(front, started=begun.set)
     with bind("127.0.0.1", 0) as bound:

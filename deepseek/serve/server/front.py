@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -50,6 +51,7 @@ class Front:
         self.began = time.time()
         self._served: Served | None = None
         self._texts: dict[str, tuple[Any, Any]] = {}
+        self._loading = asyncio.Lock()
         self._number = 0
 
     def new_id(self) -> str:
@@ -59,17 +61,18 @@ class Front:
 
     async def served(self) -> Served:
         """The model that new requests go to. Raises ``EngineError`` when none is loaded yet."""
-        info = self.client.info
-        found = self._served
-        if found is None or found.info is not info:
-            texts = self._texts.get(info.path)
-            if texts is None:
-                texts = self._texts[info.path] = await anyio.to_thread.run_sync(self.load, info.path)
-            self._texts = {info.path: texts}
-            if self._served is None or self._served.info is not info:
-                self._served = Served(info, self.config.name or info.name, *texts)
-            found = self._served
-        return found
+        while self._served is None or self._served.info is not self.client.info:
+            async with self._loading:
+                info = self.client.info
+                if self._served is not None and self._served.info is info:
+                    break
+                texts: Any = self._texts.get(info.path)
+                if texts is None:
+                    texts = await anyio.to_thread.run_sync(self.load, info.path)
+                make = partial(Served.of, info, self.config.name or info.name, *texts)
+                self._served = await anyio.to_thread.run_sync(make)
+                self._texts = {info.path: texts}
+        return self._served
 
     async def reload(self, path: str) -> Served:
         """Serve the model at ``path`` from now on. Raises ``DeepseekError`` and serves on what it served."""
@@ -112,4 +115,5 @@ class Front:
             now = time.monotonic()
             for stream in list(self.streams):
                 stream.look(now, self.config.beat, self.config.stalled)
-            self.metrics.look(self.client.stats())
+            if self._served is not None:
+                self.metrics.look(self._served.name, self.client.stats())

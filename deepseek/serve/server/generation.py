@@ -105,6 +105,10 @@ class Generation:
     def __init__(self, exchange: Exchange, served: Served, requests: Sequence[Request]) -> None:
         self.exchange, self.served, self.requests = exchange, served, requests
         self.progress = [Progress(exchange.record.began) for _ in requests]
+        metrics = exchange.front.metrics
+        metrics.n.observe(exchange.body.get("n") or 1, served.name)
+        for request in requests:
+            metrics.most.observe(request.sampling.max_tokens, served.name)
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
         """``(sequence, output)`` until each sequence has ended. Closing it aborts those that have not.

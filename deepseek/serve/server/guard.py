@@ -21,6 +21,7 @@ from deepseek.serve.server.exchange import KEY, RECORD
 from deepseek.serve.server.front import Front
 from deepseek.serve.server.page import POLICY, Page
 
+HEAD_BYTES = 64 << 10  #: of a request's line and headers
 OPEN = frozenset({"/health", "/ready"})
 NAMES = re.compile(r"[\w.:-]{1,128}", re.ASCII)  #: what is honoured as X-Request-Id
 HEADERS = [
@@ -89,6 +90,9 @@ class Guard:
 
     def _check(self, scope: Any, headers: dict[str, str], record: Record) -> None:
         """Raises ``ApiError`` unless the request may go on; finds its key."""
+        size = sum(len(k) + len(v) for k, v in scope["headers"]) + len(scope.get("raw_path", b""))
+        if size + len(scope["query_string"]) > HEAD_BYTES:
+            raise ApiError(f"the head of this request has more than {HEAD_BYTES:,} bytes", 431)
         path, keys = scope["path"], self.front.keys
         if headers.get("sec-fetch-site") in ("cross-site", "same-site") and path not in self.page:
             raise ApiError("requests from pages of other sites are refused", 403, code="cross_site")

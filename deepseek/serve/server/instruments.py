@@ -171,6 +171,7 @@ class ServerMetrics:
         count = len(output.tokens)
         progress.prompt_tokens = output.prompt_tokens or progress.prompt_tokens
         progress.cached_tokens = output.cached_tokens or progress.cached_tokens
+        progress.queued = output.queued or progress.queued
         if count:
             if progress.first is None:
                 progress.first = now
@@ -205,7 +206,7 @@ class ServerMetrics:
             if progress.tokens > 1:
                 self.mean.observe((progress.last - progress.first) / (progress.tokens - 1), model)
 
-    def look(self, stats: EngineStats) -> None:
+    def look(self, model: str, stats: EngineStats) -> None:
         """Once a second: the tokens of the steps since the last look, as that many steps of equal size."""
         before, self._stats = self._stats, stats
         steps = stats.steps - before.steps
@@ -213,7 +214,7 @@ class ServerMetrics:
             before.prompt_tokens + before.generated_tokens
         )
         if steps > 0 and tokens >= 0:
-            self.steps.observe(tokens / steps, self._model, times=steps)
+            self.steps.observe(tokens / steps, model, times=steps)
 
     def render(self, model: str, stats: EngineStats, inside: int) -> bytes:
         """All of it as text."""

@@ -77,7 +77,7 @@ class Family:
             total = 0
             for bound, count in zip([*histogram.bounds, INFINITY], histogram.counts):
                 total += count
-                found.append(f"{self.name}_bucket{self._tags(labels, ('le', _number(bound)))} {total}")
+                found.append(f"{self.name}_bucket{self._tags(labels, ('le', _bound(bound)))} {total}")
             found.append(f"{self.name}_sum{self._tags(labels)} {_number(histogram.sum)}")
             found.append(f"{self.name}_count{self._tags(labels)} {total}")
         return found
@@ -90,6 +90,11 @@ class Family:
 def _escaped(text: str, quote: bool = True) -> str:
     text = text.replace("\\", "\\\\").replace("\n", "\\n")
     return text.replace('"', '\\"') if quote else text
+
+
+def _bound(value: float) -> str:
+    """As Prometheus' Python client writes it, so that queries by ``le`` fit both."""
+    return "+Inf" if math.isinf(value) else repr(float(value))
 
 
 def _number(value: float) -> str:

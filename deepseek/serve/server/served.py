@@ -48,14 +48,31 @@ Loader = Callable[[str], tuple[Tokenizer, Chat | None]]
 
 @dataclass(frozen=True)
 class Served:
-    """A model as clients see it. ``name`` is what they call it."""
+    """A model as clients see it.
+
+    Attributes:
+        name: what they call it.
+        fingerprint: changes with whatever may change the answer to an equal request with an equal seed.
+        longest_text: characters above which no text fits the model, however it is tokenised.
+    """
 
     info: ModelInfo
     name: str
     tokenizer: Tokenizer
     chat: Chat | None
+    fingerprint: str
+    longest_text: int
     created: int = field(default_factory=lambda: int(time.time()))
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def of(cls, info: ModelInfo, name: str, tokenizer: Tokenizer, chat: Chat | None) -> Served:
+        """Computes what takes long for a large vocabulary; call it in a thread."""
+        tokenizer.prompt("warm")
+        known = f"{info.path} {info.step} {info.parameters} {tokenizer.fingerprint}"
+        fingerprint = "fp_" + hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
+        longest = info.max_length * max(1, int(tokenizer.token_bytes.max(initial=1)))
+        return cls(info, name, tokenizer, chat, fingerprint, longest)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,17 +91,6 @@ class Served:
             param="model",
             code="model_not_found",
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with whatever may change the answer to an equal request with an equal seed."""
-        known = f"{self.info.path} {self.info.step} {self.info.parameters} {self.tokenizer.fingerprint}"
-        return "fp_" + hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
-
-    @property
-    def longest_text(self) -> int:
-        """Characters above which no text fits the model, however it is tokenised."""
-        return self.info.max_length * max(1, int(self.tokenizer.token_bytes.max(initial=1)))
 
     async def threaded(self, size: int, limit: int, work: Callable[[], T]) -> T:
         """``work`` with the tokenizer to itself: here if it is small and the tokenizer is free, else in a thread.

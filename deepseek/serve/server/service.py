@@ -70,7 +70,11 @@ async def version(exchange: Exchange) -> Json:
 async def reload(exchange: Exchange) -> Json:
     """New requests go to the model at ``path``; those that run finish on the old one."""
     path = exchange.body["path"]
-    if "\x00" in path or not Path(path).exists():
+    try:
+        there = Path(path).exists()
+    except (OSError, ValueError):  # a name too long, a null byte
+        there = False
+    if not there:
         raise ApiError(f"there is nothing at {path[:200]!r}", param="path")
     served = await exchange.front.reload(path)
     return Json({"object": "model.reload", "model": described(served, served.name)})

@@ -21,9 +21,9 @@ from deepseek.serve.server.app import application
 from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.exchange import ABORT
 from deepseek.serve.server.front import Front
+from deepseek.serve.server.guard import HEAD_BYTES
 from deepseek.serve.server.page import Page
 
-HEAD_BYTES = 64 << 10  #: of a request's line and headers
 LINGER = 2.0  #: seconds for the last bytes to leave after the last answer
 
 

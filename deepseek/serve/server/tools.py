@@ -207,43 +207,53 @@ class ListedCalls(Parser):
 
 
 class TaggedCalls(Parser):
-    """Text, and calls between tags. What may become a tag is held back."""
+    """Text, and calls between tags. What may become a tag is held back, and so are blanks that may precede a call."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
-        self._held, self._inside, self._bare, self._begun = "", False, False, False
+        self._held, self._inside, self._called, self._open = "", False, False, False
+        self._bare: bool | None = (
+            None  # the answer may be nothing but JSON; not known before its first character
+        )
 
     def push(self, text: str) -> list[Event]:
         self._held += text
-        if not self._begun and self._held.strip():
-            self._begun, self._bare = True, self._held.lstrip().startswith(("{", "["))
-        if self._bare:
+        if self._bare is None and self._held.strip():
+            self._bare = self._held.lstrip().startswith(("{", "["))
+        if self._bare or self._bare is None:
             return []
         found: list[Event] = []
         while True:
-            mark = CLOSE if self._inside else OPEN
-            before, tag, after = self._held.partition(mark)
+            before, tag, after = self._held.partition(CLOSE if self._inside else OPEN)
             if not tag:
                 break
-            if self._inside:
-                found += _call(before, self._names) or [Event("text", f"{OPEN}{before}{CLOSE}")]
-            elif before.strip():
-                found.append(Event("text", before))
+            found += self._called_by(before, f"{OPEN}{before}{CLOSE}") if self._inside else self._text(before)
             self._held, self._inside = after, not self._inside
         if not self._inside:
-            keep = _beginning_of(OPEN, self._held)
-            safe, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-            if safe.strip() or (safe and not found and self._begun):
-                found.append(Event("text", safe))
+            keep = len(self._held) - _beginning_of(OPEN, self._held)
+            shown = self._text(self._held[:keep])
+            self._held = self._held[keep:] if shown or not self._held[:keep] else self._held
+            found += shown
         return found
 
     def finish(self) -> list[Event]:
         held, self._held = self._held, ""
         if self._inside:  # the end tag may be the model's end token, which is no text
-            return _call(held, self._names) or [Event("text", OPEN + held)]
+            return self._called_by(held, OPEN + held)
         if self._bare:
             return _calls(held, self._names) or [Event("text", held)]
-        return [Event("text", held)] if held.strip() else []
+        return [Event("text", held)] if held.strip() or (held and not self._called) else []
+
+    def _text(self, text: str) -> list[Event]:
+        if not text or not (self._open or text.strip()):
+            return []
+        self._open = True
+        return [Event("text", text)]
+
+    def _called_by(self, inner: str, whole: str) -> list[Event]:
+        events = _call(inner, self._names)
+        self._called, self._open = self._called or bool(events), not events
+        return events or [Event("text", whole)]
 
 
 def _beginning_of(mark: str, text: str) -> int:
