@@ -75,12 +75,11 @@ def run(engine: StepEngine, channel: Channel, beat: Heartbeat) -> None:
                 engine.abort(message[1])
             elif message[0] == wire.STOP:
                 return
-        if engine.has_work:
-            outputs = engine.step()
-            steps += 1
-            if outputs:
-                channel.send((wire.OUT, [wire.pack_output(o) for o in outputs]))
-        beat.write(steps, engine.stats())
+        outputs = engine.step() if (working := engine.has_work) else []
+        steps += working
+        beat.write(steps, engine.stats())  # before the outputs: who has an answer finds it counted
+        if outputs:
+            channel.send((wire.OUT, [wire.pack_output(o) for o in outputs]))
         channel.flush()
         while channel.backlog > BACKLOG and not channel.closed:
             channel.wait(IDLE)
