@@ -22,8 +22,8 @@ from deepseek.ops.paged_rows import StepRows, gather, key_slots
 from deepseek.registry import register_op
 
 CHUNK = 64  #: keys
-TILE = 32  #: rows of a product: query rows times the heads of a group
-BUDGET = 8 << 20  #: bytes of keys and values gathered at a time
+TILE = 16  #: rows of a product: query rows times the heads of a group
+BUDGET = 2 << 20  #: bytes of keys and values gathered at a time
 FAR = -1e30  #: score of what is masked: finite, so that a place without a row gives numbers too
 
 
