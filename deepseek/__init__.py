@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from deepseek.recipes.pretrain import pretrain
     from deepseek.recipes.pretrain import resume_run as resume
     from deepseek.registry import register_op
-    from deepseek.serve import Completion, LanguageModel, Message, SamplingConfig, load
+    from deepseek.serve import Completion, Engine, EngineConfig, LanguageModel, Message, SamplingConfig, load
     from deepseek.train import OptimConfig, ScheduleConfig, TrainingConfig, fit
     from deepseek.weights.checkpoint import CheckpointConfig
 
@@ -58,6 +58,8 @@ _HOMES = {
     "DataConfig": "deepseek.data",
     "DataError": "deepseek.errors",
     "DeepseekError": "deepseek.errors",
+    "Engine": "deepseek.serve",
+    "EngineConfig": "deepseek.serve",
     "EvaluateConfig": "deepseek.recipes.plan",
     "LanguageModel": "deepseek.serve",
     "Message": "deepseek.serve",
@@ -94,11 +96,12 @@ _PACKAGES = ("data", "events", "math", "models", "monitor", "nn")
 
 __all__ = [
     "AttentionConfig", "Batch", "CheckpointConfig", "CheckpointError", "Completion", "ConfigError", "DataConfig",
-    "DataError", "DeepseekError", "EvaluateConfig", "LanguageModel", "Message", "MissingExtraError", "MoEConfig",
-    "ModelConfig", "OptimConfig", "ParallelConfig", "PretrainConfig", "RunError", "SamplingConfig", "ScheduleConfig",
-    "SourceConfig", "Tokenizer", "TrainingConfig", "TrainingError", "Transformer", "WeightsError", "__version__",
-    "activation_checkpoint", "data", "emit", "evaluate", "events", "export", "fit", "jit", "load", "math", "models",
-    "monitor", "nn", "prepare", "pretrain", "read_config", "register_op", "resume", "train_tokenizer",
+    "DataError", "DeepseekError", "Engine", "EngineConfig", "EvaluateConfig", "LanguageModel", "Message",
+    "MissingExtraError", "MoEConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PretrainConfig", "RunError",
+    "SamplingConfig", "ScheduleConfig", "SourceConfig", "Tokenizer", "TrainingConfig", "TrainingError",
+    "Transformer", "WeightsError", "__version__", "activation_checkpoint", "data", "emit", "evaluate", "events",
+    "export", "fit", "jit", "load", "math", "models", "monitor", "nn", "prepare", "pretrain", "read_config",
+    "register_op", "resume", "train_tokenizer",
 ]  # fmt: skip
 
 

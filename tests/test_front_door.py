@@ -18,6 +18,8 @@ NAMES = [
     "DataConfig",
     "DataError",
     "DeepseekError",
+    "Engine",
+    "EngineConfig",
     "EvaluateConfig",
     "LanguageModel",
     "Message",

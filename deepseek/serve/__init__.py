@@ -1,4 +1,4 @@
-"""Using a model: sampling, generation.
+"""Using a model: the engine, its server, sampling, generation.
 
 Names are imported when they are asked for: the router, which is below this package, needs no torch.
 """
@@ -9,20 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseek.serve.engine import Engine, EngineConfig
     from deepseek.serve.generate import Completion, LanguageModel, Message, load
+    from deepseek.serve.request import Output, Request
     from deepseek.serve.sampler import Sampler, SamplingConfig
 
 #: Where each name lives.
 _HOMES = {
     "Completion": "deepseek.serve.generate",
+    "Engine": "deepseek.serve.engine",
+    "EngineConfig": "deepseek.serve.engine",
     "LanguageModel": "deepseek.serve.generate",
     "Message": "deepseek.serve.generate",
+    "Output": "deepseek.serve.request",
+    "Request": "deepseek.serve.request",
     "load": "deepseek.serve.generate",
     "Sampler": "deepseek.serve.sampler",
     "SamplingConfig": "deepseek.serve.sampler",
 }
 
-__all__ = ["Completion", "LanguageModel", "Message", "Sampler", "SamplingConfig", "load"]
+__all__ = [
+    "Completion", "Engine", "EngineConfig", "LanguageModel", "Message", "Output", "Request", "Sampler",
+    "SamplingConfig", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
