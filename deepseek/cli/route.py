@@ -17,7 +17,7 @@ class Route:
     port: int = 8080  # 0: any free one
     host: str = "127.0.0.1"  # anything else can be reached from other machines
     open: bool = False  # also give requests of other machines to replicas that ask for no key
-    keys: str = ""  # a TOML file: who may read /metrics; DEEPSEEK_API_KEYS too. Other keys pass through
+    keys_file: str = ""  # TOML: who may read /metrics; DEEPSEEK_API_KEYS too. All other keys just pass through
     affinity: int = (
         1024  # characters of a prompt that send equal beginnings to one replica; 0: the least busy
     )
@@ -35,7 +35,7 @@ class Route:
 
         options = ("affinity", "ready_path", "resolve", "max_body", "silence", "linger", "drain", "open")
         config = RouterConfig(**{name: getattr(self, name) for name in options})
-        keys = Keyring.load(self.keys or None, os.environ)
+        keys = Keyring.load(self.keys_file or None, os.environ)
         route(
             self.replicas, config, host=self.host, port=self.port, keys=keys or None, listening=print_address
         )

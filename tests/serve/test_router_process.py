@@ -166,7 +166,7 @@ def port_of_nobody() -> int:
         ((), "needs the address of a replica"),
         (("http://a:1/v1",), "more than a host and a port"),
         (("http://a:1", "--affinity", "-1"), "affinity=-1"),
-        (("http://a:1", "--keys", "nowhere.toml"), "nowhere.toml"),
+        (("http://a:1", "--keys-file", "nowhere.toml"), "nowhere.toml"),
         (("http://a:1", "--nonsense", "1"), "nonsense"),
     ],
 )
