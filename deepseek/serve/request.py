@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from deepseek.serve.sampler import SamplingConfig
+from deepseek.serve.sampling_config import SamplingConfig
 
 #: Why a request ended. 'stop': an end token or a stop text; 'length': max_tokens or the model's room;
 #: 'abort': the client went; 'timeout': its deadline passed; 'error': the engine failed it (``Output.error``).

@@ -28,7 +28,7 @@ from typing import Any
 from deepseek import errors
 from deepseek.errors import DeepseekError, EngineError
 from deepseek.serve.request import EngineStats, ModelInfo, Output, Request, TokenLogprobs, TokenTrace
-from deepseek.serve.sampler import Grammar, SamplingConfig
+from deepseek.serve.sampling_config import Grammar, SamplingConfig
 
 ADD, ABORT, STOP, READY, OUT, REFUSED, FAILED = range(7)
 Message = tuple[Any, ...]
