@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from deepseek.errors import ConfigError, DataError, WeightsError
 from deepseek.events import emit
 from deepseek.models import ModelConfig, Transformer
 from deepseek.precision import Policy, choose
+from deepseek.serve.chat_template import ChatTemplate
 from deepseek.serve.sampler import Sampler, SamplingConfig
 
 
@@ -88,8 +90,14 @@ class LanguageModel:
         return self.generate(self.chat_prompt(messages), sampling, **options)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids ``[EOS] <|user|> … <|end|> <|assistant|>``; ``DataError`` if the tokenizer has no chat tokens."""
+        """Token ids through the model's own chat template, or ``[EOS] <|user|> … <|end|> <|assistant|>``.
+
+        Raises:
+            DataError: the model has neither a template nor our chat tokens. RequestError: the template refuses.
+        """
         tokenizer = self.tokenizer
+        if tokenizer.chat_templates:
+            return self._template.render([{"role": m.role, "content": m.content} for m in messages])
         ids = [tokenizer.eos_id]
         for message in messages:
             if message.role not in ("system", "user", "assistant"):
@@ -99,12 +107,8 @@ class LanguageModel:
         return [*ids, tokenizer.token_id("<|assistant|>")]
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """What the model sees: text gets the document start in front, ids are taken as they are."""
-        ids = (
-            [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
-            if isinstance(prompt, str)
-            else list(prompt)
-        )
+        """What the model sees: text begins as the model was trained, ids are taken as they are."""
+        ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) else list(prompt)
         vocabulary = self.config.vocab_size
         if not ids:
             raise ConfigError(
@@ -147,11 +151,7 @@ class LanguageModel:
         ids, began = self.prompt_ids(prompt), time.perf_counter()
         text, shown, out, reason, cut = "", 0, list[int](), "length", None
         decoder = self.tokenizer.stream()
-        ends = (
-            {self.tokenizer.eos_id, self.tokenizer.token_id("<|end|>")}
-            if self._has_chat()
-            else {self.tokenizer.eos_id}
-        )
+        ends = self.tokenizer.end_ids
         room = min(sampling.max_tokens, self.config.max_length - len(ids))
         for token in self.tokens(ids, sampling):
             if token in ends:
@@ -177,16 +177,13 @@ class LanguageModel:
              seconds=seconds)  # fmt: skip
         yield Completion(text, out, reason, seconds)
 
-    def _has_chat(self) -> bool:
-        try:
-            self.tokenizer.token_id("<|end|>")
-        except DataError:
-            return False
-        return True
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
 
 def load(path: Path | str, device: str = "auto", precision: str = "fp32") -> LanguageModel:
-    """A run, a checkpoint or a Hugging Face directory, ready to ``generate``.
+    """A run, a checkpoint, a Hugging Face directory or a GGUF file, ready to ``generate``.
 
     Args:
         device: 'auto', 'cpu', 'cuda', …
