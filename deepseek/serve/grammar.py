@@ -3,12 +3,15 @@
 A grammar is compiled once and kept while it is among the newest ``KEPT``; each request gets a matcher of its own
 from it. Before a token is drawn the matcher says which tokens may come next, one bit each; the end token is among
 them only where the answer may end, so an answer that ends by itself matches. Compiling and every step run under
-limits of size and work: a grammar that needs more is refused, or ends its own request, and nobody else's.
+limits of size and work, and in another process first (``grammar_trial``): a grammar that needs more is refused,
+or ends its own request, and nobody else's.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
@@ -18,6 +21,7 @@ import numpy.typing as npt
 
 from deepseek.data import Tokenizer
 from deepseek.errors import MissingExtraError, RequestError
+from deepseek.serve.grammar_trial import Trial
 from deepseek.serve.sampler import Grammar
 
 KEPT = 64  #: compiled grammars, and refusals, that are kept
@@ -46,12 +50,17 @@ class Grammars:
         MissingExtraError: at the first grammar, if llguidance is not installed.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, vocabulary: int, end_ids: Collection[int] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: Collection[int] | None = None) -> None:
         self._tokenizer, self._vocabulary, self._end_ids = tokenizer, vocabulary, end_ids
-        self._known: OrderedDict[Grammar, Any] = OrderedDict()  # a matcher at its beginning, or an error's text
+        self._known: OrderedDict[Grammar, Any] = (
+            OrderedDict()
+        )  # a matcher at its beginning, or an error's text
         self._tokens: Any = None
+        self._trial = Trial()
+
+    def close(self) -> None:
+        """End the process in which grammars are tried."""
+        self._trial.close()
 
     def state(self, grammar: Grammar) -> GrammarState:
         """A new answer's place in ``grammar``: its beginning.
@@ -73,14 +82,16 @@ class Grammars:
         llguidance = _llguidance()
         try:
             source = _source(llguidance.LLMatcher, grammar)
-        except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
-            return _refusal(grammar, str(error))
-        limits = llguidance.LLParserLimits(**_LIMITS)
+        except (ValueError, RecursionError, OverflowError) as wrong:  # UnicodeEncodeError is a ValueError
+            return _refusal(grammar, str(wrong))
+        if error := self._trial.error(source, _LIMITS):
+            return _refusal(grammar, error)
         if self._tokens is None:
             self._tokens = self._token_table(llguidance)
+        limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(self._tokens, source, log_level=0, limits=limits)
-        if error := matcher.get_error() or _probe(matcher.deep_copy()):
-            return _refusal(grammar, error)
+        if matcher.is_error():
+            return _refusal(grammar, matcher.get_error())
         return matcher
 
     def _token_table(self, llguidance: Any) -> Any:
@@ -150,6 +161,8 @@ def _source(matcher: Any, grammar: Grammar) -> str:
     """``grammar`` in llguidance's own form."""
     if grammar.kind in ("json", "json_schema"):
         schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
+        if re.search(r"\d{16}|\d[eE]|minProperties", schema):
+            schema = json.dumps(_exact(json.loads(schema)))
         return str(matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS}))
     if grammar.kind == "regex":
         return str(matcher.grammar_from_regex(grammar.text))
@@ -159,14 +172,49 @@ def _source(matcher: Any, grammar: Grammar) -> str:
     return str(matcher.grammar_from_lark(grammar.text))
 
 
-def _probe(matcher: Any) -> str:
-    """What is wrong with a grammar that shows only when it is used: nothing matches it, or its rows are too wide."""
-    for _ in range(2):
-        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-        if matcher.is_error() or matcher.is_stopped():
-            break
-        matcher.try_consume_tokens([int(bits.argmax())])
-    return str(matcher.get_error())
+def _exact(schema: Any) -> Any:
+    """``schema`` with limits that fp64 can hold, in which llguidance computes: moved inwards to the next one.
+
+    Raises ``ValueError`` for what llguidance would accept and answers could then miss: a value of ``enum`` or
+    ``const`` that fp64 cannot hold, and ``minProperties``, which counts a name again when it is repeated.
+    """
+    if isinstance(schema, list):
+        return [_exact(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    least, needed = schema.get("minProperties"), schema.get("required")
+    if isinstance(least, int) and least > 1 + len(set(map(str, needed if isinstance(needed, list) else ()))):
+        raise ValueError(f"minProperties={least} cannot be kept: list as many names as 'required'")
+    for key, value in schema.items():
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
+            found[key] = {name: _exact(part) for name, part in value.items()}
+        elif key in ("enum", "const"):
+            _check_exact(value)
+            found[key] = value
+        elif isinstance(value, int | float) and key.lower().endswith("imum"):
+            found[key] = _inwards(value, -math.inf if key.lower().endswith("maximum") else math.inf)
+        else:
+            found[key] = _exact(value)
+    return found
+
+
+def _inwards(limit: float, direction: float) -> float:
+    """The number of fp64 nearest to ``limit`` in a direction. Raises ``ValueError`` where 64 bits end before it."""
+    if limit * direction > 0 and abs(limit) >= 2**63:
+        raise ValueError(f"the limit {limit} is beyond 64 bits")
+    near = float(limit)
+    outside = near > limit if direction < 0 else near < limit
+    whole = isinstance(limit, int)
+    near = math.nextafter(near, direction) if outside else near
+    return int(near) if whole else near
+
+
+def _check_exact(value: Any) -> None:
+    if isinstance(value, int) and (abs(value) >= 2**63 or int(float(value)) != value):
+        raise ValueError(f"the value {value} has more digits than 64-bit numbers hold: use a string")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_exact(part)
 
 
 def _refusal(grammar: Grammar, error: str) -> str:

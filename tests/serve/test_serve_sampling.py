@@ -58,7 +58,9 @@ def random_config(dice: random.Random) -> SamplingConfig:
     )
 
 
-def target(logits: torch.Tensor, config: SamplingConfig, prompt: Sequence[int], told: Sequence[int]) -> np.ndarray:
+def target(
+    logits: torch.Tensor, config: SamplingConfig, prompt: Sequence[int], told: Sequence[int]
+) -> np.ndarray:
     """Slow and plain, in fp64, one token after the other: the probabilities that tokens are drawn with."""
     c, x = config, logits.double().tolist()
     for token in set(prompt) | set(told):
@@ -209,7 +211,7 @@ def test_seeds_and_places_are_independent() -> None:
 
     assert answer(0) == answer(0)
     answers = [answer(seed) for seed in (0, 1, 2**63 - 1)]
-    for a, b in zip(answers, answers[1:]):
+    for a, b in [answers[:2], answers[1:]]:
         assert sum(x == y for x, y in zip(a, b)) < 5  # 0.2 expected
     assert len(set(answers[0])) > 150  # 181 expected
     backwards = [state_of(config, seed=0).uniform(place) for place in (199, 63, 64, 0)]
@@ -221,7 +223,9 @@ def test_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(3, V)
     logits[:, [40, 41, 77]] = 2.0
     logits[1, 0], logits[2, 5] = -0.0, 0.0
-    greedy, two, few = (SamplingConfig(temperature=t, top_k=k, logprobs=4) for t, k in [(0, 0), (1, 2), (1, 3)])
+    greedy, two, few = (
+        SamplingConfig(temperature=t, top_k=k, logprobs=4) for t, k in [(0, 0), (1, 2), (1, 3)]
+    )
     found = sample(logits, [state_of(greedy), state_of(two), state_of(few)])
     assert found[0].token == 40
     assert found[1].token in (40, 41)
@@ -232,7 +236,9 @@ def test_ties_go_to_the_lowest_id() -> None:
         assert s.logprobs.rank == [40, 41, 77].index(s.token) + 1
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 1.0}, {"top_k": 5}, {}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 1.0}, {"top_k": 5}, {}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bad_rows_are_told_and_hurt_no_other(options: dict[str, Any], dtype: torch.dtype) -> None:
     logits = rows_of(6).to(dtype)
@@ -241,7 +247,10 @@ def test_bad_rows_are_told_and_hurt_no_other(options: dict[str, Any], dtype: tor
     bad[0, 9], bad[2, 9], bad[4] = math.nan, math.inf, -math.inf
     bad[5, 100:] = -math.inf  # that one is fine
     config = SamplingConfig(**options, logprobs=2, presence_penalty=0.5)
-    for states in ([state_of(SamplingConfig(**options)) for _ in range(6)], [state_of(config) for _ in range(6)]):
+    for states in (
+        [state_of(SamplingConfig(**options)) for _ in range(6)],
+        [state_of(config) for _ in range(6)],
+    ):
         found = sample(bad, states)
         assert [s.token < 0 for s in found] == [True, False, True, False, True, False]
         assert [found[i].token for i in (1, 3)] == [good[i].token for i in (1, 3)]
@@ -268,7 +277,9 @@ def test_huge_logits_and_cold_temperatures(scale: float, temperature: float) -> 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:
     logits = rows_of(5).bfloat16()
-    config = SamplingConfig(temperature=0.1, top_k=3, repetition_penalty=1.9, logit_bias={8: 100.0}, logprobs=6)
+    config = SamplingConfig(
+        temperature=0.1, top_k=3, repetition_penalty=1.9, logit_bias={8: 100.0}, logprobs=6
+    )
     expected = logits.double().log_softmax(-1)
     for row, s in zip(expected, sample(logits, [state_of(config)] * 5, range(5))):
         assert s.token == 8
@@ -285,7 +296,9 @@ def test_every_row_gets_as_many_logprobs_as_it_asks() -> None:
     states = [state_of(SamplingConfig(logprobs=n)) for n in (None, 0, 3, 20)]
     found = [s.logprobs for s in sample(rows_of(4), states)]
     assert [None if x is None else len(x.top) for x in found] == [None, 0, 3, 20]
-    small = sample(rows_of(1, vocabulary=8), [state_of(SamplingConfig(logprobs=20), vocabulary=8)])[0].logprobs
+    small = sample(rows_of(1, vocabulary=8), [state_of(SamplingConfig(logprobs=20), vocabulary=8)])[
+        0
+    ].logprobs
     assert small is not None
     assert len(small.top) == 8
 

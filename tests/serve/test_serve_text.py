@@ -32,7 +32,9 @@ class Pieces:
 
 
 #: Parts of é (2 bytes), € (3) and 😀 (4), bytes that are never UTF-8, and letters that stop texts begin with.
-PIECES = [b"a", b"b", b"ab", b"abc", b"c\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xacb", b"\xf0\x9f", b"\x98\x80a", b"\xff"]
+PIECES = [
+    b"a", b"b", b"ab", b"abc", b"c\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xacb", b"\xf0\x9f", b"\x98\x80a", b"\xff"
+]  # fmt: skip
 STOPS = ["a", "ab", "abc", "bca", "aab", "b€", "é", "€b", "😀a", "cé", "�", "aaaa", "ba"]
 
 
