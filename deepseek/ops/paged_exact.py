@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseek.ops.exact import exact_map
 from deepseek.ops.paged_rows import StepRows, gather, key_slots
 from deepseek.registry import register_op
 
@@ -106,11 +107,11 @@ def _attend(tiles: Tiles, q_XRHD: Tensor, k: Tensor, v: Tensor, sink: Tensor | N
     if sink is not None:
         first = (q[:, :, 0] * sink[0, :, None]).sum(-1).mul_(D**-0.5)
         top = torch.maximum(top, first)
-    p = s.sub_(top[:, :, None, :, None]).exp_()
+    p = exact_map(torch.exp, s.sub_(top[:, :, None, :, None]))
     values = torch.bmm(p.view(-1, R * G, C), gather(v, tiles.slot, "v", q.dtype).view(keys))
     total, y = _in_order(p.sum(-1)), _in_order(values.view(X, K, Y, R * G, D))
     if sink is not None:
-        share = first.sub_(top).exp_()
+        share = exact_map(torch.exp, first.sub_(top))
         total, y = total + share, y + share[..., None] * sink[1, :, None]
     y = y / total[..., None]
     return y.view(X, K, R, G, D).transpose(1, 2).reshape(X, R, H, D)
