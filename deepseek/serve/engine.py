@@ -162,7 +162,7 @@ class Engine:
     def info(self) -> ModelInfo:
         shape, path = self.shape, self.path
         return ModelInfo(
-            name=self.config.name or path.name, path=str(path), max_length=self.max_length,
+            name=self.config.name or path.name.removesuffix(".gguf"), path=str(path), max_length=self.max_length,
             vocab_size=self.vocabulary, hidden=shape.hidden,
             parameters=self.parameters, step=self.training_step,
             adapters=self.bank.names, experts=shape.moe.experts,
