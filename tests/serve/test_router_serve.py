@@ -1,0 +1,128 @@
+"""The router before the real front end of `deepseek serve` (with an engine that pretends): the two fit each other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fake_client import KEY, FakeClient, Served, keyring, serving, tokenizer
+from test_router import Answer, Routed, routed, until
+
+BODY = {"model": "fake", "prompt": "the quick", "ignore_eos": True}
+HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    return tokenizer()
+
+
+@contextlib.contextmanager
+def both(words: Any, **options: Any) -> Iterator[tuple[Served, Served]]:
+    with (
+        serving(FakeClient(words, delay=0.01), keyring(), **options) as a,
+        serving(FakeClient(words, delay=0.01), keyring(), **options) as b,
+    ):
+        yield a, b
+
+
+def ask(router: Routed, max_tokens: int = 8, stream: bool = False) -> Answer:
+    return router.ask(
+        "POST", "/v1/completions", {**BODY, "max_tokens": max_tokens, "stream": stream}, HEADERS
+    )
+
+
+def urls(*served: Served) -> list[str]:
+    return [s.url for s in served]
+
+
+def test_answers_streams_and_keys_pass(words: Any) -> None:
+    with both(words) as (a, b), routed(*urls(a, b), local=False) as router:
+        assert router.ask("GET", "/v1/models").status == 401
+        assert ask(router).status == 200
+        got = ask(router, stream=True)
+        assert got.body.endswith(b"data: [DONE]\n\n")
+        assert len(a.client.seen) + len(b.client.seen) == 2
+        assert got.headers["x-content-type-options"] == "nosniff"
+
+
+def test_an_overloaded_replica_refuses_before_it_reads_and_the_other_answers(words: Any) -> None:
+    with (
+        both(words, max_running=1, max_waiting=1) as (a, b),
+        routed(*urls(a, b)) as router,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        many = [pool.submit(ask, router, 50) for _ in range(12)]
+        answers = [m.result() for m in many]
+        good, full = [a for a in answers if a.status == 200], [a for a in answers if a.status == 429]
+        assert len(good) + len(full) == 12
+        assert len(good) >= 4, "two run and two wait, whoever is asked first"
+        assert all(
+            int(f.headers["retry-after"]) >= 1 and f.json["error"]["code"] == "queue_full" for f in full
+        )
+        assert len(a.client.seen) >= 2
+        assert len(b.client.seen) >= 2
+
+
+def test_a_lost_step_process_is_not_given_the_request_again(words: Any) -> None:
+    with both(words) as (a, b), routed(*urls(a, b)) as router:
+        a.client.fail_after = b.client.fail_after = 0
+        got = ask(router)
+        assert got.status == 503
+        assert got.json["error"]["code"] == "engine_unavailable"
+        assert len(a.client.seen) + len(b.client.seen) == 1
+
+
+def test_a_client_that_leaves_aborts_the_engine(words: Any) -> None:
+    with both(words) as (a, _), routed(a.url) as router:
+        with router.connection() as connection:
+            connection.request(
+                "POST", "/v1/completions", json.dumps({**BODY, "max_tokens": 400, "stream": True}), HEADERS
+            )
+            with connection.getresponse() as got:
+                assert got.status == 200
+                got.readline()
+        until(lambda: len(a.client.aborted) == 1)
+
+
+def test_a_rolling_restart_drops_nothing(words: Any) -> None:
+    """One replica after the other drains and ends while others come, under a flow of requests."""
+    seen: list[tuple[int, bool]] = []
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(serving(FakeClient(words, delay=0.005), keyring())) for _ in range(4)]
+        made[2].client.ready = made[3].client.ready = (False, "loading")
+        router = stack.enter_context(routed(*urls(*made)))
+        stop = threading.Event()
+
+        def flow(index: int) -> None:
+            while not stop.is_set():
+                got = ask(router, 12, stream=index % 2 == 0)
+                seen.append((got.status, got.body.endswith(b"data: [DONE]\n\n") or index % 2 == 1))
+
+        def more(count: int) -> None:
+            goal = len(seen) + count
+            until(lambda: len(seen) > goal, 30)
+
+        with ThreadPoolExecutor(8) as pool:
+            flows = [pool.submit(flow, i) for i in range(8)]
+            try:
+                for old, new in zip(made[:2], made[2:]):
+                    more(20)
+                    old.stop()
+                    old.thread.join(15)
+                    assert not old.thread.is_alive()
+                    more(20)
+                    new.client.ready = (True, "ready")
+                    until(lambda: len(router.router.fleet.usable()) == 2)
+            finally:
+                stop.set()
+            for f in flows:
+                f.result()
+    assert len(seen) > 80
+    assert set(seen) == {(200, True)}
+    assert all(len(m.client.seen) > 5 for m in made[:3])
