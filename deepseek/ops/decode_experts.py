@@ -1,9 +1,9 @@
 """The expert layer of a serving step: route, run only the chosen experts, add up.
 
-A step has few rows, so time goes into reading weights and into calls. On a CPU the rows are sorted by expert on the
-host (waiting for a CPU costs nothing), every chosen expert runs as two ``PackedLinear`` products over the rows that
-chose it, and everything between the products is done once for all rows. No weight is copied. On CUDA the same is a
-handful of kernels without a wait (``deepseek.ops.triton.decode_experts``).
+A step has few rows, so time goes into reading weights and into calls. On a CPU every chosen expert is two
+``PackedLinear`` products over the rows that chose it (``deepseek.ops.host_experts``); on CUDA the layer is a handful of
+kernels without a wait for the host (``deepseek.ops.triton.decode_experts``). No weight is copied, and of the experts
+nobody chose none is read.
 
 Shape letters: N rows, E experts, K experts per row, A = N·K assignments, C hidden size, F expert size.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from deepseek.errors import ConfigError
 from deepseek.ops import expert_rows
-from deepseek.ops.exact import exact_swiglu
 from deepseek.ops.experts import dispatch, gates, route, run_experts, swiglu
-from deepseek.ops.packed_linear import DTYPES, PackedLinear, PackedSwiGLU, pack_linear
+from deepseek.ops.host_experts import HostExperts
+from deepseek.ops.packed_linear import DTYPES, PackedSwiGLU
 from deepseek.ops.triton import available, kernels
 
 KERNEL_ROWS = 256  #: from how many rows on the grouped products of training are the faster ones on CUDA
@@ -56,7 +56,9 @@ class PackedExperts:
         exact: bool = False,
     ) -> None:
         self.experts, self.top_k, self.normalise, self.shared = len(gate_up_ECF2), top_k, normalise, shared
-        make = HostExperts if torch.device(device).type == "cpu" else DeviceExperts
+        make: type[HostExperts | DeviceExperts] = (
+            HostExperts if torch.device(device).type == "cpu" else DeviceExperts
+        )
         self._layer = make(router_EC, bias_E, gate_up_ECF2, down_EFC, top_k, normalise, format, device, exact)
         self.router_nbytes, self.experts_nbytes = self._layer.router_nbytes, self._layer.experts_nbytes
 
@@ -74,60 +76,6 @@ class PackedExperts:
         if self.shared is not None:
             out = out + self.shared(x_NC)
         return out, expert_NK, gate_NK
-
-
-class HostExperts:
-    """On a CPU: every chosen expert is two products over the rows that chose it."""
-
-    def __init__(
-        self, router_EC: Tensor, bias_E: Tensor, gate_up_ECF2: Tensor, down_EFC: Tensor, top_k: int, normalise: bool,
-        format: str, device: torch.device | str, exact: bool,
-    ) -> None:  # fmt: skip
-        self.experts, self.top_k, self.normalise, self.exact = len(gate_up_ECF2), top_k, normalise, exact
-        self.bias = bias_E.detach().float()
-        self.router = pack_linear(router_EC, None, "fp32", device, exact=exact)
-        self.gate_up: list[PackedLinear] = [
-            pack_linear(w.T, None, format, device, exact=exact) for w in gate_up_ECF2
-        ]
-        self.down: list[PackedLinear] = [
-            pack_linear(w.T, None, format, device, exact=exact) for w in down_EFC
-        ]
-        self._swiglu = exact_swiglu if exact else swiglu
-        self.router_nbytes = self.router.nbytes
-        self.experts_nbytes = sum(w.nbytes for w in (*self.gate_up, *self.down))
-
-    def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        expert_NK, gate_NK = self.route(x_NC)
-        run = self._one if len(x_NC) == 1 else self._many
-        return run(x_NC, expert_NK, gate_NK), expert_NK, gate_NK
-
-    def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts and gates ``[N, K]``: ``deepseek.ops.experts.route`` with the packed router."""
-        probs = self.router(x_NC.float()).softmax(-1)
-        expert = (probs + self.bias).topk(self.top_k, dim=-1).indices
-        gate = probs.gather(1, expert)
-        return expert, gate / gate.sum(-1, keepdim=True) if self.normalise else gate
-
-    def _one(self, x_1C: Tensor, expert_1K: Tensor, gate_1K: Tensor) -> Tensor:
-        chosen = expert_1K[0].tolist()
-        inner = self._swiglu(torch.cat([self.gate_up[e](x_1C) for e in chosen])).mul_(gate_1K.T)
-        parts = [self.down[e](row) for e, row in zip(chosen, inner.split(1))]
-        return torch.cat(parts).sum(0, keepdim=True, dtype=torch.float32).to(x_1C.dtype)
-
-    def _many(self, x_NC: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
-        expert_A = expert_NK.flatten()
-        order = expert_A.argsort(stable=True)
-        counts = torch.bincount(expert_A, minlength=self.experts).tolist()
-        chosen = [e for e, count in enumerate(counts) if count]
-        sizes = [counts[e] for e in chosen]
-        rows = x_NC.index_select(0, order // self.top_k).split(sizes)
-        inner = self._swiglu(torch.cat([self.gate_up[e](part) for e, part in zip(chosen, rows)]))
-        inner.mul_(gate_NK.flatten().index_select(0, order)[:, None])
-        y = torch.cat([self.down[e](part) for e, part in zip(chosen, inner.split(sizes))])
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-        out = y.index_select(0, place).view(len(x_NC), self.top_k, -1).sum(1, dtype=torch.float32)
-        return out.to(x_NC.dtype)
 
 
 class DeviceExperts:

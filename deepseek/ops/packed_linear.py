@@ -34,7 +34,7 @@ from deepseek.registry import backends, get_op, register_op
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEMV_ROWS = 4  #: up to how many rows a product on CUDA is a matter of reading the weight
-SMALL = 1 << 17  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
+SMALL = 1 << 16  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
 
 
 class PackedLinear(ABC):

@@ -93,9 +93,10 @@ def test_experts_that_nobody_chose_and_one_that_everybody_chose() -> None:
     assert distance(out, want[0]) < 1e-5
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (33, 5)])
 @pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
-def test_exact_rows_do_not_depend_on_the_others(format: str) -> None:
-    moe = layer(shared=1)
+def test_exact_rows_do_not_depend_on_the_others(format: str, experts: int, top_k: int) -> None:
+    moe = layer(experts, top_k, shared=1)
     packed = pack(moe, format, exact=True)
     x = rows(90).to(DTYPES[format])
     x[7] *= 100
