@@ -1,13 +1,13 @@
 """A server with the API's shape whose answers are told by the question, so that a test knows every word and number.
 
 ``say: TEXT`` answers TEXT; ``slow: TEXT`` the same, 30 ms a token; ``drop: TEXT`` breaks the connection half way, and
-the rest comes when asked to continue; ``long: TEXT`` ends by its length; ``busy``, ``fail``, ``bad`` and ``broken: TEXT``
-are 429, 500, 400 and an error in the middle of the stream. Anything else gets a fixed answer. ``State.ready`` and
+the rest comes when asked to continue; ``long: TEXT`` ends by its length; ``busy``, ``fail``, ``bad``, ``broken: TEXT``
+are 429, 500, 400, and an error in the middle of the stream. Anything else gets a fixed answer. ``State.ready`` and
 ``State.key`` make 503 and 401. ``python fake_chat_server.py [PORT]`` serves it for a look.
 
-The extension that the page reads: asked with ``"trace": true``, each streamed choice carries one entry a token,
-``"trace": [{"token_id": 42, "text": " the", "experts": [[layer, [[expert, gate], …]], …], "gates": [[layer, share], …]}]``
-with the largest gate of a layer first, and for a hybrid layer the mean share of its global branch.
+The extension that the page reads: asked with ``"trace": true``, each streamed choice has a list ``"trace"`` of, for
+each token of it, ``{"token_id": 42, "text": " the", "experts": [[layer, [[expert, gate], …]], …], "gates": [[layer,
+share], …]}``: the largest gate of an expert layer first; of a hybrid layer the mean share of its global branch.
 """
 
 from __future__ import annotations

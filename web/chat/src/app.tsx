@@ -151,7 +151,7 @@ function KeyEntry({ why, onClose, onKey }: { why: string; onClose: () => void; o
     <Dialog title={t("The server wants an API key.")} onClose={onClose}>
       <form class="key-entry" onSubmit={enter}>
         <p class="note">{why}</p>
-        <label><span>{t("API key")}</span><input name="key" type="password" autocomplete="off" required ref={(e) => e?.focus()} /></label>
+        <label><span>{t("API key")}</span><input name="key" type="password" autocomplete="off" required autofocus /></label>
         <p class="note">{t("Kept in this tab until it is closed, and sent to this server only.")}</p>
         <footer>
           <button type="button" class="button" onClick={onClose}>{t("Cancel")}</button>

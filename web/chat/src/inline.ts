@@ -19,6 +19,7 @@ const isRun = (p: Part): p is Run => typeof p === "object" && "run" in p;
 
 const DEEPEST = 8; // links within images within …
 const MOST_RUNS = 2000; // more than that is not emphasis
+const LONGEST_RUN = 16; // a longer one is a line of stars, and would nest as deep
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const NAMED: Record<string, string> = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", hellip: "…", mdash: "—", ndash: "–", times: "×", rarr: "→", larr: "←" };
 
@@ -44,6 +45,7 @@ class Reader {
   private runs = 0;
   private closing: Map<number, number>; // "[" → its "]"
   private missing = new Set<number>(); // lengths of backtick runs that no other run closes
+  private endless = new Set<string>(); // ends of formulas that do not come any more
 
   constructor(
     private text: string,
@@ -93,8 +95,9 @@ class Reader {
   }
 
   private math(begin: string, end: string): boolean {
-    if (!this.text.startsWith(begin, this.at)) return false;
+    if (!this.text.startsWith(begin, this.at) || this.endless.has(end)) return false;
     const stop = this.text.indexOf(end, this.at + 2);
+    if (stop < 0) this.endless.add(end);
     if (stop < 0 || stop === this.at + 2 || stop - this.at > 2000) return false;
     return this.put({ kind: "math", text: this.text.slice(this.at + 2, stop).trim() }, stop + 2);
   }
@@ -125,7 +128,7 @@ class Reader {
     const { text, at } = this;
     let n = 1;
     while (text[at + n] === c) n++;
-    if ((c === "~" && n !== 2) || ++this.runs > MOST_RUNS) {
+    if ((c === "~" && n !== 2) || n > LONGEST_RUN || ++this.runs > MOST_RUNS) {
       this.plain += text.slice(at, at + n);
       this.at = at + n;
       return true;
@@ -173,9 +176,7 @@ class Reader {
     if (this.linked || (this.at && /[\w@/]/.test(this.text[this.at - 1]))) return false;
     const match = /^https?:\/\/[^\s<>"`*|\\^{}\u3000-\u303f\uff00-\uffef]+/i.exec(this.text.slice(this.at, this.at + 2000));
     if (!match) return false;
-    let address = match[0].replace(/[?!.,:;'_~]+$/, "");
-    while (address.endsWith(")") && (address.match(/\)/g)?.length ?? 0) > (address.match(/\(/g)?.length ?? 0)) address = address.slice(0, -1);
-    address = address.replace(/[\]]+$/, "");
+    const address = balanced(match[0]).replace(/[?!.,:;'_~\]]+$/, "");
     const href = safe(address);
     return href ? this.put({ kind: "link", href, of: [address] }, this.at + address.length) : false;
   }
@@ -199,6 +200,16 @@ class Reader {
     this.at++;
     return true;
   }
+}
+
+/** An address up to the first ")" that closes nothing in it: "(see https://example.org)". */
+function balanced(address: string): string {
+  let depth = 0;
+  for (let i = 0; i < address.length; i++) {
+    if (address[i] === "(") depth++;
+    else if (address[i] === ")" && --depth < 0) return address.slice(0, i);
+  }
+  return address;
 }
 
 /** Each "[" with the "]" that closes it, code spans and escapes left out; one pass. */

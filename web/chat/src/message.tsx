@@ -13,6 +13,7 @@ import { Figures } from "./numbers";
 import { Notice } from "./notice";
 import { Tokens } from "./tokens";
 import { get, update } from "./library";
+import { usePart } from "./select";
 import { set, settings } from "./settings";
 import { type Conversation, type Message, turn } from "./tree";
 
@@ -71,7 +72,7 @@ export function grow(field: HTMLTextAreaElement, most: number): void {
 }
 
 export function AssistantMessage({ c, m }: { c: Conversation; m: Message }) {
-  const run = useCell(running).get(m.id);
+  const run = usePart(running, (all) => all.get(m.id));
   return run ? <Streaming c={c} m={m} cell={run.cell} /> : <Answer c={c} m={m} live={null} />;
 }
 
@@ -87,8 +88,8 @@ function Streaming({ c, m, cell }: { c: Conversation; m: Message; cell: import("
 }
 
 function Answer({ c, m, live }: { c: Conversation; m: Message; live: Live | null }) {
-  const tokens = useCell(opened).has(m.id);
-  const kept = useCell(details).get(m.id);
+  const tokens = usePart(opened, (all) => all.has(m.id));
+  const kept = usePart(details, (all) => all.get(m.id));
   const known = live?.details.length ? live.details : kept;
   const { text, thought } = parts(live?.text ?? m.text, live?.thought ?? m.thought ?? "");
   const waits = live !== null && !live.text && !live.thought;

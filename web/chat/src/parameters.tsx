@@ -68,7 +68,7 @@ function Presets() {
         <button type="button" class="icon-button" disabled={!Object.hasOwn(own, at)} onClick={() => forgetPreset(at)} aria-label={t("Delete the preset")} title={t("Delete the preset")}><Icon name="trash" /></button>
       </div>
       {naming && (
-        <form class="presets-row" onSubmit={keep}>
+        <form class="presets-row" onSubmit={keep} onKeyDown={(e) => { if (e.key === "Escape") setNaming(false); }}>
           <input name="name" type="text" maxLength={40} required placeholder={t("Name of the preset")} aria-label={t("Name of the preset")} ref={(e) => e?.focus()} />
           <button type="submit" class="button">{t("Keep")}</button>
         </form>
@@ -126,11 +126,11 @@ function Schema() {
   const { wrong } = schemaOf(schema);
   const empty = !schema.trim();
   return (
-    <label class="area">
-      <span>{t("Schema")}</span>
-      <textarea rows={8} spellcheck={false} class="mono" value={schema} placeholder={'{"type": "object",\n "properties": {"name": {"type": "string"}},\n "required": ["name"]}'} aria-invalid={wrong !== undefined && !empty} onInput={(e) => set({ schema: e.currentTarget.value })} />
+    <div class="area">
+      <label for="schema">{t("Schema")}</label>
+      <textarea id="schema" rows={8} spellcheck={false} class="mono" value={schema} placeholder={'{"type": "object",\n "properties": {"name": {"type": "string"}},\n "required": ["name"]}'} aria-invalid={wrong !== undefined && !empty} onInput={(e) => set({ schema: e.currentTarget.value })} />
       <small class={wrong !== undefined && !empty ? "bad" : undefined} role="status">{empty ? t("Without a schema the answer is free.") : wrong !== undefined ? t("No JSON schema: {why}", { why: wrong }) : t("The answer will match it.")}</small>
-    </label>
+    </div>
   );
 }
 

@@ -15,13 +15,18 @@ export function Markdown({ text }: { text: string }) {
   return <div class="prose">{blocks.map((block, i) => <Drawn key={i} block={block} />)}</div>;
 }
 
-class Drawn extends Component<{ block: Block }> {
-  shouldComponentUpdate(next: { block: Block }): boolean {
+class Drawn extends Component<{ block: Block }, { failed: boolean }> {
+  /** What cannot be drawn (nested beyond the browser's stack) is shown as it is written. */
+  componentDidCatch(): void {
+    this.setState({ failed: true });
+  }
+  shouldComponentUpdate(next: { block: Block }, state: { failed: boolean }): boolean {
+    if (state.failed !== this.state.failed) return true;
     const [a, b] = [this.props.block, next.block];
     return a.raw !== b.raw || a.kind !== b.kind || (a.kind === "code" && b.kind === "code" && a.open !== b.open);
   }
   render() {
-    return drawn(this.props.block);
+    return this.state.failed ? <p>{this.props.block.raw}</p> : drawn(this.props.block);
   }
 }
 

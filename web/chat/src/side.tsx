@@ -9,6 +9,7 @@ import { t } from "../../src/text";
 import { running, stopAnswer } from "./answer";
 import { say } from "./announce";
 import { current, exported, full, imported, library, remove, sorted, start, update } from "./library";
+import { usePart } from "./select";
 import type { Conversation } from "./tree";
 
 export function Side({ onChosen }: { onChosen: () => void }) {
@@ -70,7 +71,7 @@ function matches(c: Conversation, words: string): boolean {
 }
 
 function Busy({ c }: { c: Conversation }) {
-  const busy = [...useCell(running).values()].some((r) => r.conversation === c.id);
+  const busy = usePart(running, (all) => [...all.values()].some((r) => r.conversation === c.id));
   return busy ? <><span class="loading small" role="img" aria-label={t("answering")} /> </> : null;
 }
 

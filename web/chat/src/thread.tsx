@@ -89,11 +89,10 @@ export function Thread({ editing, onEdit }: { editing: string; onEdit: (id: stri
 /** Drawn again only when its own message changed: the rest of a long conversation costs nothing. */
 function Row({ c, m, editing, onEdit }: { c: Conversation; m: Message; editing: boolean; onEdit: (id: string) => void }) {
   const siblings = useMemo(() => c.order.filter((id) => c.messages[id].parent === m.parent).length, [c.order, m.parent]);
-  const on = useCell(settings);
   const lang = useLang();
   return useMemo(
     () => (m.role === "user" ? <UserMessage c={c} m={m} editing={editing} onEdit={(x) => onEdit(x ? m.id : "")} /> : <AssistantMessage c={c} m={m} />),
-    [m, siblings, editing, on.trace || on.logprobs, lang],
+    [m, siblings, editing, lang],
   );
 }
 

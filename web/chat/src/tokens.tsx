@@ -129,8 +129,8 @@ function chip(d: Detail, i: number, { view, layer, picked }: Look, enters: boole
   else if (level !== null) [name, words] = [`chip sure-${level}`, t("probability {x}", { x: percent(Math.exp(d.logprob!)) })];
   if (picked !== null && used) name += used.some(([e]) => e === picked) ? " has" : " hasnt";
   return [
-    <button key={i} type="button" class={name} style={style} data-i={i} tabIndex={enters ? 0 : -1} aria-label={`${d.text.trim() ? d.text : visible(d.text)}${words ? `, ${words}` : ""}`}>
-      <span>{visible(d.text)}</span>{mark && <small>{mark}</small>}
+    <button key={i} type="button" class={name} style={style} data-i={i} data-mark={mark || undefined} tabIndex={enters ? 0 : -1} aria-label={`${d.text.trim() ? d.text : visible(d.text)}${words ? `, ${words}` : ""}`}>
+      <span>{visible(d.text)}</span>
     </button>,
     d.text.includes("\n") ? <br key={`${i}n`} /> : null,
   ];
