@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -182,8 +183,16 @@ def _in_a_process(stack: str, job: Job, vllm_python: str) -> tuple[list[dict[str
     except OSError as error:
         return [], str(error)
     rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("row ")]
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return rows, "" if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+    return rows, "" if done.returncode == 0 else _cause(
+        f"{done.stdout}\n{done.stderr}"
+    ) or f"exit code {done.returncode}"
+
+
+def _cause(printed: str) -> str:
+    """The first line that names an exception: what comes later is its consequence."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"\b[A-Za-z.]*(Error|Exception): ", line)]
+    return (named or lines[-1:] or [""])[0][-400:]
 
 
 # --- in the stack's process -----------------------------------------------------------------------------------------

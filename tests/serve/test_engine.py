@@ -1,6 +1,7 @@
 """The engine against the plain model, one request at a time; and against itself under every way of being busy."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -318,3 +319,64 @@ def test_bad_weights_end_one_request_and_no_other() -> None:
         outputs += engine.step()
     assert {o.id: o.finish for o in outputs if o.finish} == {"bad": "error", "good": "length"}
     assert "weights" in next(o.error for o in outputs if o.id == "bad")
+
+
+def test_every_request_has_the_adapter_it_asked_for(tmp_path: Path) -> None:
+    """Two LoRA adapters and the bare model in one batch, against models with the products merged in."""
+    from safetensors.torch import save_file
+
+    loaded, prompts = made("mixed"), texts(6, seed=8)
+    merged, directories = {}, {}
+    for seed, name in enumerate(("red", "blue")):
+        torch.manual_seed(seed)
+        model, tensors = made("mixed").model, {}
+        for layer, module, rank in ((0, "query", 3), (1, "value", 3), (2, "output", 3)):
+            linear = getattr(model.blocks[layer].attention, module)  # type: ignore[union-attr]
+            a, b = torch.randn(rank, linear.in_features), torch.randn(linear.out_features, rank)
+            with torch.no_grad():
+                linear.weight += 2 * (b @ a) * 0.5**2
+            stem = f"base_model.model.model.blocks.{layer}.attention.{module}"
+            tensors |= {f"{stem}.lora_A.weight": a * 0.5, f"{stem}.lora_B.weight": b * 0.5}
+        directory = tmp_path / name
+        directory.mkdir()
+        save_file(tensors, directory / "adapter_model.safetensors")
+        options = {
+            "peft_type": "LORA",
+            "r": 3,
+            "lora_alpha": 6,
+            "target_modules": ["query", "value", "output"],
+        }
+        (directory / "adapter_config.json").write_text(json.dumps(options))
+        merged[name], directories[name] = Loaded(model, None, tmp_path, None), str(directory)
+    engine = Engine(loaded, EngineConfig(precision="fp32", memory_gib=0.01, adapters=directories))
+    asked = [None, "red", "blue", "red", None, "blue"]
+    for i, (prompt, name) in enumerate(zip(prompts, asked)):
+        engine.add(Request(str(i), tuple(prompt), GREEDY, adapter=name))
+    found: dict[str, list[int]] = {str(i): [] for i in range(6)}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.id] += output.tokens
+    for i, (prompt, name) in enumerate(zip(prompts, asked)):
+        assert found[str(i)] == plain(merged.get(name or "", loaded), prompt, GREEDY.max_tokens)[0], name
+    # The cache of one adapter is nobody else's: the same prompt, asked of another, is computed anew.
+    engine.add(Request("again", tuple(prompts[1]), GREEDY, adapter="blue"))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert tokens_of(outputs) == plain(merged["blue"], prompts[1], GREEDY.max_tokens)[0]
+
+
+@pytest.mark.parametrize(("precision", "close"), [("bf16", 0.1), ("int8", 0.1)])
+def test_narrow_formats_stay_near(precision: str, close: float) -> None:
+    """Median distance of the prompt tokens' log-probabilities from the plain model's, along the same text."""
+    loaded, prompts = made("mixed"), texts(6, seed=5)
+    sampling = SamplingConfig(temperature=0, max_tokens=1, prompt_logprobs=0)
+    found, _ = serve(loaded, prompts, sampling, precision=precision)
+    distances = []
+    for prompt, outputs in zip(prompts, found):
+        with torch.no_grad():
+            logits = loaded.model.logits(loaded.model(torch.tensor([prompt])).hidden)[0]
+        wanted = logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
+        got = torch.tensor([p.logprob for p in outputs[0].prompt_logprobs or () if p])
+        distances.append((got - wanted).abs())
+    assert torch.cat(distances).median() < close
