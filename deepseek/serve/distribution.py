@@ -4,7 +4,8 @@ Floating-point sums depend on the order in which a device adds, and that order o
 token's probability is a whole number, ``2^40 exp((score - best) / temperature)``: sums of whole numbers are exact
 in every order, so a row draws the same token alone or among a thousand, and however many candidates were sorted.
 
-Tokens are ordered by score, equal scores by id: the order of ``order_keys``, which no two tokens share.
+Tokens are ordered by score, equal scores by id. ``topk`` does not say which of equal scores it takes, so of its
+answer only those above its last score are used; a row that may need more is told to be short, and sorted in full.
 
 Shape letters: R rows, V vocabulary, K candidates.
 """
@@ -16,7 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek.ops.exact import exact_map
+
 COLDEST = 1e-6  #: below this temperature the most likely token has all the probability that fp32 can tell
+CACHED = 1 << 18  #: scores worked on at once by a CPU: 2 MiB in int64
 ONE = 1 << 40  #: the weight of the most likely token; 2^22 tokens of it still fit 63 bits
 
 
@@ -26,43 +30,65 @@ class Filters(NamedTuple):
     temperature_R: Tensor
     top_k_R: Tensor
     top_p_R: Tensor
-    min_p_R: Tensor
+    min_p_R: Tensor | None  #: None: no row has one
+
+    def rows(self, part: slice) -> Filters:
+        heat, k, p, least = self
+        return Filters(heat[part], k[part], p[part], None if least is None else least[part])
 
 
-def order_keys(scores_RV: Tensor) -> Tensor:
-    """int64 numbers that order as (score, then smaller id first) does; ``[R, V]`` fp32 without NaN."""
-    bits = (scores_RV + 0.0).view(torch.int32)  # -0 becomes 0, so that they tie
-    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    size = scores_RV.shape[-1]
-    back = torch.arange(size - 1, -1, -1, device=scores_RV.device)
-    return (rising.long() << 32) | back
+class Best(NamedTuple):
+    """The likeliest tokens of each row in order, of which the first ``sure_R`` are certain; ``[R, K]``."""
+
+    scores_RK: Tensor
+    ids_RK: Tensor
+    sure_R: Tensor
 
 
-def ids_of(keys: Tensor, vocabulary: int) -> Tensor:
-    """The token ids of ``order_keys``."""
-    return vocabulary - 1 - (keys & 0xFFFFFFFF)
+def best_tokens(scores_RV: Tensor, count: int) -> Best:
+    """At least ``count`` candidates of each row, all tokens where there are not many more; fp32 ``[R, V]``."""
+    rows, size = scores_RV.shape
+    if 2 * count >= size:
+        values, ids = (scores_RV + 0.0).sort(
+            dim=-1, descending=True, stable=True
+        )  # -0 becomes 0: they are equal
+        return Best(values, ids, torch.full((rows,), size, device=ids.device))
+    values, ids = scores_RV.topk(count + 1)
+    values = values + 0.0
+    sure_R = (values > values[:, -1:]).sum(-1)
+    order = ids.argsort(-1)  # by id, then by score, both stable
+    order = order.gather(-1, values.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    return Best(values.gather(-1, order), ids.gather(-1, order), sure_R)
 
 
-def weights(scores_RV: Tensor, temperature_R: Tensor) -> Tensor:
-    """Probabilities relative to the most likely token's, in fp32 ``[R, V]``: ``exp((s - max s) / T)``."""
-    best = scores_RV.amax(-1, keepdim=True)
-    return ((scores_RV - best) / temperature_R[:, None]).exp()
+def weights(scores: Tensor, best_R: Tensor, temperature_R: Tensor) -> Tensor:
+    """Probabilities relative to the most likely token's, in fp32 like ``scores``: ``exp((s - best) / T)``."""
+    x = (scores - best_R[:, None]).div_(temperature_R[:, None])
+    if x.device.type == "cpu" and not torch.backends.mkl.is_available():
+        return exact_map(torch.exp, x)
+    return x.exp_()  # MKL's gives equal numbers equal results, wherever they lie
 
 
 def draw_all(scores_RV: Tensor, filters: Filters, uniform_R: Tensor) -> Tensor:
     """A token of each row out of all (``top_k`` and ``top_p`` are not looked at), without sorting; int64 ``[R]``.
 
     Args:
+        scores_RV: any floating-point type.
         uniform_R: fp64 in [0, 1), one per row.
     """
-    share = weights(scores_RV, filters.temperature_R)
-    share = share.masked_fill_(share < filters.min_p_R[:, None], 0.0)
-    upto = whole(share).cumsum(-1)
-    return _place(upto, upto[:, -1], uniform_R)
+    tokens = []
+    for part in parts(scores_RV):
+        scores, some = scores_RV[part].float(), filters.rows(part)
+        share = weights(scores, scores.amax(-1), some.temperature_R)
+        if some.min_p_R is not None:
+            share *= share >= some.min_p_R[:, None]
+        upto = whole(share).cumsum(-1)
+        tokens.append(_place(upto, upto[:, -1], uniform_R[part]))
+    return torch.cat(tokens)
 
 
 def draw_best(
-    scores_RV: Tensor, filters: Filters, uniform_R: Tensor, candidates: int
+    scores_RV: Tensor, filters: Filters, uniform_R: Tensor, candidates: int, *, totals: bool = True
 ) -> tuple[Tensor, Tensor]:
     """A token of each row out of those that the filters keep, looking at the best ``candidates`` only.
 
@@ -70,26 +96,27 @@ def draw_best(
     that ``candidates`` changes nothing where they suffice.
 
     Args:
-        candidates: at least the ``top_k`` of every row that has one.
+        scores_RV: any floating-point type.
+        totals: some rows have no ``top_k``; then their top-p needs the sum over the vocabulary.
 
     Returns:
-        The tokens, int64 ``[R]``, and whether the filters may keep more than was looked at, bool ``[R]``: those
-        rows' tokens mean nothing.
+        The tokens, int64 ``[R]``, and whether more must be looked at, bool ``[R]``: those rows' tokens mean
+        nothing.
     """
-    share_RV = weights(scores_RV, filters.temperature_R)
-    ids_RK, upto_RK, kept_RK = _kept(scores_RV, share_RV, filters, candidates)
-    short = kept_RK[:, -1] & (filters.top_k_R > candidates)
-    total = (kept_RK * upto_RK).amax(-1)
-    at = _place(upto_RK, total, uniform_R)
-    return ids_RK.gather(-1, at[:, None])[:, 0], short
+    drawn = [
+        _draw_best(scores_RV[part].float(), filters.rows(part), uniform_R[part], candidates, totals)
+        for part in parts(scores_RV)
+    ]
+    tokens, short = zip(*drawn)
+    return torch.cat(tokens), torch.cat(short)
 
 
 def probabilities(scores_RV: Tensor, filters: Filters) -> Tensor:
     """What ``draw_all`` and ``draw_best`` draw from: fp32 ``[R, V]``, rows sum to one."""
-    share_RV = weights(scores_RV, filters.temperature_R)
-    ids_RK, _, kept_RK = _kept(scores_RV, share_RV, filters, scores_RV.shape[-1])
-    kept_RV = torch.zeros_like(kept_RK).scatter_(-1, ids_RK, kept_RK)
-    share_RV = share_RV.masked_fill(~kept_RV, 0.0)
+    best = best_tokens(scores_RV, scores_RV.shape[-1])
+    kept_RK = _kept(scores_RV, scores_RV.shape[-1], best, filters)[1]
+    kept_RV = torch.zeros_like(kept_RK).scatter_(-1, best.ids_RK, kept_RK)
+    share_RV = weights(scores_RV, best.scores_RK[:, 0], filters.temperature_R) * kept_RV
     return share_RV / share_RV.sum(-1, keepdim=True)
 
 
@@ -98,25 +125,44 @@ def whole(share: Tensor) -> Tensor:
     return (share * ONE).long()
 
 
-def _kept(
-    scores_RV: Tensor, share_RV: Tensor, filters: Filters, candidates: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best candidates' ids, their weights' running sums, and whether the filters keep them; ``[R, K]``."""
+def parts(scores_RV: Tensor) -> list[slice]:
+    """All rows; on a CPU a few at a time, which stay in its cache."""
+    rows, size = scores_RV.shape
+    some = max(1, CACHED // size) if scores_RV.device.type == "cpu" else rows
+    return [slice(first, first + some) for first in range(0, rows, some)]
+
+
+def _draw_best(
+    scores_RV: Tensor, filters: Filters, uniform_R: Tensor, candidates: int, totals: bool
+) -> tuple[Tensor, Tensor]:
     size = scores_RV.shape[-1]
-    some = min(candidates, size)
-    keys = order_keys(scores_RV)
-    best = keys.topk(some).values if some < size else keys.sort(-1, descending=True).values
-    ids_RK = ids_of(best, size)
-    share_RK = share_RV.gather(-1, ids_RK)
+    best = best_tokens(scores_RV, candidates)
+    upto_RK, kept_RK = _kept(scores_RV if totals else None, size, best, filters)
+    last = (best.sure_R - 1).clamp(min=0)[:, None]
+    more = kept_RK.gather(-1, last)[:, 0] | (filters.top_k_R < size) | (best.sure_R == 0)
+    short_R = more & (filters.top_k_R > best.sure_R)
+    total_R = (kept_RK * upto_RK).amax(-1)
+    at = _place(upto_RK, total_R, uniform_R)
+    return best.ids_RK.gather(-1, at[:, None])[:, 0], short_R
+
+
+def _kept(scores_RV: Tensor | None, size: int, best: Best, filters: Filters) -> tuple[Tensor, Tensor]:
+    """Running sums of the candidates' weights, and whether the filters keep them; ``[R, K]``."""
+    first_R = best.scores_RK[:, 0]
+    share_RK = weights(best.scores_RK, first_R, filters.temperature_R)
     weight_RK = whole(share_RK)
     upto_RK = weight_RK.cumsum(-1)
-    last = (filters.top_k_R - 1).clamp(0, some - 1)[:, None]
-    all_R = torch.where(filters.top_k_R < size, upto_RK.gather(-1, last)[:, 0], whole(share_RV).sum(-1))
-    before = (upto_RK - weight_RK).double()
-    kept = before < (filters.top_p_R * all_R.double())[:, None]
-    kept &= torch.arange(some, device=ids_RK.device) < filters.top_k_R[:, None]
-    kept &= (share_RK >= filters.min_p_R[:, None]) & (weight_RK > 0)
-    return ids_RK, upto_RK, kept
+    some = upto_RK.shape[-1]
+    total_R = upto_RK.gather(-1, (filters.top_k_R - 1).clamp(0, some - 1)[:, None])[:, 0]
+    if scores_RV is not None and some < size:
+        all_R = whole(weights(scores_RV, first_R, filters.temperature_R)).sum(-1)
+        total_R = torch.where(filters.top_k_R < size, total_R, all_R)
+    place_K = torch.arange(some, device=upto_RK.device)
+    kept = (upto_RK - weight_RK).double() < (filters.top_p_R * total_R.double())[:, None]
+    kept &= place_K < torch.minimum(filters.top_k_R, best.sure_R)[:, None]
+    if filters.min_p_R is not None:
+        kept &= share_RK >= filters.min_p_R[:, None]
+    return upto_RK, kept & (weight_RK > 0)
 
 
 def _place(upto: Tensor, total: Tensor, uniform: Tensor) -> Tensor:

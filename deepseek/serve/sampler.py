@@ -48,5 +48,5 @@ class Sampler:
             torch.full((rows,), c.temperature, device=device),
             torch.full((rows,), min(c.top_k, size) or size, device=device),
             torch.full((rows,), c.top_p if c.top_p < 1 else 2.0, dtype=torch.float64, device=device),
-            torch.full((rows,), c.min_p, device=device),
+            torch.full((rows,), c.min_p, device=device) if c.min_p else None,
         )

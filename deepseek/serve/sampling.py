@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import RequestError
-from deepseek.serve.distribution import COLDEST, Filters, draw_all, draw_best, ids_of, order_keys
+from deepseek.serve.distribution import COLDEST, Filters, best_tokens, draw_all, draw_best, parts
 from deepseek.serve.grammar import GrammarState
 from deepseek.serve.request import TokenLogprobs
 from deepseek.serve.sampler import SamplingConfig
@@ -238,8 +238,11 @@ def sample_drafts(
 def prompt_logprobs(logits_RV: Tensor, next_tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     """For each row of logits the log-probability of the token that came next, and of the ``top`` best ones."""
     tokens_R = torch.tensor(next_tokens, dtype=torch.int64, device=logits_RV.device)
-    packed = _logprobs(logits_RV.float(), tokens_R, top).cpu().numpy()
-    return [_read_logprobs(token, row, top) for token, row in zip(next_tokens, packed)]
+    packed = _logprobs(logits_RV, tokens_R, top, CANDIDATES).cpu()
+    if again := torch.nonzero(packed[:, 0])[:, 0].tolist():
+        index = torch.tensor(again, device=logits_RV.device)
+        packed[again] = _logprobs(logits_RV[index], tokens_R[index], top, logits_RV.shape[-1]).cpu()
+    return [_read_logprobs(token, row, top) for token, row in zip(next_tokens, packed.numpy())]
 
 
 def _row(state: SamplingState, place: int) -> _Row:
@@ -283,10 +286,13 @@ def _sample(logits_RV: Tensor, rows: Sequence[_Row]) -> list[Sampled]:
         return []
     top = max((row.state.config.logprobs or 0 for row in rows), default=0)
     found = _launch(logits_RV, rows, top, CANDIDATES).cpu()
-    if again := torch.nonzero(found[:, 1] == _SHORT)[:, 0].tolist():
+    for more in (16 * CANDIDATES, logits_RV.shape[-1]):
+        again = torch.nonzero(found[:, 1] == _SHORT)[:, 0].tolist()
+        if not again:
+            break
         index = torch.tensor(again, device=logits_RV.device)
-        full = _launch(logits_RV[index], [rows[i] for i in again], top, logits_RV.shape[-1]).cpu()
-        found[again, : full.shape[1]] = full
+        wider = _launch(logits_RV[index], [rows[i] for i in again], top, more).cpu()
+        found[again, : wider.shape[1]] = wider
     return [_read(row, packed, top) for row, packed in zip(rows, found.numpy())]
 
 
@@ -300,29 +306,30 @@ def _launch(logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int) 
         scores_RV = logits_RV
     else:
         scores_RV = _edited(logits_RV, rows)
-    best_R, token_R = scores_RV.max(-1)
-    health_R = (~torch.isfinite(best_R)).long()
-    if scores_RV is not logits_RV:
-        health_R |= (~torch.isfinite(logits_RV.amax(-1))).long()
     random = [i for i, row in enumerate(rows) if not row.state.greedy]
+    if len(random) == len(rows):
+        best_R, token_R = scores_RV.amax(-1), torch.zeros(len(rows), dtype=torch.int64, device=device)
+    else:
+        best_R, token_R = scores_RV.max(-1)
+    health_R = torch.where(torch.isfinite(best_R), _GOOD, _BAD)
+    if scores_RV is not logits_RV:
+        health_R |= torch.where(torch.isfinite(logits_RV.amax(-1)), _GOOD, _BAD)
     sorting = [i for i in random if _sorts(rows[i].state.config)]
     summing = [i for i in random if not _sorts(rows[i].state.config)]
     for group in (summing, sorting):
         if not group:
             continue
         index = None if len(group) == len(rows) else torch.tensor(group, device=device)
-        scores = (scores_RV if index is None else scores_RV[index]).float()
+        scores = scores_RV if index is None else scores_RV[index]
         filters, uniform = _options([rows[i] for i in group], scores.shape[-1], device)
         if group is summing:
             token = draw_all(scores, filters, uniform)
         else:
             ks = [rows[i].state.config.top_k for i in group]
-            token, short = draw_best(scores, filters, uniform, max(candidates, *ks, 1))
-            few = short.long() * _SHORT
-            if index is None:
-                health_R = torch.where(health_R == _BAD, health_R, few)
-            else:
-                health_R[index] = torch.where(health_R[index] == _BAD, _BAD, few)
+            enough = max([candidates, *(k + CANDIDATES for k in ks if k)])
+            token, short = draw_best(scores, filters, uniform, enough, totals=not all(ks))
+            few = torch.where(short, _SHORT, _GOOD)
+            health_R = health_R | few if index is None else health_R.index_add(0, index, few)
         token_R = token if index is None else token_R.index_copy(0, index, token)
     head = torch.stack([token_R, health_R], 1)
     asked = [i for i, row in enumerate(rows) if row.state.config.logprobs is not None]
@@ -330,10 +337,11 @@ def _launch(logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int) 
         return head
     whole = len(asked) == len(rows)
     index = slice(None) if whole else torch.tensor(asked, device=device)  # type: ignore[assignment]
-    found = _logprobs(logits_RV[index].float(), token_R[index], top)
-    packed = head.new_zeros(len(rows), 2 + found.shape[1])
-    packed[:, :2] = head
-    packed[index, 2:] = found
+    found = _logprobs(logits_RV[index], token_R[index], top, max(candidates, top))
+    packed = head.new_zeros(len(rows), 1 + found.shape[1])
+    packed[:, 0], packed[:, 1] = token_R, health_R
+    packed[index, 1] |= found[:, 0]
+    packed[index, 2:] = found[:, 1:]
     return packed
 
 
@@ -363,7 +371,8 @@ def _options(rows: Sequence[_Row], vocabulary: int, device: torch.device) -> tup
         dtype=torch.float64,
     ).to(device, non_blocking=True)
     heat, k, p, least, uniform = table.unbind(1)
-    return Filters(heat.float(), k.long(), p, least.float()), uniform
+    some = any(row.state.config.min_p for row in rows)
+    return Filters(heat.float(), k.long(), p, least.float() if some else None), uniform
 
 
 def _edited(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
@@ -414,19 +423,22 @@ def _places(updates: Sequence[tuple[int, Numbers]], device: torch.device) -> tup
     return rows, columns
 
 
-def _logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int) -> Tensor:
-    """Of the model's own distribution; int64 ``[R, 2 + 2 top]``: log-probability, rank, best ids, theirs."""
-    vocabulary = logits_RV.shape[-1]
-    total_R1 = logits_RV.logsumexp(-1, keepdim=True)
-    keys_RV = order_keys(logits_RV)
-    own_R1 = tokens_R[:, None]
-    own_logprob = logits_RV.gather(-1, own_R1) - total_R1
-    rank = (keys_RV > keys_RV.gather(-1, own_R1)).sum(-1, keepdim=True) + 1
-    parts = [_bits(own_logprob), rank]
-    if top:
-        best = ids_of(keys_RV.topk(min(top, vocabulary)).values, vocabulary)
-        parts += [best, _bits(logits_RV.gather(-1, best) - total_R1)]
-    return torch.cat(parts, 1)
+def _logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int, candidates: int) -> Tensor:
+    """Of the model's own distribution; int64 ``[R, 3 + 2 top]``: health, log-probability, rank, best ids, theirs."""
+    top, packed = min(top, logits_RV.shape[-1]), []
+    for part in parts(logits_RV):
+        logits, token_R1 = logits_RV[part].float(), tokens_R[part, None]
+        own, total = logits.gather(-1, token_R1), logits.logsumexp(-1, keepdim=True)
+        rank = (logits > own).sum(-1, keepdim=True) + 1
+        earlier = torch.arange(logits.shape[-1], device=own.device) < token_R1
+        rank += ((logits == own) & earlier).sum(-1, keepdim=True)
+        columns = [torch.zeros_like(rank), _bits(own - total), rank]
+        if top:
+            best = best_tokens(logits, candidates)
+            columns[0] = torch.where(best.sure_R < top, _SHORT, _GOOD)[:, None]
+            columns += [best.ids_RK[:, :top], _bits(best.scores_RK[:, :top] - total)]
+        packed.append(torch.cat(columns, 1))
+    return torch.cat(packed)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -435,21 +447,22 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _read_logprobs(token: int, packed: Numbers, top: int) -> TokenLogprobs:
+    """From ``_logprobs``' row."""
     floats = packed.astype(np.int32).view(np.float32)
-    n = (len(packed) - 2) // 2
-    best = zip(packed[2 : 2 + n].tolist(), floats[2 + n :].tolist())
-    return TokenLogprobs(token, float(floats[0]), int(packed[1]), tuple(best)[:top])
+    n = (len(packed) - 3) // 2
+    best = zip(packed[3 : 3 + n].tolist(), floats[3 + n :].tolist())
+    return TokenLogprobs(token, float(floats[1]), int(packed[2]), tuple(best)[:top])
 
 
 def _read(row: _Row, packed: Numbers, top: int) -> Sampled:
     token, health = int(packed[0]), int(packed[1])
     if row.error:
         return Sampled(-1, None, row.error)
-    if health == _BAD:
+    if health & _BAD:
         return Sampled(
             -1, None, "no token can be drawn: the logits are not finite, or every token is forbidden"
         )
     asked = row.state.config.logprobs
     if asked is None:
         return Sampled(token)
-    return Sampled(token, _read_logprobs(token, packed[2:], asked))
+    return Sampled(token, _read_logprobs(token, packed[1:], asked))
