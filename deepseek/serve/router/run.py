@@ -72,7 +72,7 @@ def settings(router: Router) -> Any:
     """uvicorn's settings, an ``uvicorn.Config``: nothing that the replicas say is changed or said twice."""
     import uvicorn
 
-    from deepseek.serve.server.serving import Protocol
+    from deepseek.serve.server.connection import Protocol
 
     limits = router.config
     return uvicorn.Config(
