@@ -26,9 +26,17 @@ from deepseek.ops import paged_exact, paged_gathered  # noqa: F401 - they regist
 from deepseek.ops.attention import pick_backend
 from deepseek.ops.hybrid_attention import pooled_length
 from deepseek.ops.paged_rows import StepRows
-from deepseek.registry import get_op
+from deepseek.ops.triton import kernels
+from deepseek.registry import get_op, register_op
 
-__all__ = ["StepRows", "paged_attention", "paged_hybrid_attention", "pool_pages", "write_pages"]
+__all__ = [
+    "StepRows",
+    "append_rows",
+    "paged_attention",
+    "paged_hybrid_attention",
+    "pool_pages",
+    "write_pages",
+]
 
 
 def backend_for(q_NHD: Tensor, rows: StepRows) -> str:
@@ -66,6 +74,11 @@ def pool_pages(
         raw_k_PTKD, v_PTKD: window pages. pool_k_PJKD, pool_v_PJKD: global pages with ``page // stride`` slots each.
         pooling: ``[2, K, block]``, the share of each place in a block's key and value; ``None``: equal shares.
     """
+    if backend_for(v_PTKD, rows) == "triton":
+        flat = raw_k_PTKD.flatten(0, 1), v_PTKD.flatten(0, 1)
+        into = raw_k_PTKD, (pool_k_PJKD, pool_v_PJKD), block, stride, pooling
+        kernels("paged_attention").append(None, *flat, None, (raw_k_PTKD, v_PTKD), rows, None, *into)
+        return
     from_JB, to_J = rows.once(("pool", block, stride), lambda: _completed(rows, block, stride))
     if not len(to_J):
         return
@@ -77,6 +90,51 @@ def pool_pages(
         else:  # products and sums of one block only, so that it is the same beside any others
             made = (taken * share_KB.T[None, :, :, None]).sum(1)
         pool.flatten(0, 1).index_copy_(0, to_J, made.to(pool.dtype))
+
+
+def append_rows(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    pages: tuple[Tensor, Tensor],
+    rows: StepRows,
+    slot_N: Tensor,
+    raw_k_PTKD: Tensor | None = None,
+    pool: tuple[Tensor, Tensor] | None = None,
+    block: int = 1,
+    stride: int = 1,
+    pooling: Tensor | None = None,
+) -> Tensor:
+    """Rotate, ``write_pages`` and ``pool_pages`` together: on a GPU one launch instead of six.
+
+    Args:
+        rope: cosines and sines of the rows' positions, fp32 ``[N, D/2]`` or ``[N, 1, D/2]``; ``None``: not rotated.
+        pages: of rotated keys and of values, written at ``slot_N``.
+        raw_k_PTKD, pool, block, stride, pooling: of a hybrid layer, whose unrotated keys are kept and pooled.
+
+    Returns:
+        The rotated queries.
+    """
+    if backend_for(q_NHD, rows) == "triton":
+        extra = raw_k_PTKD, pool, block, stride, pooling
+        rotated: Tensor | None = kernels("paged_attention").append(
+            q_NHD, k_NKD, v_NKD, rope, pages, rows, slot_N, *extra
+        )
+        return q_NHD if rotated is None else rotated
+    q, k = q_NHD, k_NKD
+    if rope is not None:
+        cos, sin = (x.reshape(len(q), 1, -1) for x in rope)
+        turned = []
+        for x in (q, k):
+            a, b = (x.float() if x.element_size() < 4 else x).chunk(2, -1)
+            turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype))
+        q, k = turned
+    write_pages(*pages, k, v_NKD, slot_N)
+    if raw_k_PTKD is not None and pool is not None:
+        raw_k_PTKD.flatten(0, 1).index_copy_(0, slot_N, k_NKD)
+        pool_pages(raw_k_PTKD, pages[1], *pool, rows, block, stride, pooling)
+    return q
 
 
 def _completed(rows: StepRows, block: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -155,3 +213,45 @@ def paged_hybrid_attention(
         block,
         stride,
     )
+
+
+@register_op("paged_attention", "triton")
+def paged_attention_kernel(
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, table_SP: Tensor, rows: StepRows, window: int | None = None
+) -> Tensor:
+    """``paged_attention`` by a fused kernel; D and dtype as ``ops.attention.pick_backend`` asks."""
+    y: Tensor = kernels("paged_attention").paged_attention(q_NHD, k_PTKD, v_PTKD, table_SP, rows, window)
+    return y
+
+
+@register_op("paged_hybrid_attention", "triton")
+def paged_hybrid_attention_kernel(
+    q_NHD: Tensor,
+    q_rope_NHD: Tensor,
+    k_PTKD: Tensor,
+    v_PTKD: Tensor,
+    pool_k_PJKD: Tensor,
+    pool_v_PJKD: Tensor,
+    sink: Tensor,
+    gate_NH: Tensor,
+    rows: StepRows,
+    window: int,
+    block: int,
+    stride: int,
+) -> Tensor:
+    """``paged_hybrid_attention`` with both branches and the blend in one fused kernel."""
+    y: Tensor = kernels("paged_attention").paged_hybrid_attention(
+        q_NHD,
+        q_rope_NHD,
+        k_PTKD,
+        v_PTKD,
+        pool_k_PJKD,
+        pool_v_PJKD,
+        sink,
+        gate_NH,
+        rows,
+        window,
+        block,
+        stride,
+    )
+    return y

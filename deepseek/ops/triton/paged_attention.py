@@ -1,0 +1,253 @@
+"""Attention over a paged cache: sizes of tiles, splits and launches; what runs is in ``paged_kernels``.
+
+Everything that shapes a launch comes from the host's numbers (``StepRows.rows``, ``lengths``), never from the device:
+a step can be captured in a CUDA graph. Then ``lengths`` are the most that the graph is for, the device's ``length_S``
+say what there is, and a sequence shorter than its splits leaves some of them nothing to do. Run a captured
+``StepRows`` once before capturing: what is made once a step (lists of tiles) is copied from the host then.
+
+Shape letters: N rows of the step, S sequences, P pages, T positions of a page, J slots of a page, H query heads, K
+key/value heads, G = H/K, D head size.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from deepseek.ops.paged_rows import StepRows
+from deepseek.ops.triton.paged_kernels import append_kernel, attend_kernel, combine_kernel
+
+SHORT = 16  #: sequences with at most so many rows are worth splitting
+WHOLE = 1 << 30  #: the share of a split that is alone
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How work is cut.
+
+    Attributes:
+        long: rows of a tile of a prefill chunk (positions times the padded group). keys: read at a time.
+        waves: programs per multiprocessor that splitting aims for. least: keys that are worth a split.
+    """
+
+    long: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+    waves: float = 2.0
+    least: int = 256
+
+
+HALF, WIDE = Tuning(), Tuning(long=32, keys=32, stages=2)
+_forced: Tuning | None = None
+
+
+@contextmanager
+def forced_tuning(tuning: Tuning) -> Iterator[None]:
+    """Use ``tuning`` inside a ``with`` block, for tests and for finding better sizes."""
+    global _forced
+    before, _forced = _forced, tuning
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def tuning_for(q: Tensor) -> Tuning:
+    """The sizes for queries of this dtype."""
+    return _forced or (WIDE if q.dtype == torch.float32 else HALF)
+
+
+class Pool(NamedTuple):
+    """What a hybrid layer has beside its window: unrotated queries, pages of pooled blocks, sink, gate."""
+
+    q_NHD: Tensor
+    k_PJKD: Tensor
+    v_PJKD: Tensor
+    sink: Tensor
+    gate_NH: Tensor
+    block: int
+    stride: int
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def paged_attention(
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, table_SP: Tensor, rows: StepRows, window: int | None = None
+) -> Tensor:
+    """``deepseek.ops.paged_attention.paged_attention``."""
+    return _attend(q_NHD, k_PTKD, v_PTKD, table_SP, rows, window, None)
+
+
+def paged_hybrid_attention(
+    q_NHD: Tensor,
+    q_rope_NHD: Tensor,
+    k_PTKD: Tensor,
+    v_PTKD: Tensor,
+    pool_k_PJKD: Tensor,
+    pool_v_PJKD: Tensor,
+    sink: Tensor,
+    gate_NH: Tensor,
+    rows: StepRows,
+    window: int,
+    block: int,
+    stride: int,
+) -> Tensor:
+    """``deepseek.ops.paged_attention.paged_hybrid_attention``."""
+    pool = Pool(_rows(q_NHD), pool_k_PJKD, pool_v_PJKD, sink.contiguous(), gate_NH, block, stride)
+    return _attend(q_rope_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window, pool)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _attend(
+    q_NHD: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table_SP: Tensor,
+    rows: StepRows,
+    window: int | None,
+    pool: Pool | None,
+) -> Tensor:
+    assert k.is_contiguous(), "pages are whole tensors"
+    assert v.is_contiguous(), "pages are whole tensors"
+    q, tuning = _rows(q_NHD), tuning_for(q_NHD)
+    out, group = q.new_empty(q.shape), triton.next_power_of_2(q.shape[1] // k.shape[2])
+    used, counts = sum(rows.rows), rows.rows[rows.decodes :]
+    if used < len(q):
+        out[used:].zero_()
+    if rows.decodes:
+        _launch(q, k, v, table_SP, rows, window, pool, out, None, max(16, group), (0, rows.decodes), tuning)
+    if counts:
+        long = max(counts) > SHORT
+        size = max(16, triton.next_power_of_2(group * max(counts)))
+        size = max(group, min(size, tuning.long))
+        tiles = rows.once(("tiles", size // group), lambda: _tiles(rows, size // group, q.device))
+        span = (rows.decodes, used)
+        _launch(q, k, v, table_SP, rows, window, pool, out, tiles, size, span, tuning, split=not long)
+    return out
+
+
+def _tiles(rows: StepRows, size: int, device: torch.device) -> Tensor:
+    """``[tiles, 2]`` int32: the sequence and the first of its rows, those that see the most first."""
+    tiles = [
+        (start + row, s, row)
+        for s, (start, count) in enumerate(zip(rows.starts, rows.rows))
+        if s >= rows.decodes
+        for row in range(0, count, size)
+    ]
+    return torch.tensor([tile[1:] for tile in sorted(tiles, reverse=True)], dtype=torch.int32, device=device)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table_SP: Tensor,
+    rows: StepRows,
+    window: int | None,
+    pool: Pool | None,
+    out: Tensor,
+    tiles: Tensor | None,
+    size: int,
+    span: tuple[int, int],
+    tuning: Tuning,
+    split: bool = True,
+) -> None:
+    """Attend for the rows ``span``, in tiles of ``size``."""
+    H, D, K, BN = *q.shape[1:], k.shape[2], tuning.keys
+    DP, (first, end) = triton.next_power_of_2(D), span
+    programs = (rows.decodes if tiles is None else len(tiles)) * K
+    longest = max(rows.lengths[: rows.decodes] if tiles is None else rows.lengths[rows.decodes :])
+    keys = longest if window is None else min(longest, window + SHORT + BN)
+    blocks = 0 if pool is None else max(0, longest - pool.block) // pool.stride + 1
+    splits = 1
+    if split:
+        wanted = triton.cdiv(int(tuning.waves * _processors(q.device)), programs)
+        splits = max(1, min(wanted, triton.cdiv(max(keys, blocks), tuning.least), 128))
+    share, pool_share = (
+        triton.cdiv(triton.cdiv(n, splits), BN) * BN if splits > 1 else WHOLE for n in (keys, blocks)
+    )
+    parts = lses = out
+    if splits > 1:
+        shape = (1 if pool is None else 2, end - first, H, splits)
+        parts, lses = (q.new_empty(*shape, *x, dtype=torch.float32) for x in ((D,), ()))
+    p = pool or Pool(q, k, v, q, q, 1, 1)
+    gate = p.gate_NH.stride()[:2]
+    pooled = table_SP if pool is None else rows.global_SP
+    common = {"H": H, "D": D, "DP": DP, "POOLED": pool is not None}
+    attend_kernel[(programs // K, K, splits)](
+        p.q_NHD, q, k, v, p.k_PJKD, p.v_PJKD, p.sink, p.gate_NH, out, parts, lses,
+        rows.ends_S if tiles is None else tiles, rows.ends_S, rows.length_S, table_SP, pooled,
+        *p.q_NHD.stride()[:2], *q.stride()[:2], *gate, table_SP.stride(0), pooled.stride(0),
+        end - first, first, window or 0, share, pool_share, D**-0.5,
+        K=K, G=H // K, GP=triton.next_power_of_2(H // K), BLOCK=p.block, STRIDE=p.stride, PAGE=rows.page,
+        WINDOW=window is not None, TILES=tiles is not None, SPLIT=splits > 1, BM=size, BN=BN,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **common,
+        num_warps=tuning.warps, num_stages=tuning.stages,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(end - first, H)](
+            parts, lses, p.gate_NH, out, end - first, first, splits, *gate,
+            SP=triton.next_power_of_2(splits), **common, num_warps=2,
+        )  # fmt: skip
+
+
+# --- filling the cache ----------------------------------------------------------------------------------------------
+
+
+def _sequences(rows: StepRows) -> Tensor:
+    """int32 ``[N]``: the sequence of each row, −1 for padding."""
+    N = len(rows.position_N)
+    of = [s for s, count in enumerate(rows.rows) for _ in range(count)]
+    return torch.tensor(of + [-1] * (N - len(of)), dtype=torch.int32, device=rows.position_N.device)
+
+
+def append(
+    q_NHD: Tensor | None,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    pages: tuple[Tensor, Tensor],
+    rows: StepRows,
+    slot_N: Tensor | None,
+    raw_k_PTKD: Tensor | None = None,
+    pool: tuple[Tensor, Tensor] | None = None,
+    block: int = 1,
+    stride: int = 1,
+    pooling: Tensor | None = None,
+) -> Tensor | None:
+    """``deepseek.ops.paged_attention.append_rows`` in one launch; without ``slot_N`` only what pools is done."""
+    k_pages, v_pages = pages
+    N, K, D = len(rows.position_N), *k_pages.shape[2:]
+    write, H = slot_N is not None, K if q_NHD is None else q_NHD.shape[1]
+    q_out = None if q_NHD is None or rope is None else q_NHD.new_empty(N, H, D)
+    q, k, v = (_rows(x) for x in (k_NKD if q_NHD is None else q_NHD, k_NKD, v_NKD))
+    cos, sin = (x.reshape(N, D // 2) for x in rope) if rope is not None else (k, k)
+    sequence = rows.once("sequences", lambda: _sequences(rows)) if pool is not None else rows.position_N
+    pool_k, pool_v = pool or pages
+    learned = None if pooling is None else pooling.float().contiguous()
+    append_kernel[(N, K)](
+        q, k, v, cos, sin, q if q_out is None else q_out, k_pages, v_pages,
+        k_pages if raw_k_PTKD is None else raw_k_PTKD, pool_k, pool_v, k_pages if learned is None else learned,
+        rows.position_N if slot_N is None else slot_N, rows.position_N, sequence, rows.length_S, rows.ends_S,
+        rows.window_SP, rows.global_SP, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        rows.window_SP.stride(0), rows.global_SP.stride(0),
+        H=H, K=K, G=H // K, D=D, DP=triton.next_power_of_2(D), PAGE=rows.page, BLOCK=block, STRIDE=stride,
+        ROTATE=rope is not None, WRITE=write, POOL=pool is not None, LEARNED=learned is not None, num_warps=1,
+    )  # fmt: skip
+    return q_out
