@@ -22,6 +22,7 @@ from deepseek.serve.server.keys import Key, KeyConfig, Keyring
 from deepseek.serve.server.serving import Server
 
 TEXT = "Hello, this is an answer of many words, é€漢 included. "
+INFO = ModelInfo("fake", "/models/fake", 512, 320, 8, 1234, 7, ("polite",))
 KEY, ADMIN = "sk-test-0123456789abcdef", "sk-admin-0123456789abcdef"
 
 
@@ -61,7 +62,7 @@ class FakeClient:
     refuse: str = ""  # RequestError with this text
     finish: str = ""  # instead of 'stop'
     slots: int = 64
-    info: ModelInfo = ModelInfo("fake", "/models/fake", 512, 320, 8, 1234, 7, ("polite",))
+    info: ModelInfo = INFO
     ready: tuple[bool, str] = (True, "ready")
     running: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
@@ -82,7 +83,9 @@ class FakeClient:
         done = False
         try:
             async with self.gate:
-                await asyncio.sleep(self.prefill)
+                began = time.monotonic()
+                while time.monotonic() < began + self.prefill:  # which a test may change meanwhile
+                    await asyncio.sleep(0.01)
                 async for output in self._outputs(request):
                     done = output.finish is not None
                     yield output

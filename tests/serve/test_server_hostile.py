@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_client import ADMIN, KEY, Served, keyring, serving
 
+JSON = "Content-Type: application/json\r\n"
 AUTHORIZED = f"Authorization: Bearer {KEY}\r\n"
 
 
@@ -143,7 +144,8 @@ def test_other_methods_are_405_and_say_which_is_right(server: Served, method: st
 
 @pytest.mark.parametrize(
     ("headers", "status"),
-    [("Content-Type: text/plain", 415), ("X: y", 415), ("Content-Type: application/json\r\nContent-Encoding: gzip", 415),
+    [("Content-Type: text/plain", 415), ("X: y", 415),
+     ("Content-Type: application/json\r\nContent-Encoding: gzip", 415),
      ("Content-Type: application/json\r\nContent-Encoding: identity", 200),
      ("Content-Type: APPLICATION/JSON; charset=utf-8", 200)],
 )  # fmt: skip
@@ -191,7 +193,7 @@ def test_what_is_no_http_is_a_400_in_the_usual_shape(server: Served, data: bytes
 
 
 def test_a_body_that_comes_too_slowly_is_408(server: Served) -> None:
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{AUTHORIZED}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{AUTHORIZED}{JSON}Content-Length: 99\r\n\r\n"
     began = time.monotonic()
     assert read(talk(server, head.encode() + b"{"))[0] == 408
     assert 0.9 < time.monotonic() - began < 4
@@ -262,7 +264,7 @@ def test_without_keys_only_loopback_names_are_answered() -> None:
             answer = talk(server, f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
             assert read(answer)[0] == status, host
         body = b'{"path": "/tmp"}'
-        head = f"POST /admin/reload HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /admin/reload HTTP/1.1\r\nHost: localhost\r\n{JSON}Content-Length: {len(body)}\r\n\r\n"
         assert read(talk(server, head.encode() + body))[0] == 403
 
 

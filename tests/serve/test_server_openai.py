@@ -379,8 +379,9 @@ def test_an_engine_that_dies_is_a_503_before_and_an_error_event_after_the_first_
         assert caught.value.status_code == 503
         server.client.fail_after = 2
         text = ""
-        with pytest.raises(openai.APIError, match="step process died") as after:
-            for chunk in client.chat.completions.create(**hello(stream=True)):
+        stream = client.chat.completions.create(**hello(stream=True))
+        with pytest.raises(openai.APIError, match="step process died") as after:  # noqa: PT012
+            for chunk in stream:
                 text += chunk.choices[0].delta.content or ""
         assert text
         assert TEXT.startswith(text)
@@ -399,9 +400,11 @@ def test_what_the_engine_refuses_is_a_400_also_for_a_stream() -> None:
 
 def test_reload_needs_an_admin_and_serves_the_new_model(server: Served, tmp_path: Any) -> None:
     url = f"{server.url}/admin/reload"
-    with OpenAI(base_url=server.url, api_key=KEY, max_retries=0) as client:
-        with pytest.raises(openai.PermissionDeniedError):
-            client.post(url, body={"path": str(tmp_path)}, cast_to=object)
+    with (
+        OpenAI(base_url=server.url, api_key=KEY, max_retries=0) as client,
+        pytest.raises(openai.PermissionDeniedError),
+    ):
+        client.post(url, body={"path": str(tmp_path)}, cast_to=object)
     with OpenAI(base_url=server.url, api_key=ADMIN, max_retries=0) as client:
         with pytest.raises(openai.BadRequestError, match="nothing at"):
             client.post(url, body={"path": "/nowhere"}, cast_to=object)

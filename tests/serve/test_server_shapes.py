@@ -69,8 +69,7 @@ def test_a_value_is_read_exactly_when_its_schema_allows_it(shape: Shape) -> None
         try:
             shape.read(value, "it")
             accepted = True
-        except ApiError as error:
-            assert error.status == 400
+        except ApiError:
             accepted = False
         assert accepted == validator.is_valid(value), value
 

@@ -278,12 +278,13 @@ async def chat_prompt(exchange: Exchange, served: Served, plan: ToolPlan) -> lis
         else:
             messages.insert(0, told)
         tools = None
+    going_on, begin = body["continue_final_message"], body["add_generation_prompt"]
     variables = body["chat_template_kwargs"] or {}
 
     def work() -> list[int]:
         return template.ids(
-            served.tokenizer, messages, tools=tools, add_generation_prompt=body["add_generation_prompt"],
-            continue_final_message=body["continue_final_message"], variables=variables,
+            served.tokenizer, messages, tools=tools, add_generation_prompt=not going_on if begin is None else begin,
+            continue_final_message=going_on, variables=variables,
         )  # fmt: skip
 
     ids = await served.threaded(size + 50 * len(messages), exchange.front.config.long_text, work)

@@ -98,11 +98,12 @@ async def _serve(
 def load_texts(path: str) -> tuple[Tokenizer, Chat | None]:
     """Tokenizer and chat template of a model. Raises ``EngineError`` when it has no tokenizer."""
     from deepseek.assemble import load_tokenizer
+    from deepseek.serve.chat_template import ChatTemplate
 
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise EngineError(f"{path} has no tokenizer: put its tokenizer.json there")
-    return tokenizer, None
+    return tokenizer, ChatTemplate.of(tokenizer)
 
 
 def _require() -> None:

@@ -225,7 +225,7 @@ RESPONSE_FORMAT = tagged(
 )
 
 TEMPLATE: dict[str, Field] = {
-    "add_generation_prompt": optional(Flag(), True),
+    "add_generation_prompt": optional(Flag(), about="true unless continue_final_message is"),
     "continue_final_message": optional(Flag(), False),
     "chat_template_kwargs": optional(Anything(object_only=True), about="further variables of the template"),
 }
