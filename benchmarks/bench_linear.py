@@ -70,15 +70,10 @@ def random(*shape: int, device: torch.device, scale: float = 1.0) -> Tensor:
 
 
 def linears(
-    inputs: int,
-    outputs: int,
-    rows: int,
-    formats: Sequence[str],
-    exact: bool,
-    device: torch.device,
-    rounds: int,
+    shape: Sequence[int], rows: int, formats: Sequence[str], exact: bool, device: torch.device, rounds: int
 ) -> list[dict[str, Any]]:
     """One shape and number of rows, in every format and by ``F.linear``."""
+    inputs, outputs = shape
     calls: dict[str, Callable[[], object]] = {}
     sizes: dict[str, float] = {}
     count: dict[str, int] = {}
