@@ -35,6 +35,7 @@ COMMANDS: dict[str, type[Command]] = {
     "generate": use.Generate,
     "chat": use.Chat,
     "serve": serve.Serve,
+    "import": use.Import,
     "export": use.Export,
     "evaluate": train.Evaluate,
     "report": watch.Report,

@@ -29,7 +29,7 @@ class _Sampling:
 
 @dataclass(frozen=True)
 class Generate(_Sampling):
-    """Continue a prompt with a run, a checkpoint or a Hugging Face directory; '-' reads the prompt from stdin."""
+    """Continue a prompt with a run, a checkpoint, a Hugging Face directory or a GGUF file; '-' reads it from stdin."""
 
     model: Positional[str] = ""
     prompt: Positional[str] = "-"
@@ -74,6 +74,36 @@ class Chat(_Sampling):
                 print(piece, end="", flush=True)
             print()
             messages.append(Message("assistant", answer))
+        return 0
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a run of a model from elsewhere: a Hugging Face directory, or a GGUF file, quantised or not.
+
+    Llama, Mistral, Qwen 2 and 3, Mixtral, Qwen3-MoE, SmolLM2; with their tokenizer and chat template.
+    """
+
+    model: Positional[str]  # a directory, or a .gguf file
+    run: str = ""  # where to keep it: a path, or a NAME in runs/; the model's name unless told
+    dtype: str = "kept"  # of the weights: kept (quantised ones become fp32), fp32, bf16 or fp16
+    json: bool = False
+
+    def go(self, rest: Sequence[str]) -> int:
+        from dataclasses import asdict
+        from pathlib import Path
+
+        from deepseek.recipes.import_model import import_model
+
+        path = Path(self.run) if Path(self.run).name != self.run else Path("runs") / self.run
+        done = import_model(self.model, path if self.run else "", dtype=self.dtype)
+        if self.json:
+            print_json({**asdict(done), "run": str(done.run)})
+            return 0
+        print(
+            f"{done.run}: {done.parameters:,} parameters, {done.bytes / 2**20:,.0f} MiB, {done.seconds:.1f} s"
+        )
+        print(f"talk to it with: deepseek chat {done.run}")
         return 0
 
 

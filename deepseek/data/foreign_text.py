@@ -30,12 +30,14 @@ class ForeignText:
     Attributes:
         bos: the start token as it is written, or ``None``. add_bos: plain texts begin with it.
         ends: token ids that end an answer. chat_templates: Jinja text by name.
+        tokenizer_class: the one of ``transformers`` that the directory names.
     """
 
     bos: str | None = None
     add_bos: bool = False
     ends: tuple[int, ...] = ()
     chat_templates: dict[str, str] = field(default_factory=dict)
+    tokenizer_class: str = "PreTrainedTokenizerFast"
 
     @classmethod
     def read(cls, directory: Path, inner: tokenizers.Tokenizer, names: dict[str, str]) -> ForeignText:
@@ -48,10 +50,13 @@ class ForeignText:
         ends = read_object(directory / "generation_config.json").get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         whole = tuple(i for i in ends if isinstance(i, int) and not isinstance(i, bool))
-        return cls(bos, add and bos is not None, whole, _templates(directory, config))
+        named = config.get("tokenizer_class")
+        kind = named if isinstance(named, str) else cls.tokenizer_class
+        return cls(bos, add and bos is not None, whole, _templates(directory, config), kind)
 
     def save(self, directory: Path, config: dict[str, Any]) -> None:
         """Write the files that ``read`` reads; adds to ``config``, which becomes ``tokenizer_config.json``."""
+        config["tokenizer_class"] = self.tokenizer_class
         if self.add_bos:
             config["add_bos_token"] = True  # for readers that do listen
         for name, text in self.chat_templates.items():

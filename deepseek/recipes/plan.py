@@ -108,8 +108,13 @@ class Plan:
         return self.config.train.batch_tokens // self.config.train.length
 
 
-def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
-    """Fill in what the config leaves open. ``vocab_size`` is the tokenizer's, once there is one."""
+def derive(config: PretrainConfig, vocab_size: int | None = None, embeddings: int = 0) -> Plan:
+    """Fill in what the config leaves open.
+
+    Args:
+        vocab_size: the tokenizer's, once there is one.
+        embeddings: ids that the model has already, of a run that is resumed: they stay, if they are enough.
+    """
     derived: list[tuple[str, str, str]] = []
 
     def note(name: str, value: Any, why: str) -> Any:
@@ -118,8 +123,11 @@ def derive(config: PretrainConfig, vocab_size: int | None = None) -> Plan:
 
     model, train, world = config.model, config.train, comm.world()
     vocab = -(-(vocab_size or config.data.vocab_size) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    note("model.vocab_size", vocab, f"the tokenizer's {vocab_size or config.data.vocab_size:,}, rounded up to "
-         f"a multiple of {VOCABULARY_MULTIPLE}")  # fmt: skip
+    if embeddings >= (vocab_size or vocab):
+        note("model.vocab_size", vocab := embeddings, "as the checkpoint has it")
+    else:
+        note("model.vocab_size", vocab, f"the tokenizer's {vocab_size or config.data.vocab_size:,}, rounded up to "
+             f"a multiple of {VOCABULARY_MULTIPLE}")  # fmt: skip
     model = replace(model, vocab_size=vocab, max_length=max(model.max_length, train.length))
     check_layout(config.parallel, model, world)
     device = pick_device(train.device)

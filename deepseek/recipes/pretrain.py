@@ -67,6 +67,7 @@ from deepseek.train.loop import Hook, NonFiniteGuard
 from deepseek.weights import checkpoint
 from deepseek.weights.checkpoint import Checkpointer
 
+IMPORTED = "imported"  #: in the state of a checkpoint that ``recipes.import_model`` made
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 #: Options of a model that a resumed run may change: they guide training and leave the function as it is.
 FREE_TO_CHANGE = (
@@ -186,9 +187,9 @@ class _Pretraining:
     def run(self, resume: Path | None, skip: tuple[int, int] | None) -> PretrainResult:
         seed_everything(self.config.train.seed, self.config.train.deterministic)
         self.corpus = prepare(self.config.data, self.config.data.cache or self.path.parent / ".corpora")
-        self.plan = derive(self.config, self.corpus.tokenizer.vocab_size)
-        self.config = self.plan.config
         found = checkpoint.load(resume) if resume is not None else None
+        self.plan = derive(self.config, self.corpus.tokenizer.vocab_size, _embeddings(found))
+        self.config = self.plan.config
         if found is not None:
             _check_ours(found)
             if found.step >= self.config.train.steps:
@@ -270,6 +271,9 @@ class _Pretraining:
         load_weights(self.model, found)
         _check_same_model(found, self.config.model)
         self.optimizer.load_master_state(found.model)
+        if IMPORTED in found.state:
+            emit("resume", found.step, path=found.path, imported=found.state[IMPORTED])
+            return found.step
         self.optimizer.load_state_dict(found.optimizer)
         self.loader.load_state_dict(found.state["loader"])
         checkpoint.set_rng_state(found.state["rng"])
@@ -399,7 +403,15 @@ class _Pretraining:
         together(save)  # no rank goes on before it is written, and none waits for one that could not write
 
 
+def _embeddings(found: checkpoint.Checkpoint | None) -> int:
+    """Rows of the embedding in a checkpoint, which a resumed run keeps; 0 where there is none."""
+    rows = found.model.get("embedding.weight") if found is not None else None
+    return 0 if rows is None else rows.shape[0]
+
+
 def _check_ours(found: checkpoint.Checkpoint) -> None:
+    if IMPORTED in found.state:
+        return  # weights alone: training begins
     if missing := {"loader", "rng"} - found.state.keys():
         raise CheckpointError(f"{found.path} was not made by pretraining: its state lacks {sorted(missing)}")
 

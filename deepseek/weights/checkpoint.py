@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,8 +51,10 @@ from deepseek.weights.shards import (
     SHARD_BYTES,
     Group,
     HostBuffers,
+    Pending,
     untie,
     write_group,
+    write_shards,
 )
 
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
     "rewind",
     "rng_state",
     "set_rng_state",
+    "write_first",
 ]
 
 ABANDONED = "abandoned"  #: where checkpoints go that a run resumed from an earlier step has left behind
@@ -305,6 +309,25 @@ class Checkpointer:
         for path in intact:
             if path not in keep:
                 discard(path)
+
+
+def write_first(path: Path, tensors: Mapping[str, Pending], state: dict[str, Any]) -> int:
+    """Write the checkpoint ``path``, a new directory, of a run that begins with a model from elsewhere: step 0.
+
+    Each tensor is made, written and forgotten in turn. The directory must lie in one that nobody reads yet
+    (``files.staged``). Returns its bytes.
+
+    Raises:
+        CheckpointError: the state is no JSON. OSError: it could not be written.
+    """
+    path.mkdir()
+    files = {STATE: write_file(path / STATE, [_dump_state(state)])}
+    files |= write_shards(path, "model", tensors)
+    shards = tuple(file for file in files if file.endswith(".safetensors"))
+    groups = {"model": GroupRecord(shards, len(tensors), {})}
+    manifest = Manifest(0, time.time(), None, None, 1, code_version(), groups, files)
+    manifest.write(path)
+    return manifest.bytes
 
 
 def rewind(run: Path, step: int) -> None:

@@ -13,6 +13,7 @@ a wrong cut would silently give other ids than the model was trained on.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,8 @@ def _wrap(meta: _Meta, inner: tokenizers.Tokenizer, tokens: list[str], add_bos: 
             special_tokens=[(start, bos)],
         )
     foreign = ForeignText(tokens[bos] if bos is not None else None, add, ends, _templates(meta.file))
+    if meta.get("pre") == "qwen2":
+        foreign = replace(foreign, tokenizer_class="Qwen2Tokenizer")  # AutoTokenizer takes it for this family
     return Tokenizer(inner, eos=tokens[eos], pad=tokens[pad] if pad is not None else None, foreign=foreign)
 
 

@@ -21,7 +21,7 @@ from deepseek.errors import WeightsError
 from deepseek.weights.shards import DTYPES, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-REOPEN = 256 << 20  #: bytes read from mapped files before they are mapped anew
+REOPEN = 64 << 20  #: bytes read from mapped files before they are mapped anew
 NAMED = {name: dtype for dtype, name in DTYPES.items()}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 

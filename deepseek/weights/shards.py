@@ -15,7 +15,7 @@ data).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,21 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that is made when it is written, and forgotten then: a file larger than memory is a dict of them."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,14 @@ def write_group(directory: Path, name: str, group: Group, limit: int = SHARD_BYT
 
     A tensor larger than ``limit`` gets a shard of its own. Returns what was written, by file name.
     """
-    shards = _cut(group, limit)
+    return write_shards(directory, name, group.tensors, limit)
+
+
+def write_shards(
+    directory: Path, name: str, tensors: Mapping[str, Tensor | Pending], limit: int = SHARD_BYTES
+) -> dict[str, FileRecord]:
+    """``write_group`` of tensors that share no memory, some of which may be yet to be made."""
+    shards = _cut(tensors, limit)
     if len(shards) == 1:
         return {f"{name}.safetensors": write_tensors(directory / f"{name}.safetensors", shards[0])}
     records: dict[str, FileRecord] = {}
@@ -147,13 +169,14 @@ def write_group(directory: Path, name: str, group: Group, limit: int = SHARD_BYT
         file = f"{name}-{i:05d}-of-{len(shards):05d}.safetensors"
         records[file] = write_tensors(directory / file, shard)
         places.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": group.bytes}, "weight_map": dict(sorted(places.items()))}
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     file = f"{name}.safetensors.index.json"
     records[file] = write_file(directory / file, [json.dumps(index, indent=1).encode()])
     return records
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | Pending]) -> FileRecord:
     """One safetensors file. Widest elements first, so that every tensor is aligned to its element size."""
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -174,7 +197,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
         yield len(text).to_bytes(8, "little") + text
         for key in order:
             if tensors[key].numel():
-                yield _raw(tensors[key])
+                yield _raw(_made(key, tensors[key]))
 
     return write_file(path, chunks())
 
@@ -188,16 +211,24 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
+def _made(key: str, tensor: Tensor | Pending) -> Tensor:
+    if not isinstance(tensor, Pending):
+        return tensor
+    made = tensor.make()
+    assert (made.dtype, made.shape) == (tensor.dtype, tensor.shape), key
+    return made
+
+
 def _raw(tensor: Tensor) -> memoryview:
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     raw: Any = plain.reshape(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 
 
-def _cut(group: Group, limit: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _cut(tensors: Mapping[str, Tensor | Pending], limit: int) -> list[dict[str, Tensor | Pending]]:
+    shards: list[dict[str, Tensor | Pending]] = [{}]
     filled = 0
-    for key, tensor in group.tensors.items():
+    for key, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
         if shards[-1] and filled + size > limit:
             shards.append({})
