@@ -5,6 +5,7 @@ Prompt in one pass, then a token at a time through the key/value cache; the text
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from deepseek.events import emit
 from deepseek.models import ModelConfig, Transformer
 from deepseek.precision import Policy, choose
 from deepseek.serve.chat_template import ChatTemplate
-from deepseek.serve.sampler import Sampler, SamplingConfig
+from deepseek.serve.grammar import Grammars
+from deepseek.serve.sampling import SamplingState, sample
+from deepseek.serve.sampling_config import SamplingConfig
+from deepseek.serve.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -129,53 +133,51 @@ class LanguageModel:
         Raises:
             WeightsError: the logits are not finite.
         """
-        sampler, cache = Sampler(sampling), self.model.new_cache()
-        limit = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
-        step = torch.tensor([list(ids)], device=self.device)
+        tokenizer, grammar = self._tokenizer, sampling.grammar
+        limit = tokenizer.vocab_size if tokenizer else self.config.vocab_size
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        state = SamplingState(
+            sampling, ids, seed, limit, self._grammars.state(grammar) if grammar else None,
+            end_ids=tokenizer.end_ids if tokenizer else (),
+        )  # fmt: skip
+        cache, step = self.model.new_cache(), torch.tensor([list(ids)], device=self.device)
         while True:
             with self.policy.compute(self.device):
                 hidden = self.model(step, cache=cache).hidden[:, -1]
                 logits = self.model.logits(hidden)[
                     :, :limit
                 ]  # ids above the tokenizer's are padding of the matrix
-            if not bool(torch.isfinite(logits).all()):
+            found = sample(logits, [state])[0]
+            if found.token < 0:
                 raise WeightsError(
-                    f"the logits at position {cache.length - 1} are not finite: the weights of {self.path} are bad, "
-                    f"or {self.policy.name} is too narrow for them; try an earlier checkpoint or precision='fp32'"
+                    f"position {cache.length - 1}: {found.error}; the weights of {self.path} are bad, "
+                    f"or {self.policy.name} is too narrow for them: try an earlier checkpoint or precision='fp32'"
                 )
-            step = sampler(logits)[:, None]
-            yield int(step)
+            state.accept(found.token)
+            step = torch.tensor([[found.token]], device=self.device)
+            yield found.token
 
     def _pieces(self, prompt: str | Sequence[int], sampling: SamplingConfig) -> Iterator[str | Completion]:
         """Complete pieces of text, then the ``Completion``."""
-        ids, began = self.prompt_ids(prompt), time.perf_counter()
-        text, shown, out, reason, cut = "", 0, list[int](), "length", None
-        decoder = self.tokenizer.stream()
-        ends = self.tokenizer.end_ids
+        ids, began, out = self.prompt_ids(prompt), time.perf_counter(), list[int]()
         room = min(sampling.max_tokens, self.config.max_length - len(ids))
+        sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
+        stream = TextStream(self.tokenizer, sampling, self.tokenizer.end_ids)
         for token in self.tokens(ids, sampling):
-            if token in ends:
-                reason = "stop"
+            if piece := stream.push(token):
+                yield piece
+            if stream.stop != token:
+                out.append(token)
+            if stream.finish:
                 break
-            out.append(token)
-            text += decoder.push(token)
-            if (cut := _first_stop(text, sampling.stop)) is not None:
-                text, reason = text[:cut], "stop"
-                break
-            safe = len(text) - _held_back(text, sampling.stop)
-            if safe > shown:
-                yield text[shown:safe]
-                shown = safe
-            if len(out) >= room:
-                break
-        if cut is None:
-            text += decoder.finish()
-        if len(text) > shown:
-            yield text[shown:]
-        seconds = time.perf_counter() - began
+        seconds, text = time.perf_counter() - began, stream.text
         emit("generate", prompt=prompt if isinstance(prompt, str) else list(prompt), text=text, tokens=len(out),
              seconds=seconds)  # fmt: skip
-        yield Completion(text, out, reason, seconds)
+        yield Completion(text, out, stream.finish or "length", seconds)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.tokenizer.vocab_size)
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -206,17 +208,3 @@ def _drain(pieces: Iterator[str | Completion]) -> tuple[list[str], Completion]:
             texts.append(piece)
     assert last is not None
     return texts, last
-
-
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins, if one is there."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found) if found else None
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end may still become a stop text, and must not be shown yet."""
-    return max(
-        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
-        default=0,
-    )
