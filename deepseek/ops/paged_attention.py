@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepseek.ops import paged_exact, paged_gathered  # noqa: F401 - they register
+from deepseek.ops import paged_exact, paged_gathered, paged_static  # noqa: F401 - they register
 from deepseek.ops.attention import pick_backend
 from deepseek.ops.hybrid_attention import pooled_length
 from deepseek.ops.paged_rows import StepRows
@@ -40,11 +40,11 @@ __all__ = [
 
 
 def backend_for(q_NHD: Tensor, rows: StepRows) -> str:
-    """Which implementation takes this step: ``exact``, ``triton`` or ``gathered``."""
+    """Which implementation takes this step: ``exact``, ``triton``, ``static`` or ``gathered``."""
     if rows.exact:
         return "exact"
     fits = pick_backend(q_NHD.device, q_NHD.shape[-1], q_NHD.dtype) == "triton"
-    return "triton" if fits else "gathered"
+    return "triton" if fits else "static" if rows.static else "gathered"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -78,6 +78,9 @@ def pool_pages(
         flat = raw_k_PTKD.flatten(0, 1), v_PTKD.flatten(0, 1)
         into = raw_k_PTKD, (pool_k_PJKD, pool_v_PJKD), block, stride, pooling
         kernels("paged_attention").append(None, *flat, None, (raw_k_PTKD, v_PTKD), rows, None, *into)
+        return
+    if rows.static:
+        paged_static.pool_pages(raw_k_PTKD, v_PTKD, pool_k_PJKD, pool_v_PJKD, rows, block, stride, pooling)
         return
     from_JB, to_J = rows.once(("pool", block, stride), lambda: _completed(rows, block, stride))
     if not len(to_J):

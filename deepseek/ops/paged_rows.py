@@ -32,6 +32,8 @@ class StepRows:
         decodes: the first so many sequences have exactly one row each.
         exact: compute each row in one fixed order, so that its result is the same to the last bit whatever other rows,
             chunks, pages and threads there are (``deepseek.ops.paged_exact``).
+        static: every sequence has one row, and ``lengths`` are the most that there may be: nothing may be decided by
+            them (``deepseek.ops.paged_static``).
     """
 
     position_N: Tensor
@@ -46,6 +48,7 @@ class StepRows:
     lengths: tuple[int, ...]
     decodes: int
     exact: bool = False
+    static: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:

@@ -29,6 +29,7 @@ from deepseek.ops.exact import exact_map
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
 from deepseek.ops.paged_attention import (
     StepRows,
+    append_rows,
     paged_attention,
     paged_hybrid_attention,
     pool_pages,
@@ -89,6 +90,7 @@ class DecoderLayer:
         attention: Attention = block.attention  # type: ignore[assignment]
         dtype, a = COMPUTE[format], config.attention
         self.index, self.kind, self.config, self.exact = index, kind, a, exact
+        self.pooling: Tensor | None = None
         self.rotated = kind != "F" or a.full_rope
 
         def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -152,20 +154,13 @@ class DecoderLayer:
         qk, v = qkv[:, : c.heads + c.kv_heads], qkv[:, c.heads + c.kv_heads :]
         if self.head_norms:
             qk = torch.cat((self.head_norms[0](qk[:, : c.heads]), self.head_norms[1](qk[:, c.heads :])), 1)
-        turned = rope.rotate(qk) if self.rotated else qk
-        q, k = turned[:, : c.heads], turned[:, c.heads :]
+        q = self._append(qk, v, rows, rope, cache)
         if self.kind == "F":
-            write_pages(cache.k, cache.v, k, v, rows.global_slot_N)
             return paged_attention(q, cache.k, cache.v, rows.global_SP, rows).flatten(1)
-        write_pages(cache.k, cache.v, k, v, rows.window_slot_N)
         if self.kind == "L":
             return paged_attention(q, cache.k, cache.v, rows.window_SP, rows, c.window).flatten(1)
-        assert cache.raw_k is not None
         assert cache.pool_k is not None
         assert cache.pool_v is not None
-        raw = qk[:, c.heads :]
-        cache.raw_k.flatten(0, 1)[rows.window_slot_N] = raw
-        pool_pages(cache.raw_k, cache.v, cache.pool_k, cache.pool_v, rows, c.block, c.stride, self.pooling)
         gate = self._gates(h)
         if traced is not None:
             traced.gates[self.index] = gate.mean(1)
@@ -173,6 +168,25 @@ class DecoderLayer:
             qk[:, : c.heads], q, cache.k, cache.v, cache.pool_k, cache.pool_v, self.sink, gate, rows,
             c.window, c.block, c.stride,
         ).flatten(1)  # fmt: skip
+
+    def _append(self, qk: Tensor, v: Tensor, rows: StepRows, rope: Rope, cache: LayerPages) -> Tensor:
+        """Rotate, write keys and values, pool what is complete; the rotated queries."""
+        c = self.config
+        slot_N = rows.global_slot_N if self.kind == "F" else rows.window_slot_N
+        if qk.is_cuda:
+            pool = None if cache.pool_k is None or cache.pool_v is None else (cache.pool_k, cache.pool_v)
+            return append_rows(
+                qk[:, : c.heads], qk[:, c.heads :], v, rope.halves if self.rotated else None, (cache.k, cache.v), rows,
+                slot_N, cache.raw_k, pool, c.block, c.stride, self.pooling,
+            )  # fmt: skip
+        turned = rope.rotate(qk) if self.rotated else qk
+        write_pages(cache.k, cache.v, turned[:, c.heads :], v, slot_N)
+        if cache.raw_k is not None and cache.pool_k is not None and cache.pool_v is not None:
+            cache.raw_k.flatten(0, 1).index_copy_(0, slot_N, qk[:, c.heads :])
+            pool_pages(
+                cache.raw_k, cache.v, cache.pool_k, cache.pool_v, rows, c.block, c.stride, self.pooling
+            )
+        return turned[:, : c.heads]
 
     def _gates(self, h: Tensor) -> Tensor:
         """Share of the global branch, fp32 ``[N, H]``."""
@@ -216,6 +230,11 @@ class Rope:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self._cos, self._sin, self._half = cos, sin, cos.shape[-1] // 2
 
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[N, D/2]``."""
+        return self._cos[:, 0, : self._half], self._sin[:, 0, self._half :]
+
     @staticmethod
     def table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
         cos, sin = rope_table(torch.arange(length, device=device), head_dim, theta)
@@ -232,6 +251,7 @@ class PageTables:
     def __init__(self, places: int, pages: int) -> None:
         self.globals: Ints = np.zeros((places, pages), np.int32)
         self.windows: Ints = np.zeros((places, pages), np.int32)
+        self.width = pages
         self._free = list(range(places - 1, -1, -1))
         self._place: dict[int, int] = {}
         self._known: dict[int, tuple[int, int, int]] = {}
@@ -256,6 +276,24 @@ class PageTables:
         if row is not None:
             del self._known[id(sequence)]
             self._free.append(row)
+
+
+class HostRows(NamedTuple):
+    """``StepRows`` before it goes to the device."""
+
+    position_N: npt.NDArray[np.int64]
+    ends_S: Ints
+    length_S: Ints
+    global_SP: Ints
+    window_SP: Ints
+    global_slot_N: npt.NDArray[np.int64]
+    window_slot_N: npt.NDArray[np.int64]
+    rows: list[int]
+
+    @property
+    def decodes(self) -> int:
+        """How many sequences at the front have a single row."""
+        return next((i for i, count in enumerate(self.rows) if count != 1), len(self.rows))
 
 
 class Decoder:
@@ -322,29 +360,34 @@ class Decoder:
         """``[N, C]`` → ``[N, V]`` in the compute dtype."""
         return self.head(hidden_NC)
 
-    def rows(self, work: Sequence[Work]) -> StepRows:
+    def host_rows(self, work: Sequence[Work]) -> HostRows:
         """What attention needs to know of the step; single rows come first in ``work``."""
         page, counts = self.layout.page, [w.rows for w in work]
         places = [self.tables.place(w.sequence) for w in work]
-        lengths = [w.start + w.rows for w in work]
-        width = -(-max(lengths) // page)
-        table_g, table_w = self.tables.globals[places, :width], self.tables.windows[places, :width]
+        lengths = np.array([w.start + w.rows for w in work], np.int32)
+        width = -(-int(lengths.max()) // page)
+        tables = self.tables.globals[places, :width], self.tables.windows[places, :width]
         sequence_N = np.repeat(np.arange(len(work)), counts)
         ends = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=ends[1:])
         starts = np.array([w.start for w in work])
         position = np.arange(ends[-1]) - ends[sequence_N] + starts[sequence_N]
         where, inside = position // page, position % page
-        slots = [table[sequence_N, where].astype(np.int64) * page + inside for table in (table_g, table_w)]
+        slots = [table[sequence_N, where].astype(np.int64) * page + inside for table in tables]
+        return HostRows(position, ends, lengths, *tables, slots[0], slots[1], counts)
+
+    def rows(self, host: HostRows) -> StepRows:
+        """The same on the device."""
 
         def put(x: npt.NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(x).to(self.device, non_blocking=True)
 
+        counts = host.rows
         return StepRows(
-            position_N=put(position), ends_S=put(ends), length_S=put(np.array(lengths, np.int32)),
-            global_SP=put(table_g), window_SP=put(table_w),
-            global_slot_N=put(slots[0]), window_slot_N=put(slots[1]), page=page,
-            rows=tuple(counts), lengths=tuple(lengths), decodes=sum(1 for _ in _leading_ones(counts)), exact=self.exact,
+            position_N=put(host.position_N), ends_S=put(host.ends_S), length_S=put(host.length_S),
+            global_SP=put(host.global_SP), window_SP=put(host.window_SP), global_slot_N=put(host.global_slot_N),
+            window_slot_N=put(host.window_slot_N), page=self.layout.page, rows=tuple(counts),
+            lengths=tuple(host.length_S.tolist()), decodes=host.decodes, exact=self.exact,
         )  # fmt: skip
 
     def bytes_read(self, rows: int) -> float:
@@ -354,7 +397,3 @@ class Decoder:
     @property
     def cache_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for cache in self.caches for t in cache if t is not None)
-
-
-def _leading_ones(counts: Sequence[int]) -> Sequence[int]:
-    return next((counts[:i] for i, n in enumerate(counts) if n != 1), counts)

@@ -32,6 +32,7 @@ from deepseek.serve.adapters import AdapterBank, load_adapter
 from deepseek.serve.decoder import COMPUTE, Decoder, RowAdapters, Traced
 from deepseek.serve.generate import Completion
 from deepseek.serve.grammar import Grammars, GrammarState
+from deepseek.serve.graphs import DecodeGraphs, Size
 from deepseek.serve.memory import cache_budget
 from deepseek.serve.pages import PageLayout, Pages, share_memory
 from deepseek.serve.request import (
@@ -130,6 +131,9 @@ class Engine:
             loaded.model, layout, counts, format=self.format, device=self.device, max_running=running,
             max_length=self.max_length, exact=config.deterministic,
         )  # fmt: skip
+        most = Size(running, self.decoder.tables.width)
+        captured = config.graphs and self.device.type == "cuda"
+        self.graphs = DecodeGraphs(self.decoder, most) if captured else None
         self.vocabulary = min(
             loaded.tokenizer.vocab_size if loaded.tokenizer else shape.vocab_size, shape.vocab_size
         )
@@ -230,8 +234,7 @@ class Engine:
             self.decoder.tables.leave(sequence)
         if plan.work:
             work = sorted(plan.work, key=lambda w: w.rows != 1)
-            hidden, traced = self._run(work)
-            outputs += self._sample(work, hidden, traced)
+            outputs += self._sample(work, *self._run(work))
         self._count(steps=1, step_seconds=time.perf_counter() - began)
         return outputs
 
@@ -269,15 +272,21 @@ class Engine:
 
     # --- parts of a step ----------------------------------------------------------------------------------------------
 
-    def _run(self, work: list[Work]) -> tuple[Tensor, Traced | None]:
+    def _run(self, work: list[Work]) -> tuple[Tensor, Tensor | None, Traced | None]:
+        """Hidden states of all rows; their logits too when the step was captured; what the layers did, if asked."""
         tokens = [t for w in work for t in _row_tokens(w)]
+        host, adapters = self.decoder.host_rows(work), self._row_adapters(work)
         traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
+        if self.graphs is not None and adapters is None and traced is None:
+            done = self.graphs.run(tokens, host)
+            if done is not None:
+                return *done, None
         tokens_N = torch.tensor(tokens, device=self.device)
-        return self.decoder.hidden(
-            tokens_N, self.decoder.rows(work), self._row_adapters(work), traced
-        ), traced
+        return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, traced
 
-    def _sample(self, work: list[Work], hidden: Tensor, traced: Traced | None) -> list[Output]:
+    def _sample(
+        self, work: list[Work], hidden: Tensor, ready: Tensor | None, traced: Traced | None
+    ) -> list[Output]:
         """Logits where they are needed, tokens where a sequence is at its end, and what follows from them."""
         first, needed, wanted, firsts = 0, list[int](), list[Work](), list[int]()
         outputs: list[Output] = []
@@ -300,8 +309,12 @@ class Engine:
         sampled_rows = [row for w, at in zip(wanted, firsts) for row in range(at, at + w.drafts + 1)]
         if not needed and not sampled_rows:
             return outputs
-        index = torch.tensor([*sampled_rows, *needed], device=hidden.device)
-        logits = self.decoder.logits(hidden.index_select(0, index))[:, : self.vocabulary]
+        rows = [*sampled_rows, *needed]
+        if ready is not None and len(rows) == hidden.shape[0]:
+            logits = ready[:, : self.vocabulary]
+        else:
+            index = torch.tensor(rows, device=hidden.device)
+            logits = self.decoder.logits(hidden.index_select(0, index))[:, : self.vocabulary]
         for w, at in reading:
             at += len(sampled_rows)
             self._read_prompt(w, logits[at : at + w.rows])
