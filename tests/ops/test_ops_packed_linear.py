@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek.errors import ConfigError
+from deepseek.models import Transformer
+from deepseek.models.config import tiny
+from deepseek.nn.moe import MoEConfig
 from deepseek.ops import int8_linear, packed_linear
 from deepseek.ops.experts import swiglu
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, formats, pack_linear, rows_agree
@@ -146,3 +149,26 @@ def test_an_extension_adds_a_format() -> None:
     assert name in formats()
     weight, x = make(0, 4, 4), make(1, 2, 4)
     assert pack_linear(weight, None, name, CPU)(x).equal(2 * F.linear(x, weight))
+
+
+@pytest.mark.parametrize(("format", "bound"), [("fp32", 1e-5), ("bf16", 2e-2), ("int8", 6e-2)])
+def test_a_models_logits_survive_the_format(format: str, bound: float) -> None:
+    torch.manual_seed(0)
+    model = Transformer(tiny(vocab_size=128, layers=2, moe=MoEConfig())).eval()
+    tokens = torch.randint(0, 128, (1, 48))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.08)
+        want = model.logits(model(tokens).hidden)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                packed = pack_linear(module.weight, module.bias, format, CPU)
+
+                def forward(x: Tensor, packed: PackedLinear = packed) -> Tensor:
+                    return packed(x.flatten(0, -2).to(DTYPES[format])).view(*x.shape[:-1], -1).to(x.dtype)
+
+                module.forward = forward  # type: ignore[method-assign]
+        got = model.logits(model(tokens).hidden)
+    assert distance(got, want.double()) < bound
+    assert float((got.argmax(-1) == want.argmax(-1)).float().mean()) > 0.9
