@@ -18,9 +18,10 @@ from deepseek.errors import ConfigError
 from deepseek.ops import expert_rows
 from deepseek.ops.experts import dispatch, gates, route, run_experts, swiglu
 from deepseek.ops.host_experts import HostExperts
-from deepseek.ops.packed_linear import DTYPES, PackedSwiGLU
+from deepseek.ops.packed_linear import DTYPES, Norm, PackedSwiGLU, normed
 from deepseek.ops.triton import available, kernels
 
+STREAM_ROWS = 8  #: up to how many rows each assignment reads its expert by itself on CUDA
 KERNEL_ROWS = 256  #: from how many rows on the grouped products of training are the faster ones on CUDA
 
 
@@ -72,10 +73,21 @@ class PackedExperts:
             ``out [N, C]`` in the dtype of ``x``, the experts ``[N, K]`` (integer, likeliest first by probability
             plus bias) and their gates ``[N, K]`` (fp32).
         """
-        out, expert_NK, gate_NK = self._layer(x_NC)
+        return self.fused(x_NC)
+
+    def fused(
+        self, x_NC: Tensor, norm: Norm | None = None, residual_NC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with ``residual + experts(norm(x))`` as ``out``: fewer kernels where the device has them."""
+        layer = self._layer
+        if isinstance(layer, DeviceExperts) and layer.streams(x_NC):
+            out, expert, gate = layer.stream(x_NC, norm, residual_NC)
+            return out if self.shared is None else self.shared.fused(x_NC, norm, out), expert, gate
+        x_NC = normed(x_NC, norm)
+        out, expert, gate = layer(x_NC)
         if self.shared is not None:
             out = out + self.shared(x_NC)
-        return out, expert_NK, gate_NK
+        return out if residual_NC is None else residual_NC + out, expert, gate
 
 
 class DeviceExperts:
@@ -89,8 +101,9 @@ class DeviceExperts:
             raise ConfigError(
                 f"experts on {torch.device(device).type} are kept in fp32 or bf16, not '{format}'"
             )
-        self.fused = torch.device(device).type == "cuda" and available()
-        if exact and not self.fused:
+        fused = torch.device(device).type == "cuda" and available()
+        self.kernels = kernels("decode_experts") if fused else None
+        if exact and not fused:
             raise ConfigError("experts with bit-identical rows need a CPU, or CUDA with the extra 'kernels'")
         self.top_k, self.normalise, self.exact = top_k, normalise, exact
         self.router = router_EC.detach().to(device, torch.float32)
@@ -101,12 +114,28 @@ class DeviceExperts:
         self.router_nbytes = self.router.nbytes
         self.experts_nbytes = self.gate_up.nbytes + self.down.nbytes
 
+    def streams(self, x_NC: Tensor) -> bool:
+        """Whether ``stream`` is how to compute these rows."""
+        return self.kernels is not None and not self.exact and x_NC.shape[0] <= STREAM_ROWS
+
+    def stream(
+        self, x_NC: Tensor, norm: Norm | None = None, residual_NC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Few rows, with the norm before and the residual after."""
+        assert self.kernels is not None
+        out: tuple[Tensor, Tensor, Tensor] = self.kernels.few(
+            x_NC.contiguous(), self.router, self.bias, self.gate_up, self.down, self.top_k, self.normalise,
+            norm=norm, residual_NC=None if residual_NC is None else residual_NC.contiguous(),
+        )  # fmt: skip
+        return out
+
     def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.fused and (self.exact or len(x_NC) <= KERNEL_ROWS):
-            out: tuple[Tensor, Tensor, Tensor] = kernels("decode_experts").decode(
-                x_NC.contiguous(), self.router, self.bias, self.gate_up, self.down, self.top_k, self.normalise,
-                self.exact,
-            )  # fmt: skip
+        if self.streams(x_NC):
+            return self.stream(x_NC)
+        if self.kernels is not None and (self.exact or x_NC.shape[0] <= KERNEL_ROWS):
+            out: tuple[Tensor, Tensor, Tensor] = self.kernels.grouped(
+                x_NC.contiguous(), self.router, self.bias, self.gate_up, self.down, self.top_k, self.normalise
+            )
             return out
         probs, expert, gate = route(x_NC, self.router, self.bias, self.top_k, self.normalise)
         where = dispatch(expert, probs)

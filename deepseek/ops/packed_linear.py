@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,14 @@ from deepseek.registry import backends, get_op, register_op
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEMV_ROWS = 4  #: up to how many rows a product on CUDA is a matter of reading the weight
 SMALL = 1 << 16  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
+
+
+Norm = tuple[Tensor, float]  #: weight ``[C]`` and epsilon of an RMSNorm
+
+
+def normed(x_NC: Tensor, norm: Norm | None) -> Tensor:
+    """``x`` through an RMSNorm, fp32 inside, or as it is."""
+    return x_NC if norm is None else F.rms_norm(x_NC, norm[0].shape, *norm)
 
 
 class PackedLinear(ABC):
@@ -52,6 +61,11 @@ class PackedLinear(ABC):
     @abstractmethod
     def __call__(self, x_NC: Tensor) -> Tensor:
         """``[N, C]`` → ``[N, F]`` in the dtype of ``x``: fp32 or bf16, on the weight's device, contiguous; N ≥ 1."""
+
+    def fused(self, x_NC: Tensor, norm: Norm | None = None, residual_NF: Tensor | None = None) -> Tensor:
+        """``residual + self(norm(x))``: what surrounds a product in a decoder; one kernel where the format has it."""
+        y = self(normed(x_NC, norm))
+        return y if residual_NF is None else residual_NF + y
 
 
 def pack_linear(
@@ -111,6 +125,13 @@ class PackedSwiGLU:
     def __call__(self, x_NC: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x_NC)))
 
+    def fused(self, x_NC: Tensor, norm: Norm | None = None, residual_NC: Tensor | None = None) -> Tensor:
+        """``residual + self(norm(x))``."""
+        up = self.gate_up
+        if isinstance(up, TritonLinear) and up.streams(x_NC):
+            return self.down.fused(up.stream(x_NC, norm=norm, swiglu=True), None, residual_NC)
+        return self.down.fused(self.activation(up.fused(x_NC, norm)), None, residual_NC)
+
 
 # --- fp32 and bf16 --------------------------------------------------------------------------------------------------
 
@@ -141,14 +162,26 @@ class TritonLinear(PlainLinear):
         super().__init__(weight_FC, bias_F)
         self.exact, self._kernels = exact, kernels("linear")
 
+    def streams(self, x_NC: Tensor) -> bool:
+        """Whether ``stream`` is how to compute these rows."""
+        return not self.exact and x_NC.shape[0] <= GEMV_ROWS
+
+    def stream(self, x_NC: Tensor, **options: Any) -> Tensor:
+        """The product by ``gemv``, whose options these are."""
+        y: Tensor = self._kernels.gemv(x_NC.contiguous(), self.weight, self.bias, **options)
+        return y
+
     def __call__(self, x_NC: Tensor) -> Tensor:
         if self.exact:
             y: Tensor = self._kernels.row_matmul(x_NC.contiguous(), self.weight, self.bias)
-        elif x_NC.shape[0] <= GEMV_ROWS:
-            y = self._kernels.gemv(x_NC.contiguous(), self.weight, self.bias)
-        else:
-            y = F.linear(x_NC, self.weight, self.bias)
-        return y
+            return y
+        return self.stream(x_NC) if self.streams(x_NC) else F.linear(x_NC, self.weight, self.bias)
+
+    def fused(self, x_NC: Tensor, norm: Norm | None = None, residual_NF: Tensor | None = None) -> Tensor:
+        if not self.streams(x_NC):
+            return super().fused(x_NC, norm, residual_NF)
+        residual = None if residual_NF is None else residual_NF.contiguous()
+        return self.stream(x_NC, norm=norm, residual_NF=residual)
 
 
 class OneDNNLinear(PackedLinear):

@@ -125,6 +125,9 @@ def test_swiglu() -> None:
     want = F.linear(swiglu(F.linear(x, gate_up, bias)), down, out_bias)
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
     assert layer.nbytes == gate_up.nbytes + down.nbytes
+    residual, norm = make(5, 5, 64), (make(6, 64), 1e-5)
+    assert layer.fused(x, norm, residual).equal(residual + layer(F.rms_norm(x, (64,), *norm)))
+    assert layer.fused(x).equal(layer(x))
 
 
 def test_what_cannot_be_had_is_refused() -> None:

@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from deepseek.ops.decode_experts import experts_reference
+from deepseek.ops.decode_experts import DeviceExperts, PackedExperts, experts_reference
+from deepseek.ops.packed_linear import PackedSwiGLU
 from deepseek.ops.triton import decode_experts as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,9 +74,9 @@ def test_rows_of_the_grouped_path_do_not_depend_on_the_others() -> None:
     router, bias, gate_up, down = layer(4)
     gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
     x = make(5, 50, C)
-    whole = kernel.decode(x, router, bias, gate_up, down, 2, True, exact=True)
+    whole = kernel.grouped(x, router, bias, gate_up, down, 2, True)
     for first, rows in ((0, 1), (49, 1), (7, 20)):
-        part = kernel.decode(x[first : first + rows], router, bias, gate_up, down, 2, True, exact=True)
+        part = kernel.grouped(x[first : first + rows], router, bias, gate_up, down, 2, True)
         assert all(got.equal(want[first : first + rows]) for got, want in zip(part, whole))
 
 
@@ -88,3 +89,22 @@ def test_rows_that_are_not_finite_still_go_to_experts_that_exist() -> None:
     assert int(expert.min()) >= 0
     assert int(expert.max()) < 6
     assert bool(out[0].isfinite().all())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rows", [2, 12])
+def test_the_layer_with_its_norm_and_residual(rows: int, shared: bool) -> None:
+    router, bias, gate_up, down = layer(6)
+    x, residual, norm = make(4, rows, C), make(5, rows, C), (make(6, C), 1e-5)
+    device = DeviceExperts(router, bias, gate_up, down, 2, True, "fp32", DEVICE, exact=False)
+    device.kernels = kernel  # in the interpreter too
+    dense = PackedSwiGLU(make(7, 2 * F, C), None, make(8, C, F), None, "fp32", DEVICE) if shared else None
+    packed = PackedExperts(router, bias, gate_up, down, 2, True, "fp32", DEVICE, shared=dense)
+    packed._layer = device
+    out, expert, gate = packed.fused(x, norm, residual)
+    h = torch.nn.functional.rms_norm(x, (C,), *norm)
+    want = experts_reference(h, router, bias, gate_up, down, 2, True)
+    assert expert.equal(want[1])
+    torch.testing.assert_close(gate, want[2], rtol=1e-4, atol=1e-5)
+    wanted = residual + want[0] + (dense(h) if dense is not None else 0)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-3)

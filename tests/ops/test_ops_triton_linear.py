@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from deepseek.ops.packed_linear import TritonLinear, rows_agree
+from deepseek.ops.experts import swiglu
+from deepseek.ops.packed_linear import PackedSwiGLU, TritonLinear, rows_agree
 from deepseek.ops.triton.linear import gemv, row_matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,3 +61,36 @@ def test_the_layer_picks_a_kernel_by_the_number_of_rows(exact: bool) -> None:
         torch.testing.assert_close(linear(x), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
     if exact:
         assert rows_agree(linear, torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_norm_and_residual_around_a_product(rows: int, norm: bool, residual: bool) -> None:
+    weight, bias, x = make(0, 9, 2100), make(1, 9), make(2, rows, 2100)
+    around = (make(3, 2100), 1e-5) if norm else None
+    add = make(4, rows, 9) if residual else None
+    want = F.linear(x if around is None else F.rms_norm(x, (2100,), *around), weight, bias)
+    linear = TritonLinear(weight, bias, exact=False)
+    got = linear.fused(x, around, add)
+    torch.testing.assert_close(got, want if add is None else want + add, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_a_dense_layer_with_its_norm_and_residual(rows: int, bias: bool) -> None:
+    weights = (
+        make(0, 2 * 21, 48),
+        make(1, 2 * 21) if bias else None,
+        make(2, 48, 21),
+        make(3, 48) if bias else None,
+    )
+    layer = PackedSwiGLU(*weights, "fp32", DEVICE)
+    layer.gate_up, layer.down = (
+        TritonLinear(*weights[:2], exact=False),
+        TritonLinear(*weights[2:], exact=False),
+    )
+    x, residual, norm = make(4, rows, 48), make(5, rows, 48), (make(6, 48), 1e-5)
+    h = swiglu(F.linear(F.rms_norm(x, (48,), *norm), *weights[:2]))
+    want = residual + F.linear(h, *weights[2:])
+    torch.testing.assert_close(layer.fused(x, norm, residual), want, rtol=1e-4, atol=1e-3)

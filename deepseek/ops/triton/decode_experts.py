@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek.ops.triton.experts import router
-from deepseek.ops.triton.linear import MOST_ROWS, gemv
+from deepseek.ops.triton.linear import gemv
 
 BLOCK = 16  #: rows of one expert that share a read of its weights: the least the matrix units take
 
@@ -58,8 +58,8 @@ def _choice(
 
 @triton.jit
 def _few_gate_up_kernel(
-    x, logits, bias, weight, expert, gate, inner, hidden, size,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr,
+    x, logits, bias, scale, weight, expert, gate, inner, hidden, size, eps,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, NORM: tl.constexpr,
     BF: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     a = tl.program_id(0)
@@ -72,21 +72,31 @@ def _few_gate_up_kernel(
     row = weight + (mine.to(tl.int64) * 2 * size + f[:, None]) * hidden
     gates = tl.zeros((BF, BC), dtype=tl.float32)
     ups = tl.zeros((BF, BC), dtype=tl.float32)
+    squares = tl.zeros((BC,), dtype=tl.float32)
     for start in range(0, hidden, BC):
         c = start + tl.arange(0, BC)
         there = (f < size)[:, None] & (c < hidden)[None, :]
-        v = tl.load(x + n * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)[None, :]
+        v = tl.load(x + n * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
+        if NORM:
+            squares += v * v
+            v *= tl.load(scale + c, mask=c < hidden, other=0.0).to(tl.float32)
+        v = v[None, :]
         gates += v * tl.load(row + c[None, :], mask=there, other=0.0).to(tl.float32)
         ups += v * tl.load(row + size * hidden + c[None, :], mask=there, other=0.0).to(tl.float32)
     up = tl.sum(ups, 1)
     h = tl.sum(gates, 1)
+    if NORM:
+        shrink = 1 / tl.sqrt(tl.sum(squares, 0) / hidden + eps)
+        up *= shrink
+        h *= shrink
     tl.store(inner + a * size + f, (g * up * h / (1 + tl.exp(-h))).to(inner.dtype.element_ty), mask=f < size)
 
 
 @triton.jit
 def _few_down_kernel(
-    inner, expert, weight, out, hidden, size, K: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr
-):
+    inner, expert, weight, residual, out, hidden, size,
+    K: tl.constexpr, RESIDUAL: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     total = tl.zeros((BC, BF), dtype=tl.float32)
@@ -98,7 +108,10 @@ def _few_down_kernel(
             v = tl.load(inner + (n * K + k) * size + f, mask=f < size, other=0.0).to(tl.float32)
             w = tl.load(row + f[None, :], mask=(c < hidden)[:, None] & (f < size)[None, :], other=0.0)
             total += v[None, :] * w.to(tl.float32)
-    tl.store(out + n * hidden + c, tl.sum(total, 1).to(out.dtype.element_ty), mask=c < hidden)
+    y = tl.sum(total, 1)
+    if RESIDUAL:
+        y += tl.load(residual + n * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
+    tl.store(out + n * hidden + c, y.to(out.dtype.element_ty), mask=c < hidden)
 
 
 def few(
@@ -109,33 +122,33 @@ def few(
     down: Tensor,
     top_k: int,
     normalise: bool,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual_NC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer for at most ``MOST_ROWS`` rows: ``out [N, C]``, ``expert [N, K]`` int32, ``gate [N, K]`` fp32."""
+    """The layer for at most 8 rows: ``out [N, C]``, ``expert [N, K]`` int32, ``gate [N, K]`` fp32.
+
+    Args:
+        norm: the weight ``[C]`` and epsilon of an RMSNorm that ``x`` goes through first.
+        residual_NC: added to the result.
+    """
     rows, hidden = x_NC.shape
     experts, size = down.shape[0], down.shape[2]
-    logits = gemv(x_NC, router_EC, dtype=torch.float32)
+    logits = gemv(x_NC, router_EC, dtype=torch.float32, norm=norm)
     expert = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.int32)
     gate = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.float32)
     inner = x_NC.new_empty(rows * top_k, size)
-    block_f, block_c = 4, min(512, triton.next_power_of_2(hidden))
-    _few_gate_up_kernel[(rows * top_k, triton.cdiv(size, block_f))](
-        x_NC, logits, bias_E, gate_up, expert, gate, inner, hidden, size,
-        E=experts, EP=triton.next_power_of_2(experts), K=top_k, NORMALISE=normalise,
-        BF=block_f, BC=block_c, num_warps=4,
+    scale, eps = norm or (None, 0.0)
+    _few_gate_up_kernel[(rows * top_k, triton.cdiv(size, 4))](
+        x_NC, logits, bias_E, scale, gate_up, expert, gate, inner, hidden, size, eps,
+        E=experts, EP=triton.next_power_of_2(experts), K=top_k, NORMALISE=normalise, NORM=norm is not None,
+        BF=4, BC=min(512, triton.next_power_of_2(hidden)), num_warps=4,
     )  # fmt: skip
     out = torch.empty_like(x_NC)
     _few_down_kernel[(rows, triton.cdiv(hidden, 4))](
-        inner,
-        expert,
-        down,
-        out,
-        hidden,
-        size,
-        K=top_k,
-        BC=4,
-        BF=min(512, triton.next_power_of_2(size)),
-        num_warps=4,
-    )
+        inner, expert, down, residual_NC, out, hidden, size, K=top_k, RESIDUAL=residual_NC is not None,
+        BC=4, BF=min(512, triton.next_power_of_2(size)), num_warps=4,
+    )  # fmt: skip
     return out, expert, gate
 
 
@@ -289,18 +302,3 @@ def grouped(
     block = min(512, triton.next_power_of_2(hidden))
     _add_parts_kernel[(rows, triton.cdiv(hidden, block))](parts, out, hidden, K=top_k, BC=block, num_warps=2)
     return out, expert, gate
-
-
-def decode(
-    x_NC: Tensor,
-    router_EC: Tensor,
-    bias_E: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    top_k: int,
-    normalise: bool,
-    exact: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``few`` or ``grouped`` by the number of rows; ``exact``: always ``grouped``, where no row depends on others."""
-    small = x_NC.shape[0] <= MOST_ROWS and not exact
-    return (few if small else grouped)(x_NC, router_EC, bias_E, gate_up, down, top_k, normalise)

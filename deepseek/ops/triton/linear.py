@@ -7,6 +7,9 @@ second kernel adds their parts in a fixed order: no atomics, the same bits every
 ``row_matmul`` is for results that must not depend on the batch: one tile shape for every number of rows and the inputs
 in one order, so that a row meets the same instructions in any company.
 
+What comes before and after a product in a decoder (norm, activation, residual) is done on the way: at one row a kernel
+launch costs as much as reading megabytes.
+
 Shape letters: N rows, C inputs, F outputs, S parts of the inputs.
 """
 
@@ -23,36 +26,60 @@ PROGRAMS = 264  #: two for each of an H100's or H200's 132 multiprocessors
 
 @triton.jit
 def _gemv_kernel(
-    x, weight, bias, out, n_rows, inputs, outputs, per_part,
-    NP: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr,
+    x, weight, bias, scale, residual, out, n_rows, inputs, outputs, per_part, eps,
+    NP: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """``out [S, N, F]``; with one part, bias included, it is the result."""
+    """``out [S, N, F]``; with one part, it is the result. ``SWIGLU``: the weight is gate above up, ``[2F, C]``."""
     f = tl.program_id(0) * BF + tl.arange(0, BF)
     part = tl.program_id(1)
     n = tl.arange(0, NP)
     row = weight + f.to(tl.int64)[:, None] * inputs
     total = tl.zeros((NP, BF, BC), dtype=tl.float32)
+    ups = tl.zeros((NP, BF, BC), dtype=tl.float32)
+    squares = tl.zeros((NP, BC), dtype=tl.float32)
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, inputs), BC):
         c = start + tl.arange(0, BC)
-        w = tl.load(row + c[None, :], mask=(f < outputs)[:, None] & (c < inputs)[None, :], other=0.0)
+        there = (f < outputs)[:, None] & (c < inputs)[None, :]
+        w = tl.load(row + c[None, :], mask=there, other=0.0)
         a = tl.load(
             x + n[:, None] * inputs + c[None, :],
             mask=(n < n_rows)[:, None] & (c < inputs)[None, :],
             other=0.0,
         )
-        total += a.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
+        a = a.to(tl.float32)
+        if NORM:
+            squares += a * a
+            a *= tl.load(scale + c, mask=c < inputs, other=0.0).to(tl.float32)[None, :]
+        total += a[:, None, :] * w.to(tl.float32)[None, :, :]
+        if SWIGLU:
+            w = tl.load(row + outputs.to(tl.int64) * inputs + c[None, :], mask=there, other=0.0)
+            ups += a[:, None, :] * w.to(tl.float32)[None, :, :]
     y = tl.sum(total, 2)
+    up = tl.sum(ups, 2)
+    if NORM:
+        shrink = 1 / tl.sqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
+        y *= shrink
+        up *= shrink
     if BIAS:
         y += tl.load(bias + f, mask=f < outputs, other=0.0).to(tl.float32)[None, :]
-    at = out + (part * n_rows + n[:, None]).to(tl.int64) * outputs + f[None, :]
-    tl.store(at, y.to(out.dtype.element_ty), mask=(n < n_rows)[:, None] & (f < outputs)[None, :])
+    if SWIGLU:
+        if BIAS:
+            up += tl.load(bias + outputs + f, mask=f < outputs, other=0.0).to(tl.float32)[None, :]
+        y = up * y / (1 + tl.exp(-y))
+    at = (part * n_rows + n[:, None]).to(tl.int64) * outputs + f[None, :]
+    mask = (n < n_rows)[:, None] & (f < outputs)[None, :]
+    if RESIDUAL:
+        y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _add_parts_kernel(
-    parts, bias, out, n_rows, outputs, S: tl.constexpr, BIAS: tl.constexpr, BF: tl.constexpr
-):
+    parts, bias, residual, out, n_rows, outputs,
+    S: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     total = tl.zeros((BF,), dtype=tl.float32)
@@ -60,45 +87,58 @@ def _add_parts_kernel(
         total += tl.load(parts + (part * n_rows + n).to(tl.int64) * outputs + f, mask=f < outputs, other=0.0)
     if BIAS:
         total += tl.load(bias + f, mask=f < outputs, other=0.0).to(tl.float32)
-    tl.store(out + n.to(tl.int64) * outputs + f, total.to(out.dtype.element_ty), mask=f < outputs)
+    at = n.to(tl.int64) * outputs + f
+    if RESIDUAL:
+        total += tl.load(residual + at, mask=f < outputs, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=f < outputs)
 
 
 def gemv(
     x_NC: Tensor,
     weight_FC: Tensor,
     bias_F: Tensor | None = None,
+    *,
     dtype: torch.dtype | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    swiglu: bool = False,
+    residual_NF: Tensor | None = None,
     parts: int = 0,
 ) -> Tensor:
-    """``x Wᵀ + b`` for at most ``MOST_ROWS`` rows, sums in fp32.
+    """``residual + act(norm(x) Wᵀ + b)`` for at most ``MOST_ROWS`` rows, in fp32 until it is stored.
 
     Args:
         dtype: of the result; that of ``x`` by default.
-        parts: into how many the inputs are divided; 0: as many as it takes to occupy the chip.
+        norm: the weight ``[C]`` and epsilon of an RMSNorm that ``x`` goes through first.
+        swiglu: the weight is gate above up, ``[2F, C]``, and the result ``silu(gate) · up``.
+        parts: into how many the inputs are divided; 0: as many as it takes to occupy the chip. With a norm or
+            swiglu it is one.
 
     Returns:
         ``[N, F]``.
     """
     rows, inputs = x_NC.shape
-    outputs = weight_FC.shape[0]
+    outputs = weight_FC.shape[0] // 2 if swiglu else weight_FC.shape[0]
     padded = triton.next_power_of_2(rows)
-    block_f = max(1, 4 // padded)
+    block_f = max(1, (2 if swiglu else 4) // padded)
     block_c = min(1024, triton.next_power_of_2(inputs))
     programs = triton.cdiv(outputs, block_f)
     most = max(1, inputs // (2 * block_c))
-    parts = parts or min(most, triton.cdiv(PROGRAMS, programs))
+    parts = 1 if swiglu or norm is not None else parts or min(most, triton.cdiv(PROGRAMS, programs))
     per_part = triton.cdiv(triton.cdiv(inputs, parts), block_c) * block_c
     out = x_NC.new_empty(rows, outputs, dtype=dtype or x_NC.dtype)
     split = out if parts == 1 else out.new_empty(parts, rows, outputs, dtype=torch.float32)
+    scale, eps = norm or (None, 0.0)
     _gemv_kernel[(programs, parts)](
-        x_NC, weight_FC, bias_F, split, rows, inputs, outputs, per_part,
-        NP=padded, BF=block_f, BC=block_c, BIAS=bias_F is not None and parts == 1, num_warps=4,
+        x_NC, weight_FC, bias_F, scale, residual_NF, split, rows, inputs, outputs, per_part, eps,
+        NP=padded, BF=block_f, BC=block_c, BIAS=bias_F is not None and parts == 1, NORM=norm is not None,
+        SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1, num_warps=4,
     )  # fmt: skip
     if parts > 1:
         block = min(256, triton.next_power_of_2(outputs))
         _add_parts_kernel[(rows, triton.cdiv(outputs, block))](
-            split, bias_F, out, rows, outputs, S=parts, BIAS=bias_F is not None, BF=block, num_warps=2
-        )
+            split, bias_F, residual_NF, out, rows, outputs,
+            S=parts, BIAS=bias_F is not None, RESIDUAL=residual_NF is not None, BF=block, num_warps=2,
+        )  # fmt: skip
     return out
 
 
