@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ class Engine:
         self.bank = AdapterBank(adapters, kept, self.device, exact=config.deterministic)
         self.grammars = Grammars(self._tokenizer, self.vocabulary) if self._tokenizer else None
         self._live: dict[str, Scheduled] = {}
-        self._stats = EngineStats()
+        self._totals: dict[str, Any] = defaultdict(int)
 
     @classmethod
     def load(cls, path: Path | str, config: EngineConfig = EngineConfig()) -> Engine:  # noqa: B008
@@ -216,10 +217,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
-        return replace(
-            self._stats, running=len(scheduler.running), waiting=len(scheduler.waiting),
+        return EngineStats(
+            running=len(scheduler.running), waiting=len(scheduler.waiting),
             pages_total=self.pages.total, pages_used=self.pages.used, preemptions=scheduler.preemptions,
-            prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits, **self._totals,
         )  # fmt: skip
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -468,9 +469,8 @@ class Engine:
             raise RequestError("stop texts need a tokenizer, and the model came without one", "stop")
 
     def _count(self, **more: float) -> None:
-        self._stats = replace(
-            self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()}
-        )
+        for name, amount in more.items():
+            self._totals[name] += amount
 
 
 class _Wordless:

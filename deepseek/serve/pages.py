@@ -221,6 +221,13 @@ class Pages:
             max(0, pages - len(held.windows)) if self.layout.window_bytes else 0,
         )
 
+    def covers(self, held: SequencePages, length: int) -> bool:
+        """Whether ``length`` positions need no new page."""
+        page, layout = self.layout.page, self.layout
+        return (not layout.global_bytes or len(held.globals) * page >= length) and (
+            not layout.window_bytes or len(held.windows) * page >= length
+        )
+
     def can_grow(self, held: SequencePages, length: int, spare: tuple[int, int] = (0, 0)) -> bool:
         """Whether ``length`` positions fit and ``spare`` pages of each group stay free."""
         more = self.needed(held, length)

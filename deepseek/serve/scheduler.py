@@ -186,6 +186,8 @@ class Scheduler:
 
         Lower ranks are preempted, in the end the sequence itself if somebody else runs.
         """
+        if self.pages.covers(sequence.pages, length + drafts):
+            return drafts
         if drafts and self.pages.can_grow(sequence.pages, length + drafts):
             self.pages.grow(sequence.pages, length + drafts)
             return drafts
@@ -273,8 +275,9 @@ class Scheduler:
     def _retire(self, sequence: Scheduled) -> None:
         """Give pages and promises back."""
         self.pages.release(sequence.pages)
-        for key in [k for k, s in self._promised.items() if s is sequence]:
-            del self._promised[key]
+        for key in sequence.pages.hashes:
+            if self._promised.get(key) is sequence:
+                del self._promised[key]
         sequence.computed, sequence.draft = 0, []
 
     def _wait(self, sequence: Scheduled) -> None:
