@@ -53,12 +53,13 @@ def best_tokens(scores_RV: Tensor, count: int) -> Best:
             dim=-1, descending=True, stable=True
         )  # -0 becomes 0: they are equal
         return Best(values, ids, torch.full((rows,), size, device=ids.device))
-    values, ids = scores_RV.topk(count + 1)
-    values = values + 0.0
-    sure_R = (values > values[:, -1:]).sum(-1)
-    order = ids.argsort(-1)  # by id, then by score, both stable
-    order = order.gather(-1, values.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
-    return Best(values.gather(-1, order), ids.gather(-1, order), sure_R)
+    scores_RK, ids_RK = scores_RV.topk(count + 1, sorted=False)
+    sure_R = (scores_RK > scores_RK.amin(-1, keepdim=True)).sum(-1)
+    bits = (scores_RK + 0.0).view(torch.int32)  # as whole numbers they rise with the score, once the negative
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ones' are turned round; below them the id, smaller first
+    keys = ((rising.long() << 32) | (size - 1 - ids_RK)).sort(-1, descending=True).values
+    ids_RK = size - 1 - (keys & 0xFFFFFFFF)
+    return Best(scores_RV.gather(-1, ids_RK), ids_RK, sure_R)
 
 
 def weights(scores: Tensor, best_R: Tensor, temperature_R: Tensor) -> Tensor:

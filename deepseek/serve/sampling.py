@@ -30,7 +30,9 @@ from deepseek.serve.request import TokenLogprobs
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.text import ends_of
 
-CANDIDATES = 128  #: how many of the most likely tokens are looked at before a row is sorted in full
+#: How many of the most likely tokens are looked at first, and next, before a row is sorted in full. A second look
+#: costs a CPU what the work is, a GPU a wait: it looks at more at once.
+CANDIDATES, WIDER = 128, 2048
 _BLOCK = 64  # uniform numbers are made so many at a time
 
 Numbers = npt.NDArray[np.int64]
@@ -285,13 +287,14 @@ def _sample(logits_RV: Tensor, rows: Sequence[_Row]) -> list[Sampled]:
     if not rows:
         return []
     top = max((row.state.config.logprobs or 0 for row in rows), default=0)
-    found = _launch(logits_RV, rows, top, CANDIDATES).cpu()
-    for more in (16 * CANDIDATES, logits_RV.shape[-1]):
+    looks = [CANDIDATES, WIDER, logits_RV.shape[-1]][0 if logits_RV.device.type == "cpu" else 1 :]
+    found = _launch(logits_RV, rows, top, looks[0]).cpu()
+    for candidates in looks[1:]:
         again = torch.nonzero(found[:, 1] == _SHORT)[:, 0].tolist()
         if not again:
             break
         index = torch.tensor(again, device=logits_RV.device)
-        wider = _launch(logits_RV[index], [rows[i] for i in again], top, more).cpu()
+        wider = _launch(logits_RV[index], [rows[i] for i in again], top, candidates).cpu()
         found[again, : wider.shape[1]] = wider
     return [_read(row, packed, top) for row, packed in zip(rows, found.numpy())]
 
