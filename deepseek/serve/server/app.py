@@ -12,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deepseek.errors import DeepseekError
 from deepseek.serve.server import schemas, service, tokens
 from deepseek.serve.server.chat import chat_completions
 from deepseek.serve.server.completions import completions
@@ -39,13 +40,16 @@ def operations(front: Front) -> list[Operation]:
         return Operation("POST", path, name, about, handler, front, body, answers={200: ref(answer)}, **more)
 
     async def openapi(exchange: Exchange) -> Json:
-        return Json(document(found, front.version, bool(front.keys)))
+        names: tuple[str, ...] = ()
+        with contextlib.suppress(DeepseekError):  # no model is loaded yet
+            names = (await front.served()).names
+        return Json(document(found, front.version, bool(front.keys), names))
 
     first = {"model": {"operationId": "model", "parameters": {"model": "$response.body#/data/0/id"}}}
     text = {"detokenize": {"operationId": "detokenize", "requestBody": {"tokens": "$response.body#/tokens"}}}
     found = [
         get("/v1/models", "models", "The model and its adapters.", service.models, "Models", links=first),
-        get("/v1/models/{model:path}", "model", "One of them.", service.model, "Model"),
+        get("/v1/models/{model}", "model", "One of them.", service.model, "Model"),
         post("/v1/completions", "completions", "Continue texts or token ids.", completions, schemas.COMPLETION,
              "Completion", generates=True, media=STREAMED),
         post("/v1/chat/completions", "chat", "The next message of a conversation.", chat_completions, schemas.CHAT,
@@ -89,7 +93,10 @@ def application(front: Front, page: Page | None = None) -> Starlette:
         async with front.running():
             yield
 
-    routes = [Route(o.path, o, methods=[o.method]) for o in operations(front)]
+    # A model's name may hold slashes.
+    routes = [
+        Route(o.path.replace("{model}", "{model:path}"), o, methods=[o.method]) for o in operations(front)
+    ]
     routes += [Route(path, shown, methods=["GET"]) for path in page.assets]
     app = Starlette(
         routes=routes,

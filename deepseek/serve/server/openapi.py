@@ -160,11 +160,13 @@ MEANINGS = {
 }  # fmt: skip
 
 
-def document(operations: Sequence[Operation], version: str, secured: bool) -> dict[str, Any]:
-    """The whole description."""
+def document(
+    operations: Sequence[Operation], version: str, secured: bool, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The whole description. ``names``: of the models that are served now."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, secured)
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, secured, names)
     return {
         "openapi": "3.1.0",
         "info": {"title": "deepseek serve", "version": version},
@@ -176,7 +178,7 @@ def document(operations: Sequence[Operation], version: str, secured: bool) -> di
     }
 
 
-def _described(operation: Operation, secured: bool) -> dict[str, Any]:
+def _described(operation: Operation, secured: bool, names: Sequence[str]) -> dict[str, Any]:
     statuses = [403, 405] if not operation.secured else [401, 403, 405]
     if operation.path not in ("/health", "/version", "/openapi.json", "/metrics"):
         statuses += [503]
@@ -196,15 +198,15 @@ def _described(operation: Operation, secured: bool) -> dict[str, Any]:
     if operation.secured and secured:
         found["security"] = [{"key": []}]
     if "{" in operation.path:
-        name = operation.path.partition("{")[2].partition("}")[0].partition(":")[0]
+        name = operation.path.partition("{")[2].partition("}")[0]
         found["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         ]
     if operation.body is not None:
-        found["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": operation.body.schema()}},
-        }
+        schema = operation.body.schema()
+        if names and "model" in schema["properties"]:
+            schema["properties"]["model"] = {**schema["properties"]["model"], "enum": [*names, None]}
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return found
 
 

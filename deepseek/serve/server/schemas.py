@@ -230,7 +230,7 @@ TEMPLATE: dict[str, Field] = {
     "chat_template_kwargs": optional(Anything(object_only=True), about="further variables of the template"),
 }
 
-MESSAGES = ListOf(MESSAGE, 1, 10_000)
+MESSAGES = ListOf(MESSAGE, 1, 4096)
 
 CHAT = Record(
     {

@@ -228,9 +228,9 @@ def _fits(shape: Shape, value: Any) -> bool:
         return isinstance(value, bool)
     if isinstance(shape, Number):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(shape, Variants):
+    if isinstance(shape, (Record, MapOf, Variants)) or (isinstance(shape, Anything) and shape.object_only):
         return isinstance(value, dict)
-    return isinstance(value, dict) if isinstance(shape, (Record, MapOf)) else True
+    return True
 
 
 @dataclass(frozen=True)
