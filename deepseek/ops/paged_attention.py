@@ -10,8 +10,9 @@ A pooled block j of a hybrid layer covers positions ``j·stride … j·stride + 
 So what a page holds depends only on the tokens up to its end, which makes a cached prefix right for every layer.
 
 Three backends: ``gathered`` (plain torch, ``paged_gathered``), ``exact`` (plain torch, every row to the last bit the
-same in any company, ``paged_exact``) and ``triton`` (fused kernels that read the pages where they lie). Pages must hold
-finite numbers, new ones zeros: plain torch multiplies what is masked by zero.
+same in any company, ``paged_exact``) and ``triton`` (fused kernels that read the pages where they lie). The trash page
+must hold finite numbers, zeros at first: it stands in for what nobody sees. Other pages may hold anything where their
+sequence has not written yet.
 
 Shape letters: N rows of the step, S sequences, P pages, T positions of a page, J slots of a page, H query heads, K
 key/value heads, D head size.

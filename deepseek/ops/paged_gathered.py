@@ -209,14 +209,20 @@ def _together(some: list[int], rows: StepRows, first: list[int]) -> _Piece:
 
 
 def _part(
-    piece: _Piece, table_Sn: Tensor, place_SL: Tensor, seen_SRL: Tensor, slots: int, sizes: Sizes
+    piece: _Piece,
+    table_Sn: Tensor,
+    place_SL: Tensor,
+    end_S: Tensor,
+    seen_SRL: Tensor,
+    slots: int,
+    sizes: Sizes,
 ) -> Part:
     S, R, L = seen_SRL.shape
     mask = torch.zeros(S, 1, R, L, dtype=sizes.dtype, device=seen_SRL.device)
     mask.masked_fill_(~seen_SRL[:, None], float("-inf"))
     if S > 1 and R > 1:
         mask = mask.repeat_interleave(sizes.group, 2)
-    slot = key_slots(table_Sn, place_SL, slots, sizes.kv_heads)
+    slot = key_slots(table_Sn, place_SL, end_S, slots, sizes.kv_heads)
     return Part(piece.at, S, slot, mask)
 
 
@@ -239,7 +245,7 @@ def _position_parts(rows: StepRows, table_SP: Tensor, window: int | None, sizes:
         seen = place_SL[:, None] <= position_SR[..., None]
         if window is not None:
             seen &= place_SL[:, None] > position_SR[..., None] - window
-        parts.append(_part(piece, table, place_SL, seen, rows.page, sizes))
+        parts.append(_part(piece, table, place_SL, position_SR[:, -1] + 1, seen, rows.page, sizes))
     return parts
 
 
@@ -256,6 +262,7 @@ def _pooled_parts(rows: StepRows, block: int, stride: int, sizes: Sizes) -> list
         block_L = torch.arange(max(0, (piece.longest - block) // stride + 1), device=device)
         seen = block_L * stride + block - 1 <= position_SR[..., None]
         place_SL = (block_L + before).expand(len(table), -1)
-        part = _part(piece, table, place_SL, F.pad(seen, (1, 0), value=True), rows.page // stride, sizes)
-        parts.append(part)
+        end_S = (position_SR[:, -1] + 1) // stride  # a slot for every stride, complete or not
+        seen = F.pad(seen, (1, 0), value=True)
+        parts.append(_part(piece, table, place_SL, end_S, seen, rows.page // stride, sizes))
     return parts

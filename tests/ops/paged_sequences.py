@@ -82,8 +82,7 @@ class Pages:
     """The caches of one layer, and the tables of its sequences.
 
     Args:
-        spare: pages beyond what is needed, so that numbers are scattered; all pages start out as noise, which must not
-            matter.
+        spare: pages beyond what is needed, so that numbers are scattered. All pages but the trash page start as NaN.
     """
 
     def __init__(self, case: Case, page: int, seed: int = 0, spare: int = 7) -> None:
@@ -95,10 +94,12 @@ class Pages:
         self.free = {group: self.random.sample(range(1, count), count - 1) for group in ("global", "window")}
         self.tables = {group: [[0] * self.most for _ in case.x] for group in ("global", "window")}
         self.keep = max(c.window, c.block) if case.kind == "H" else c.window
-        like, noise = case.x[0], torch.Generator().manual_seed(seed)
+        like = case.x[0]
 
         def cache(slots: int) -> Tensor:
-            return torch.randn(count, slots, c.kv_heads, c.head_dim, generator=noise).to(like)
+            pages = like.new_full((count, slots, c.kv_heads, c.head_dim), float("nan"))
+            pages[0] = 0
+            return pages
 
         self.k, self.v, self.raw = cache(page), cache(page), cache(page)
         if case.kind == "H":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from paged_sequences import Pages, make_case
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.rope import rope_table
 from deepseek.ops import paged_attention as paged
-from deepseek.ops.triton.paged_attention import Tuning, forced_tuning
+from deepseek.ops.triton.paged_attention import HALF, Tiles, Tuning, forced_tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SPLITTING = Tuning(long=32, keys=16, stages=1, waves=16, least=16)
-WHOLE = Tuning(long=16, keys=32, stages=1, waves=0, least=1)
+SPLITTING = Tuning(Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1), waves=16, least=16)
+WHOLE = Tuning(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), waves=0, least=1)
 
 SHAPES = [
     AttentionConfig(heads=6, kv_heads=2, head_dim=64, window=20, block=8, stride=4, pooling="learned"),
@@ -80,8 +81,20 @@ def test_half_precision_and_larger_pages(kind: str, page: int, tuning: Tuning) -
 @pytest.mark.parametrize("config", SHAPES, ids=range(len(SHAPES)))
 @pytest.mark.parametrize("kind", ["F", "L", "H"])
 def test_default_sizes_in_bf16(kind: str, config: AttentionConfig, page: int) -> None:
-    compare(kind, config, torch.bfloat16, Tuning(), 2e-2, page)
-    compare(kind, config, torch.bfloat16, Tuning(least=16), 2e-2, page)
+    default = HALF[64 if config.head_dim <= 64 else 128]
+    compare(kind, config, torch.bfloat16, default, 2e-2, page)
+    compare(kind, config, torch.bfloat16, replace(default, least=16), 2e-2, page)
+
+
+def test_exact_rows_are_the_same_to_the_last_bit_in_any_steps() -> None:
+    case = make_case("H", SHAPES[0], [37, 20]).to(DEVICE, torch.float32)
+    whole, cut = Pages(case, page=16), Pages(case, page=16, seed=1)
+    with forced_tuning(SPLITTING):
+        want = whole.step([(0, 37), (1, 20)], exact=True)
+        cut.step([(0, 18)], exact=True)
+        cut.step([(0, 18), (1, 19)], exact=True)
+        got = cut.step([(0, 1), (1, 1)], exact=True)
+    assert all(torch.equal(got[s][0], want[s][-1]) for s in (0, 1))
 
 
 def test_the_same_bits_every_time() -> None:

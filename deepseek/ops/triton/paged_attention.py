@@ -5,6 +5,9 @@ a step can be captured in a CUDA graph. Then ``lengths`` are the most that the g
 say what there is, and a sequence shorter than its splits leaves some of them nothing to do. Run a captured
 ``StepRows`` once before capturing: what is made once a step (lists of tiles) is copied from the host then.
 
+With ``StepRows.exact`` every row goes through tiles of one shape and nothing is split, so that its result does not
+depend on what else is in the step.
+
 Shape letters: N rows of the step, S sequences, P pages, T positions of a page, J slots of a page, H query heads, K
 key/value heads, G = H/K, D head size.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -31,23 +34,38 @@ WHOLE = 1 << 30  #: the share of a split that is alone
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile (positions times the padded group; decodes take as few as fit), and keys read at a time."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Tuning:
     """How work is cut.
 
     Attributes:
-        long: rows of a tile of a prefill chunk (positions times the padded group). keys: read at a time.
+        short, long: tiles of decodes and other short sequences, and of prefill chunks.
         waves: programs per multiprocessor that splitting aims for. least: keys that are worth a split.
     """
 
-    long: int = 64
-    keys: int = 64
-    warps: int = 4
-    stages: int = 3
+    short: Tiles
+    long: Tiles
     waves: float = 2.0
     least: int = 256
 
 
-HALF, WIDE = Tuning(), Tuning(long=32, keys=32, stages=2)
+#: For 16-bit inputs by padded head size. Page numbers are read a stage ahead: five stages hold two tiles of keys.
+HALF = {
+    64: Tuning(Tiles(16, 64, 4, 5), Tiles(64, 64, 4, 3)),
+    128: Tuning(Tiles(16, 64, 4, 5), Tiles(64, 64, 8, 3)),
+}
+#: fp32 by three tf32 products.
+WIDE = Tuning(Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 2))
+
 _forced: Tuning | None = None
 
 
@@ -64,7 +82,7 @@ def forced_tuning(tuning: Tuning) -> Iterator[None]:
 
 def tuning_for(q: Tensor) -> Tuning:
     """The sizes for queries of this dtype."""
-    return _forced or (WIDE if q.dtype == torch.float32 else HALF)
+    return _forced or (WIDE if q.dtype == torch.float32 else HALF[64 if q.shape[-1] <= 64 else 128])
 
 
 class Pool(NamedTuple):
@@ -127,27 +145,31 @@ def _attend(
     assert v.is_contiguous(), "pages are whole tensors"
     q, tuning = _rows(q_NHD), tuning_for(q_NHD)
     out, group = q.new_empty(q.shape), triton.next_power_of_2(q.shape[1] // k.shape[2])
-    used, counts = sum(rows.rows), rows.rows[rows.decodes :]
+    used, decodes = sum(rows.rows), 0 if rows.exact else rows.decodes
     if used < len(q):
         out[used:].zero_()
-    if rows.decodes:
-        _launch(q, k, v, table_SP, rows, window, pool, out, None, max(16, group), (0, rows.decodes), tuning)
-    if counts:
-        long = max(counts) > SHORT
-        size = max(16, triton.next_power_of_2(group * max(counts)))
-        size = max(group, min(size, tuning.long))
-        tiles = rows.once(("tiles", size // group), lambda: _tiles(rows, size // group, q.device))
-        span = (rows.decodes, used)
-        _launch(q, k, v, table_SP, rows, window, pool, out, tiles, size, span, tuning, split=not long)
+    if decodes:
+        tiles = replace(tuning.short, rows=max(tuning.short.rows, group))
+        _launch(q, k, v, table_SP, rows, window, pool, out, None, tiles, (0, decodes), tuning)
+    if counts := rows.rows[decodes:]:
+        tiles, long = tuning.long, rows.exact or max(counts) > SHORT
+        if not long:
+            tiles = replace(tuning.short, rows=max(16, triton.next_power_of_2(group * max(counts))))
+        tiles = replace(tiles, rows=max(group, min(tiles.rows, tuning.long.rows)))
+        size = tiles.rows // group
+        cut = rows.once(("tiles", size), lambda: _cut(rows, decodes, size, q.device))
+        _launch(
+            q, k, v, table_SP, rows, window, pool, out, cut, tiles, (decodes, used), tuning, split=not long
+        )
     return out
 
 
-def _tiles(rows: StepRows, size: int, device: torch.device) -> Tensor:
+def _cut(rows: StepRows, decodes: int, size: int, device: torch.device) -> Tensor:
     """``[tiles, 2]`` int32: the sequence and the first of its rows, those that see the most first."""
     tiles = [
         (start + row, s, row)
         for s, (start, count) in enumerate(zip(rows.starts, rows.rows))
-        if s >= rows.decodes
+        if s >= decodes
         for row in range(0, count, size)
     ]
     return torch.tensor([tile[1:] for tile in sorted(tiles, reverse=True)], dtype=torch.int32, device=device)
@@ -162,17 +184,17 @@ def _launch(
     window: int | None,
     pool: Pool | None,
     out: Tensor,
-    tiles: Tensor | None,
-    size: int,
+    cut: Tensor | None,
+    tiles: Tiles,
     span: tuple[int, int],
     tuning: Tuning,
     split: bool = True,
 ) -> None:
-    """Attend for the rows ``span``, in tiles of ``size``."""
-    H, D, K, BN = *q.shape[1:], k.shape[2], tuning.keys
+    """Attend for the rows ``span``: a decode a tile, or tiles as ``cut`` says."""
+    H, D, K, BN = *q.shape[1:], k.shape[2], tiles.keys
     DP, (first, end) = triton.next_power_of_2(D), span
-    programs = (rows.decodes if tiles is None else len(tiles)) * K
-    longest = max(rows.lengths[: rows.decodes] if tiles is None else rows.lengths[rows.decodes :])
+    programs = (end if cut is None else len(cut)) * K
+    longest = max(rows.lengths[:end] if cut is None else rows.lengths[first:])
     keys = longest if window is None else min(longest, window + SHORT + BN)
     blocks = 0 if pool is None else max(0, longest - pool.block) // pool.stride + 1
     splits = 1
@@ -192,13 +214,13 @@ def _launch(
     common = {"H": H, "D": D, "DP": DP, "POOLED": pool is not None}
     attend_kernel[(programs // K, K, splits)](
         p.q_NHD, q, k, v, p.k_PJKD, p.v_PJKD, p.sink, p.gate_NH, out, parts, lses,
-        rows.ends_S if tiles is None else tiles, rows.ends_S, rows.length_S, table_SP, pooled,
+        rows.ends_S if cut is None else cut, rows.ends_S, rows.length_S, table_SP, pooled,
         *p.q_NHD.stride()[:2], *q.stride()[:2], *gate, table_SP.stride(0), pooled.stride(0),
         end - first, first, window or 0, share, pool_share, D**-0.5,
         K=K, G=H // K, GP=triton.next_power_of_2(H // K), BLOCK=p.block, STRIDE=p.stride, PAGE=rows.page,
-        WINDOW=window is not None, TILES=tiles is not None, SPLIT=splits > 1, BM=size, BN=BN,
+        WINDOW=window is not None, TILES=cut is not None, SPLIT=splits > 1, BM=tiles.rows, BN=BN,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **common,
-        num_warps=tuning.warps, num_stages=tuning.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(end - first, H)](
