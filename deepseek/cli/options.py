@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,22 @@ from typing import Any
 import tyro
 
 from deepseek.errors import ConfigError, did_you_mean
+
+
+def as_arguments(command: Any, leave_out: Sequence[str] = ()) -> list[str]:
+    """The arguments that make ``command``, a parsed one, again; only what is not its default."""
+    found: list[str] = []
+    for field in dataclasses.fields(command):
+        value, option = getattr(command, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name in leave_out or value == field.default:
+            continue
+        if isinstance(value, bool):
+            found.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            found += [option, *value]
+        else:
+            found += [f"{option}={value}"]
+    return found
 
 
 def named_config(name: str) -> Any:

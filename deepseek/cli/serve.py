@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
+from deepseek.cli.options import as_arguments
 from deepseek.errors import ConfigError
 
 
@@ -37,9 +40,12 @@ class Serve:
     reload: Literal["beside", "inplace"] = "beside"  # where /admin/reload loads the next model
     timeout: float = 600.0  # seconds that a request may take unless it says otherwise; 0: no end
     drain: float = 30.0  # seconds that running requests get to finish after SIGTERM
+    replicas: int = 1  # processes of this machine, a GPU each, behind one address
     log: str = "-"  # the access log: '-' is stderr, or a file; '' writes none
 
     def go(self, rest: Sequence[str]) -> int:
+        if self.replicas != 1:
+            return self._several()
         from deepseek.serve.client import Supervision
         from deepseek.serve.engine import EngineConfig
         from deepseek.serve.server import ServerConfig, serve
@@ -57,6 +63,25 @@ class Serve:
         serve(
             self.model, engine, config, host=self.host, port=self.port, keys_file=self.keys_file,
             supervision=Supervision(reload=self.reload), say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        return 0
+
+    def _several(self) -> int:
+        from deepseek.serve.router import RouterConfig
+        from deepseek.serve.router.machine import serve_replicas
+        from deepseek.serve.server.keys import Keyring
+
+        if self.replicas < 1:
+            raise ConfigError(f"--replicas {self.replicas} must be at least 1")
+        if not Path(self.model).exists():
+            raise ConfigError(f"there is no model at {self.model}; 'deepseek runs' lists runs")
+        arguments = [self.model, *as_arguments(self, ("model", "host", "port", "replicas"))]
+        silence = self.timeout + 60 if self.timeout else 86_400.0
+        keys = Keyring.load(self.keys_file or None, os.environ)
+        serve_replicas(
+            arguments, self.replicas, RouterConfig(drain=self.drain, silence=silence), host=self.host, port=self.port,
+            keys=keys, device=self.device,
+            say=lambda at: print(f"{self.model} is served at {at} once a replica is ready", flush=True),
         )  # fmt: skip
         return 0
 

@@ -1,6 +1,7 @@
 """A server in the shape of `deepseek serve`, whose behaviour a test sets: for the router's tests.
 
-Run as a program it is one in a process of its own, so that it can be killed: ``python fake_replica.py [PORT]``.
+Run as a program it is one in a process of its own, so that it can be killed:
+``python fake_replica.py NAME --port PORT``.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ class FakeReplica:
 
     Attributes:
         refusal: (status, headers, body) that every request gets before its body is read.
-        ready, key: what ``/ready`` says; the key that is wanted.
+        ready, slow, key: what ``/ready`` says, and after how long; the key that is wanted.
         asked: bodies that were read; left: requests whose client went before their end.
     """
 
     def __init__(self, name: str = "a") -> None:
         self.name, self.ready, self.key = name, True, ""
+        self.slow = 0.0
         self.refusal: tuple[int, dict[str, str], dict[str, Any]] | None = None
         self.asked: list[dict[str, Any]] = []
         self.heads: list[dict[str, str]] = []
@@ -74,6 +76,7 @@ class FakeReplica:
 
     async def _ready(self, request: Request) -> Response:
         self.loop = asyncio.get_running_loop()
+        await asyncio.sleep(self.slow)
         return JSONResponse({"status": "ready" if self.ready else "not ready"}, 200 if self.ready else 503)
 
     async def _models(self, request: Request) -> Response:
@@ -163,4 +166,6 @@ def replica(name: str = "a") -> Iterator[FakeReplica]:
 
 
 if __name__ == "__main__":
-    uvicorn.Server(_options(FakeReplica(sys.argv[1]).app(), port=int(sys.argv[2]), lifespan="off")).run()
+    if sys.argv[1] == "broken":
+        sys.exit(3)
+    uvicorn.Server(_options(FakeReplica(sys.argv[1]).app(), port=int(sys.argv[-1]), lifespan="off")).run()

@@ -118,7 +118,7 @@ def pair() -> Iterator[tuple[FakeReplica, FakeReplica]]:
 def two(pair: tuple[FakeReplica, FakeReplica]) -> tuple[FakeReplica, FakeReplica]:
     """Two replicas as new."""
     for fake in pair:
-        fake.ready, fake.key, fake.refusal, fake.left = True, "", None, 0
+        fake.ready, fake.slow, fake.key, fake.refusal, fake.left = True, 0.0, "", None, 0
         fake.asked.clear()
         fake.heads.clear()
     return pair
@@ -225,6 +225,21 @@ def test_readiness_is_followed(two: tuple[FakeReplica, FakeReplica]) -> None:
         assert router.metric(f'replica_ready{{replica="{a.url}"}}') == 0
         a.ready = True
         until(lambda: len({router.complete().text for _ in range(4)}) == 2)
+
+
+def test_one_that_is_only_busy_is_not_dropped_at_once(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with routed(two[0], poll=0.1, poll_seconds=0.3) as router:
+        [known] = router.router.fleet.replicas
+        assert known.ready
+        two[0].slow = 0.8
+        until(lambda: known.unanswered >= 1)
+        assert known.ready
+        assert router.complete().status == 200
+        until(lambda: not known.ready)
+        assert "no answer to /ready within 0.3 s" in known.reason
+        two[0].slow = 0.0
+        until(lambda: known.ready)
+        assert known.unanswered == 0
 
 
 def test_work_that_broke_is_not_repeated(two: tuple[FakeReplica, FakeReplica]) -> None:

@@ -132,8 +132,11 @@ def test_a_second_signal_ends_at_once(pair: tuple[FakeReplica, FakeReplica]) -> 
 
 def test_kill_9_of_a_replica_while_requests_come(tmp_path: Path) -> None:
     """Answers that had begun there are lost and say so; no other request is."""
-    with replica("a") as kept, program(str(HERE / "fake_replica.py"), "z", str(port_of_nobody())) as killed:
-        address = f"http://127.0.0.1:{killed.args[3]}"  # type: ignore[index]
+    with (
+        replica("a") as kept,
+        program(str(HERE / "fake_replica.py"), "z", "--port", str(port_of_nobody())) as killed,
+    ):
+        address = f"http://127.0.0.1:{killed.args[4]}"  # type: ignore[index]
         with router(kept.url, address, "--affinity", "0") as (_, port), ThreadPoolExecutor(8) as pool:
             end = time.monotonic() + 30
             while json.loads(ask(port, "GET", "/ready")[1])["ready"] < 2:

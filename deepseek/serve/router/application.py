@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
@@ -115,6 +115,23 @@ class Refusal:
         return float(told) if told.isdigit() else math.inf
 
 
+class Beside(Protocol):
+    """What lives as long as the router does: the replicas, where it starts them itself.
+
+    Attributes:
+        fleet: of the router, once there is one.
+        failed: why it makes no sense to go on, or ''.
+        patience: seconds that it takes to end, at most.
+    """
+
+    fleet: Fleet
+    failed: str
+    patience: float
+
+    def running(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """While it lives."""
+
+
 def _say(line: str) -> None:
     print(f"router: {line}", file=sys.stderr, flush=True)
 
@@ -126,6 +143,7 @@ class Router:
         urls: ``http://HOST:PORT``; of a name with several addresses each is a replica.
         keys: who may read ``/metrics``; without any that is everybody who reaches a ``local`` router.
         local: only this machine can reach it: requests must name it so, and replicas need no keys.
+        beside: started before the first look at a replica, and ended after the last request.
         say: told what changes, in words.
 
     Raises:
@@ -133,7 +151,8 @@ class Router:
     """
 
     def __init__(self, urls: Sequence[str], config: RouterConfig | None = None, keys: Keyring | None = None, *,
-                 local: bool = True, say: Callable[[str], None] = _say) -> None:  # fmt: skip
+                 local: bool = True, beside: Beside | None = None,
+                 say: Callable[[str], None] = _say) -> None:  # fmt: skip
         addresses = [Address.parse(url) for url in urls]
         if not addresses:
             raise ConfigError("a router needs the address of a replica: http://HOST:PORT …")
@@ -143,6 +162,9 @@ class Router:
         self.keys, self.local, self.say = keys or Keyring(), local, say
         self.fleet, self.metrics, self.draining = Fleet(config.affinity_load), RouterMetrics(), False
         self.calls: set[Call] = set()
+        self.beside = beside
+        if beside is not None:
+            beside.fleet = self.fleet
         self._watch = Watch(
             addresses, self.fleet, path=config.ready_path, every=config.poll, patience=config.poll_seconds,
             resolve=config.resolve, guarded=not (local or config.open), say=say,
@@ -302,7 +324,7 @@ class Router:
     async def _live(self, receive: Receive, send: Send) -> None:
         """ASGI's lifespan: replicas are watched, and clients that take nothing are cut."""
         await receive()
-        async with self._watch.running():
+        async with self.beside.running() if self.beside else contextlib.nullcontext(), self._watch.running():
             cutting = asyncio.ensure_future(self._cut_stalled())
             await send({"type": "lifespan.startup.complete"})
             await receive()

@@ -71,6 +71,8 @@ class Replica:
         outstanding: requests that this router has given it and that are not over.
         continues: answers ``Expect: 100-continue``, so that a body is sent only when it is wanted.
         used: number of the last request it got, for turns.
+        was_ready: it has been ready at least once.
+        unanswered: questions for its readiness, in a row, that it gave no answer to.
     """
 
     address: Address
@@ -80,6 +82,8 @@ class Replica:
     outstanding: int = 0
     continues: bool = True
     used: int = 0
+    was_ready: bool = False
+    unanswered: int = 0
     failures: int = field(default=0, repr=False)
     ejections: int = field(default=0, repr=False)
     ejected_until: float = field(default=-math.inf, repr=False)
@@ -106,6 +110,7 @@ class Replica:
         """What it, or the lack of an answer, says of its readiness."""
         self.continues |= ready and not self.ready  # a new start, perhaps as another program
         self.ready, self.reason = ready, "" if ready else reason
+        self.was_ready |= ready
 
     def succeeded(self) -> None:
         self.failures = self.ejections = 0

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from deepseek.errors import MissingExtraError
-from deepseek.serve.router.application import Router, RouterConfig
+from deepseek.errors import EngineError, MissingExtraError
+from deepseek.serve.router.application import Beside, Router, RouterConfig
 from deepseek.serve.server.address import bind, is_loopback, url
 from deepseek.serve.server.keys import Keyring
 
@@ -22,7 +22,8 @@ PORT = 8080
 
 
 def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str = "127.0.0.1", port: int = PORT,
-          keys: Keyring | None = None, listening: Callable[[str], None] | None = None) -> None:  # fmt: skip
+          keys: Keyring | None = None, listening: Callable[[str], None] | None = None,
+          beside: Beside | None = None) -> None:  # fmt: skip
     """Serve a ``Router`` until SIGTERM or SIGINT.
 
     Args:
@@ -30,16 +31,17 @@ def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str 
             ``/metrics`` does too.
         keys: who may read ``/metrics``.
         listening: told the address once connections are accepted.
+        beside: what lives as long as the router.
 
     Raises:
-        ConfigError: a URL is none; the port is taken.
+        ConfigError: a URL is none; the port is taken. EngineError: what is ``beside`` failed.
         MissingExtraError: without the extra ``serve``.
     """
     try:
         import uvicorn
     except ImportError as error:
         raise MissingExtraError("uvicorn", "serve", "the router") from error
-    router = Router(urls, config, keys, local=is_loopback(host))
+    router = Router(urls, config, keys, local=is_loopback(host), beside=beside)
 
     class Server(uvicorn.Server):
         """Drains before it closes, and says where it listens."""
@@ -49,6 +51,8 @@ def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if router.draining:
                 self.force_exit = self.should_exit = True
+                if beside is not None:
+                    beside.patience = 1.0
                 return
             router.draining = True
 
@@ -56,7 +60,7 @@ def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str 
             if router.draining and self.closes == math.inf:
                 self.closes = time.monotonic() + router.config.linger
                 router.say(f"draining: {len(router.calls)} requests are passing through")
-            self.should_exit |= time.monotonic() >= self.closes
+            self.should_exit |= time.monotonic() >= self.closes or bool(beside and beside.failed)
             return await super().on_tick(counter)
 
         async def startup(self, sockets: Any = None) -> None:
@@ -66,6 +70,8 @@ def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str 
 
     with bind(host, port) as bound:
         Server(settings(router)).run([bound])
+    if beside is not None and beside.failed:
+        raise EngineError(beside.failed)
 
 
 def settings(router: Router) -> Any:

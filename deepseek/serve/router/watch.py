@@ -11,6 +11,7 @@ from deepseek.serve.router.exchange import Exchange, ExchangeError
 from deepseek.serve.router.replica import Address, Fleet, Replica
 
 REASON = 200  #: characters of a replica's reason that are kept
+UNANSWERED = 3  #: questions in a row without an answer before a ready replica counts as not ready
 PROTECTED = "/v1/models"  #: a route that wants a key
 UNGUARDED = (
     "it asks for no key, and other machines reach this router: give it keys, or tell the router --open"
@@ -80,10 +81,14 @@ class Watch:
         before = replica.ready, replica.reason
         try:
             ready, reason = await asyncio.wait_for(self._answer(replica), self.patience)
-        except asyncio.TimeoutError:
-            ready, reason = False, f"no answer to {self.path} within {self.patience:g} s"
-        except ExchangeError as error:
+            replica.unanswered = 0
+        except (asyncio.TimeoutError, ExchangeError) as error:
             ready, reason = False, str(error)
+            if not isinstance(error, ExchangeError) or error.kind == "silence":
+                reason = f"no answer to {self.path} within {self.patience:g} s"
+                replica.unanswered += 1
+                if replica.ready and replica.unanswered < UNANSWERED:
+                    return  # it may only be busy, and so may we
         replica.told(ready, reason)
         if before != (replica.ready, replica.reason):
             self.say(f"replica {replica.name} is {'ready' if ready else f'not ready: {reason}'}")
