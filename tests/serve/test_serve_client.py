@@ -243,6 +243,49 @@ def test_closing_ends_what_runs(where: Any) -> None:
     run(where(test))
 
 
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.4])
+def test_closing_in_the_middle_of_anything_leaves_nothing(after: float) -> None:
+    """Of a start, of a restart and a reload at once: ``run`` looks at processes, descriptors, threads and tasks."""
+
+    async def test() -> None:
+        c = client("fake:load=0.3")
+        start = asyncio.create_task(c.start())
+        await asyncio.sleep(after)
+        if not start.done():
+            start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await c.close()
+
+        c = client("fake:load=0.1,step=0.01")
+        await c.start()
+        asked = [asyncio.create_task(collect(c, request(f"r{i}", 1000))) for i in range(5)]
+        await until(lambda: c.stats().running == 5)
+        reload = asyncio.create_task(c.reload("fake:load=0.2"))
+        await asyncio.sleep(0)
+        assert c.pid is not None
+        os.kill(c.pid, signal.SIGKILL)
+        await asyncio.sleep(after)
+        await c.close()
+        found = await asyncio.gather(reload, *asked, return_exceptions=True)
+        assert all(isinstance(f, EngineError) for f in found[1:])
+
+    run(test())
+
+
+def test_a_drain_waits_for_requests_that_are_tried_again() -> None:
+    async def test() -> None:
+        async with client("fake:step=0.3") as c:
+            asked = request("r", 2)
+            task = asyncio.create_task(collect(c, asked))
+            await asyncio.sleep(0)
+            assert c.pid is not None
+            os.kill(c.pid, signal.SIGKILL)
+            await c.drain(20)
+            assert (await task).tokens == want(asked)
+
+    run(test())
+
+
 def test_requests_that_come_while_the_model_loads_wait_for_it() -> None:
     async def test() -> None:
         c = client("fake:load=0.5")
