@@ -98,4 +98,6 @@ def pack(weight_FC: Tensor, bias_F: Tensor | None, device: torch.device, exact: 
         raise ConfigError(f"format 'int8' is for CPUs, not {device.type}; use 'bf16' there")
     weight = weight_FC.to(device, torch.float32)
     bias = None if bias_F is None else bias_F.to(device, torch.float32)
-    return FbgemmLinear(weight, bias, exact) if has_fbgemm() else Int8Reference(weight, bias)
+    if has_fbgemm() and weight.shape[1] > 1:  # a range takes two numbers to pin
+        return FbgemmLinear(weight, bias, exact)
+    return Int8Reference(weight, bias)

@@ -57,9 +57,7 @@ def test_equals_a_wide_product(format: str, inputs: int, outputs: int, bias: boo
 
 
 @pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize(
-    ("inputs", "outputs"), [(64, 48), (128, 128), (96, 704), (704, 96), (1536, 576), (2048, 512), (5632, 64)]
-)
+@pytest.mark.parametrize(("inputs", "outputs"), [(33, 7), (64, 48), (96, 704), (1536, 576), (5632, 64)])
 def test_exact_rows_do_not_depend_on_the_others(format: str, inputs: int, outputs: int, threads: int) -> None:
     linear = pack_linear(make(0, outputs, inputs), None, format, CPU, exact=True)
     assert not isinstance(linear, packed_linear.RowwiseLinear)
@@ -68,7 +66,7 @@ def test_exact_rows_do_not_depend_on_the_others(format: str, inputs: int, output
     whole = linear(x)
     order = torch.randperm(140, generator=torch.Generator().manual_seed(2))
     assert linear(x[order]).equal(whole[order])
-    for rows in (1, 2, 3, 6, 15, 16, 17, 33, 64, 65, 127, 139):
+    for rows in (1, 2, 3, 6, 15, 16, 33, 65, 139):
         for first in (0, 1, 140 - rows):
             assert linear(x[first : first + rows]).equal(whole[first : first + rows]), (rows, first)
 
@@ -91,6 +89,10 @@ def test_where_onednn_depends_on_the_rows_they_are_computed_one_by_one(
     linear = pack_linear(make(0, 100, 3000), None, "fp32", CPU, exact=True)
     assert isinstance(linear, packed_linear.RowwiseLinear)
     assert rows_agree(linear, torch.float32)
+    monkeypatch.setattr(packed_linear, "has_onednn", lambda _: False)
+    linear = pack_linear(make(0, 10, 30), None, "bf16", CPU, exact=True)
+    assert isinstance(linear, packed_linear.RowwiseLinear)
+    assert type(pack_linear(make(0, 10, 30), None, "bf16", CPU)) is packed_linear.PlainLinear
     plain = packed_linear.PlainLinear(make(0, 100, 3000), None)
     assert not rows_agree(plain, torch.float32)  # or the check could not fail
 
@@ -108,6 +110,7 @@ def test_int8_is_the_plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
             assert distance(got[row], want[row].double()) < 1.5 * distance(
                 reference(x)[row], want[row].double()
             )
+    assert isinstance(pack_linear(weight[:, :1], bias, "int8", CPU), int8_linear.Int8Reference)
     monkeypatch.setattr(int8_linear, "has_fbgemm", lambda: False)
     assert isinstance(pack_linear(weight, bias, "int8", CPU), int8_linear.Int8Reference)
 

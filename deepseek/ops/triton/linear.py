@@ -169,8 +169,8 @@ def row_matmul(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None = None) ->
     rows, inputs = x_NC.shape
     outputs = weight_FC.shape[0]
     out = x_NC.new_empty(rows, outputs)
-    _row_matmul_kernel[(triton.cdiv(rows, 64), triton.cdiv(outputs, 64))](
+    _row_matmul_kernel[(triton.cdiv(rows, 64), triton.cdiv(outputs, 32))](
         x_NC, weight_FC, bias_F, out, rows, inputs, outputs,
-        BN=64, BF=64, BC=64, BIAS=bias_F is not None, PRECISION="ieee", num_warps=4, num_stages=4,
+        BN=64, BF=32, BC=64, BIAS=bias_F is not None, PRECISION="ieee", num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
