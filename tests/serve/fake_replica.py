@@ -142,9 +142,9 @@ def _options(app: Any, **more: Any) -> uvicorn.Config:
 
 
 @contextmanager
-def in_thread(app: Any, lifespan: str = "off") -> Iterator[uvicorn.Server]:
+def in_thread(app: Any, lifespan: str = "off", **more: Any) -> Iterator[uvicorn.Server]:
     """Serve ``app`` on a free port of the loopback."""
-    server = uvicorn.Server(_options(app, port=0, lifespan=lifespan, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(_options(app, port=0, lifespan=lifespan, timeout_graceful_shutdown=1, **more))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import http.client
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
-from fake_replica import FakeReplica, replica
+from fake_replica import FakeReplica, in_thread, replica
 
 from deepseek.errors import ConfigError
 from deepseek.serve.router import Router, RouterConfig
@@ -474,6 +477,38 @@ def test_localhost_is_one_replica() -> None:
 
     assert len(asyncio.run(_addresses(Address.parse("http://localhost:1")))) == 1
     assert asyncio.run(_addresses(Address.parse("http://no-such-name.invalid:1"))) == []
+
+
+def test_replicas_behind_tls_are_known_by_their_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek.serve.router import exchange
+
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    fake = FakeReplica("a")
+    with in_thread(fake.app(), ssl_keyfile=key, ssl_certfile=certificate) as fake.server:
+        exchange._trust.cache_clear()
+        with routed(f"https://localhost:{fake.port}") as router:
+            assert router.complete().json["error"]["code"] == "no_replica", (
+                "nobody vouches for the certificate"
+            )
+            assert "CERTIFICATE_VERIFY_FAILED" in router.router.fleet.replicas[0].reason
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        exchange._trust.cache_clear()
+        with routed(f"https://localhost:{fake.port}") as router:
+            assert router.complete().text == "a a a"
+            assert router.complete(stream=True).body.endswith(b"data: [DONE]\n\n")
+            assert fake.heads[0]["host"] == f"localhost:{fake.port}"
+        with routed(f"https://127.0.0.1:{fake.port}") as router:
+            assert router.complete().status == 503, "the certificate is of another name"
+    exchange._trust.cache_clear()
 
 
 class Bare:
