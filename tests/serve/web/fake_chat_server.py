@@ -43,7 +43,7 @@ TYPES = {
     ".svg": "image/svg+xml",
     ".json": "application/json",
 }
-MODEL, ADAPTER = "moe-64x2", "moe-64x2-polite"
+MODEL, ADAPTER = "moe-16x2", "moe-16x2-polite"
 EXPERT_LAYERS, EXPERTS, HYBRID_LAYERS = (1, 2, 3, 4, 5, 6, 7), 16, (1, 3, 5, 7)
 KNOWN = {
     "model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "stop",
@@ -146,14 +146,16 @@ class Routes:
     async def models(self, request: Request) -> Response:
         if refusal := self.refused(request):
             return refusal
-        entry = {"object": "model", "created": 1_760_000_000, "owned_by": "deepseek", "max_model_len": 8192}
+        entry = {"object": "model", "created": 1_760_000_000, "owned_by": "deepseek", "max_model_len": 8192,
+                 "parameters": 1_240_000_000, "experts": EXPERTS, "expert_layers": EXPERT_LAYERS,
+                 "hybrid_layers": HYBRID_LAYERS}  # fmt: skip
         listed = [{"id": MODEL, "parent": None, **entry}, {"id": ADAPTER, "parent": MODEL, **entry}]
         return JSONResponse({"object": "list", "data": listed})
 
     async def ready(self, _: Request) -> Response:
         if self.state.ready:
             return JSONResponse({"status": "ready"})
-        return error(503, self.state.why, "service_unavailable")
+        return JSONResponse({"status": "not ready", "reason": self.state.why}, 503)
 
     async def answer(self, request: Request) -> Response:
         if refusal := self.refused(request):
@@ -213,6 +215,9 @@ class Routes:
                 sent += 1
                 if i + 1 >= max(1, len(tokens) // 2) and not onward:
                     if how == "drop":
+                        await asyncio.sleep(
+                            0.4
+                        )  # a browser drops what it has not read when the connection breaks
                         raise ConnectionResetError("as asked")
                     if how == "broken":
                         yield f"data: {json.dumps({'error': {'message': 'the engine died', 'code': 500}})}\n\n"

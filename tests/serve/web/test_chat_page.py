@@ -206,7 +206,7 @@ def test_system_prompt_and_parameters_are_sent(server: Any, window: Any) -> None
     expect(page.get_by_text("No JSON schema:")).to_be_visible()
     page.get_by_label("Schema", exact=True).fill('{"type": "object"}')
     page.get_by_label("Probabilities").check()
-    page.select_option("select.model", "moe-64x2-polite")
+    page.select_option("select.model", "moe-16x2-polite")
     ask(page, "say: ok")
     sent = dict(server.state.asked[-1])
     assert sent.pop("messages") == [
@@ -218,7 +218,7 @@ def test_system_prompt_and_parameters_are_sent(server: Any, window: Any) -> None
         "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True},
     }
     assert sent == {
-        "model": "moe-64x2-polite", "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.3,
+        "model": "moe-16x2-polite", "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.3,
         "top_k": 40, "seed": 7, "max_tokens": 99, "stop": ["END", "\n\n"], "logprobs": True, "top_logprobs": 5,
     }  # fmt: skip
     page.get_by_role("button", name="Reset to").click()
@@ -226,7 +226,7 @@ def test_system_prompt_and_parameters_are_sent(server: Any, window: Any) -> None
     ask(page, "say: ok")
     sent = server.state.asked[-1]
     assert {"temperature", "top_k", "seed", "stop", "response_format"} & set(sent) == set()
-    assert sent["model"] == "moe-64x2-polite"
+    assert sent["model"] == "moe-16x2-polite"
 
 
 def test_presets_are_remembered(server: Any, window: Any) -> None:

@@ -1,10 +1,9 @@
 // What the reader can do in a conversation. Each act changes the tree first, so that the page shows it at once, and then asks.
 
 import { Cell } from "../../src/cell";
-import { ask, keyWanted, running, stopAnswer } from "./answer";
-import { Failure, type Model, models as askModels } from "./api";
+import { ask, running, stopAnswer } from "./answer";
 import { get, shown, update } from "./library";
-import { set, settings } from "./settings";
+import { settings } from "./settings";
 import { add, children, type Message, newId, path } from "./tree";
 
 const message = (role: Message["role"], parent: string | null, text = ""): Message => ({ id: newId(), parent, role, text, time: Date.now() });
@@ -61,22 +60,3 @@ export function stopShown(): boolean {
 }
 
 export const siblings = (conversation: string, m: Message) => children(get(conversation)!, m.parent);
-
-export interface ModelState {
-  list: Model[] | null;
-  failure: Failure | null;
-}
-export const models = new Cell<ModelState>({ list: null, failure: null });
-
-/** Ask for the list of models; with it the page learns whether the server is there, ready, and wants a key. */
-export async function loadModels(): Promise<void> {
-  try {
-    const list = await askModels();
-    models.value = { list, failure: null };
-    if (list.length && !list.some((m) => m.id === settings.value.model)) set({ model: (list.find((m) => !m.parent) ?? list[0]).id });
-  } catch (error) {
-    const failure = error instanceof Failure ? error : new Failure("server", String(error));
-    models.value = { list: models.value.list, failure };
-    if (failure.trouble === "key") keyWanted.value = { why: failure.message, again: () => void loadModels() };
-  }
-}

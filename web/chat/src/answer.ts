@@ -2,9 +2,10 @@
 // Events only add to a record; the page sees it once a frame, however fast tokens come.
 
 import { Cell } from "../../src/cell";
-import { Failure, stream } from "./api";
+import { Failure, keyWanted, stream } from "./api";
 import { type Detail, Details } from "./detail";
 import { get, update } from "./library";
+import { modeNow } from "./model";
 import { fields, settings } from "./settings";
 import { change, type Conversation, type Message, upTo } from "./tree";
 
@@ -35,8 +36,6 @@ interface Run {
 export const running = new Cell<ReadonlyMap<string, Run>>(new Map());
 /** Token details by message: too large for the browser's storage, so they last as long as the page. */
 export const details = new Cell<ReadonlyMap<string, readonly Detail[]>>(new Map());
-/** A refused key: the page asks for one, and then asks again. */
-export const keyWanted = new Cell<{ why: string; again: () => void } | null>(null);
 /** Messages that this page is waiting with for the server to become ready. */
 export const waiting = new Set<string>();
 
@@ -109,11 +108,12 @@ function troubleOf(error: unknown, started: boolean): Message["trouble"] {
 
 function requestOf(c: Conversation, message: Message, onward: boolean): [string, Record<string, unknown>] {
   const said = upTo(c, onward ? message.id : message.parent);
-  if (settings.value.mode === "text") return ["v1/completions", { ...fields(settings.value), prompt: [c.system, ...said.map((m) => m.text)].join("") }];
+  const asked = fields(settings.value, modeNow());
+  if (modeNow() === "text") return ["v1/completions", { ...asked, prompt: [c.system, ...said.map((m) => m.text)].join("") }];
   const messages = said.filter((m) => m.text || m.role === "user").map((m) => ({ role: m.role, content: m.text }));
   if (c.system) messages.unshift({ role: "system" as never, content: c.system });
   const more = onward ? { continue_final_message: true, add_generation_prompt: false } : {};
-  return ["v1/chat/completions", { ...fields(settings.value), messages, ...more }];
+  return ["v1/chat/completions", { ...asked, messages, ...more }];
 }
 
 /** What has come so far. */

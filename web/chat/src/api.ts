@@ -7,6 +7,12 @@ export interface Model {
   id: string;
   parent?: string | null; // of a LoRA adapter: the model it changes
   max_model_len?: number;
+  // what this project's server also tells
+  chat?: boolean; // whether it has a chat template
+  parameters?: number;
+  experts?: number;
+  expert_layers?: number[];
+  hybrid_layers?: number[];
 }
 
 /** What went wrong, by what can be done about it. */
@@ -54,6 +60,9 @@ export function setKey(text: string): void {
   }
 }
 
+/** A refused key: the page asks for one, and then asks again. */
+export const keyWanted = new Cell<{ why: string; again: () => void } | null>(null);
+
 const headers = (): Record<string, string> => (key.value ? { Authorization: `Bearer ${key.value}` } : {});
 
 async function ask(path: string, init: RequestInit = {}): Promise<Response> {
@@ -72,8 +81,8 @@ async function failureOf(response: Response): Promise<Failure> {
   const body = await response.text().catch(() => "");
   let [said, code] = [body.slice(0, 500), ""];
   try {
-    const { error, detail } = JSON.parse(body);
-    said = error?.message ?? (typeof error === "string" ? error : null) ?? detail ?? said;
+    const { error, detail, reason } = JSON.parse(body);
+    said = error?.message ?? (typeof error === "string" ? error : null) ?? detail ?? reason ?? said;
     code = String(error?.code ?? "");
   } catch {
     // not JSON: the text itself is the message

@@ -9,12 +9,12 @@ import { useKeys } from "../../src/keys";
 import { dark } from "../../src/palette";
 import { setLang, t, useLang } from "../../src/text";
 import { switchTheme } from "../../src/theme";
-import { again, models, stopShown } from "./acts";
+import { again, stopShown } from "./acts";
 import { announced } from "./announce";
-import { keyWanted } from "./answer";
-import { setKey } from "./api";
+import { keyWanted, setKey } from "./api";
 import { Composer } from "./composer";
 import { current, library, sorted, start } from "./library";
+import { models } from "./model";
 import { Parameters } from "./parameters";
 import { set, settings } from "./settings";
 import { Side } from "./side";
@@ -75,7 +75,7 @@ export function App() {
       <div class="middle">
         <Top side={side} params={params} onSide={() => showSide(!side)} onParams={() => showParams(!params)} onHelp={() => setHelp(true)} />
         <Thread editing={editing} onEdit={setEditing} />
-        <Composer onEditLast={() => setEditing(last("user")?.id ?? "")} />
+        <Composer key={c.id} id={c.id} onEditLast={() => setEditing(last("user")?.id ?? "")} />
       </div>
       <Drawer name={t("Parameters")} place="params" open={params} modal={isMedium} onClose={() => showParams(false)}><Parameters /></Drawer>
       {wanted && <KeyEntry why={wanted.why} onClose={() => (keyWanted.value = null)} onKey={wanted.again} />}

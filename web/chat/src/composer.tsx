@@ -6,9 +6,9 @@ import { Icon } from "../../src/icons";
 import { t } from "../../src/text";
 import { stopShown, submit } from "./acts";
 import { running } from "./answer";
-import { current, shown } from "./library";
+import { shown } from "./library";
 import { grow } from "./message";
-import { settings } from "./settings";
+import { useModel } from "./model";
 import { path } from "./tree";
 
 /** What was written and not sent, by conversation: another one can be looked at in between. */
@@ -16,17 +16,16 @@ const drafts = new Map<string, string>();
 /** Text that a button of the page puts into the field. */
 export const proposed = new Cell("");
 
-export function Composer({ onEditLast }: { onEditLast: () => void }) {
+export function Composer({ id, onEditLast }: { id: string; onEditLast: () => void }) {
   const field = useRef<HTMLTextAreaElement>(null);
-  const id = useCell(current);
   const all = useCell(running);
-  const { mode } = useCell(settings);
+  const { mode } = useModel();
   const [text, setText] = useState(drafts.get(id) ?? "");
   const busy = path(shown()).some((m) => all.has(m.id));
   useEffect(() => {
-    setText(drafts.get(id) ?? "");
-    if (matchMedia("(hover: hover)").matches) field.current!.focus(); // on a phone it would open the keyboard
-  }, [id]);
+    // Not in a conversation that is only looked at, where keys walk on; nor on a phone, where it opens the keyboard.
+    if (!shown().order.length && matchMedia("(hover: hover)").matches) field.current!.focus();
+  }, []);
   useEffect(() => proposed.watch(() => {
     setText(proposed.value);
     field.current!.focus();

@@ -5,7 +5,7 @@ import { figures, percent } from "../../src/format";
 import { Heat } from "../../src/heat";
 import { t } from "../../src/text";
 import { type Detail, loadOf } from "./detail";
-import { expertClass, expertStyle } from "./tokens";
+import { expertClass, expertStyle } from "./hues";
 
 interface Props {
   all: readonly Detail[];

@@ -3,9 +3,9 @@ import "../../src/base.css";
 import { draw } from "../../src/icons";
 import { learn } from "../../src/text";
 import "../../src/theme";
-import { loadModels } from "./acts";
 import { App } from "./app";
 import { start } from "./library";
+import { loadModels } from "./model";
 import "./style.css";
 import { ZH } from "./zh";
 

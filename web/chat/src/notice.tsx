@@ -3,10 +3,11 @@
 import { useEffect, useState } from "preact/hooks";
 import { Icon } from "../../src/icons";
 import { t } from "../../src/text";
-import { again, loadModels, onward, retry } from "./acts";
-import { keyWanted, waiting } from "./answer";
-import { ready, type Trouble } from "./api";
-import { set, settings } from "./settings";
+import { again, onward, retry } from "./acts";
+import { waiting } from "./answer";
+import { keyWanted, ready, type Trouble } from "./api";
+import { loadModels, modeNow } from "./model";
+import { set } from "./settings";
 import type { Conversation, Message } from "./tree";
 
 const HEADS: Record<Trouble, string> = {
@@ -23,7 +24,7 @@ const POLL = 1500; // ms
 export function Notice({ c, m }: { c: Conversation; m: Message }) {
   const { kind, text, until } = m.trouble!;
   const redo = () => (m.text ? again(c.id, m.id) : retry(c.id, m.id));
-  const templateless = kind === "refused" && /chat template/i.test(text) && settings.value.mode === "chat";
+  const templateless = kind === "refused" && /chat template/i.test(text) && modeNow() === "chat";
   return (
     <div class={`notice ${kind}`} role="alert">
       <Icon name={kind === "busy" || kind === "starting" ? "pause" : "warn"} />

@@ -4,10 +4,12 @@ import { useEffect, useState } from "preact/hooks";
 import { useCell } from "../../src/cell";
 import { Icon } from "../../src/icons";
 import { t } from "../../src/text";
+import { useModel } from "./model";
 import { apply, BUILT_IN, type Dial, DIALS, forgetPreset, matching, presets, reset, savePreset, schemaOf, set, settings } from "./settings";
 
 export function Parameters() {
   const s = useCell(settings);
+  const { model, mode } = useModel();
   const drawing = DIALS.slice(0, 4);
   const length = DIALS.slice(4, 6);
   const penalties = DIALS.slice(6);
@@ -23,21 +25,21 @@ export function Parameters() {
         <summary>{t("Penalties")}</summary>
         {penalties.map((d) => <Row key={d.name} dial={d} />)}
       </details>
-      <section aria-label={t("Form of the answer")}>
+      {mode === "chat" && <section aria-label={t("Form of the answer")}>
         <h3>{t("Form of the answer")}</h3>
         <Choice value={s.format} name={t("Form of the answer")} options={[["text", "Free"], ["json_object", "JSON"], ["json_schema", "JSON schema"]]} onPick={(format) => set({ format })} />
         {s.format === "json_schema" && <Schema />}
-      </section>
+      </section>}
       <section aria-label={t("Token details")}>
         <h3>{t("Token details")}</h3>
-        <label class="tick"><input type="checkbox" checked={s.trace} onChange={(e) => set({ trace: e.currentTarget.checked })} /><span>{t("Experts and branches")}<small>{t("which ones worked on each token")}</small></span></label>
+        <label class="tick"><input type="checkbox" checked={s.trace} onChange={(e) => set({ trace: e.currentTarget.checked })} /><span>{t("Experts and branches")}<small>{t(model?.experts === 0 && !model.hybrid_layers?.length ? "this model has neither" : "which ones worked on each token")}</small></span></label>
         <label class="tick"><input type="checkbox" checked={s.logprobs} onChange={(e) => set({ logprobs: e.currentTarget.checked })} /><span>{t("Probabilities")}<small>{t("of each token and its alternatives")}</small></span></label>
         {s.logprobs && <label class="row"><span>{t("Alternatives")}</span><input type="number" min={0} max={20} value={s.alternatives} onInput={(e) => { const n = e.currentTarget.valueAsNumber; if (n >= 0 && n <= 20) set({ alternatives: Math.round(n) }); }} /></label>}
       </section>
       <section aria-label={t("Use of the model")}>
         <h3>{t("Use of the model")}</h3>
-        <Choice value={s.mode} name={t("Use of the model")} options={[["chat", "Chat"], ["text", "Continue a text"]]} onPick={(mode) => set({ mode })} />
-        {s.mode === "text" && <p class="note">{t("For models without a chat template: the words go to the model as they are.")}</p>}
+        {model?.chat !== false && <Choice value={s.mode} name={t("Use of the model")} options={[["chat", "Chat"], ["text", "Continue a text"]]} onPick={(next) => set({ mode: next })} />}
+        {mode === "text" && <p class="note">{t("For models without a chat template: the words go to the model as they are.")}</p>}
       </section>
       <button type="button" class="button reset" onClick={reset}><Icon name="reset" size={14} />{t("Reset to the server's defaults")}</button>
     </div>

@@ -122,15 +122,15 @@ export function schemaOf(text: string): { value?: object; wrong?: string } {
 }
 
 /** The settings as fields of a request; ``messages`` or ``prompt`` come beside them. */
-export function fields(s: Settings): Record<string, unknown> {
+export function fields(s: Settings, mode: Settings["mode"]): Record<string, unknown> {
   const out: Record<string, unknown> = { model: s.model, stream: true, stream_options: { include_usage: true } };
   for (const { name } of DIALS) if (s[name] !== undefined) out[name] = s[name];
   if (s.stop.length) out.stop = s.stop;
   const schema = schemaOf(s.schema).value;
-  if (s.format === "json_object") out.response_format = { type: "json_object" };
-  if (s.format === "json_schema" && schema) out.response_format = { type: "json_schema", json_schema: { name: "answer", schema, strict: true } };
+  if (s.format === "json_object" && mode === "chat") out.response_format = { type: "json_object" };
+  if (s.format === "json_schema" && schema && mode === "chat") out.response_format = { type: "json_schema", json_schema: { name: "answer", schema, strict: true } };
   if (s.trace) out.trace = true;
-  if (s.logprobs && s.mode === "chat") Object.assign(out, { logprobs: true, top_logprobs: s.alternatives });
-  if (s.logprobs && s.mode === "text") out.logprobs = s.alternatives;
+  if (s.logprobs && mode === "chat") Object.assign(out, { logprobs: true, top_logprobs: s.alternatives });
+  if (s.logprobs && mode === "text") out.logprobs = s.alternatives;
   return out;
 }

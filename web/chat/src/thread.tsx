@@ -4,12 +4,11 @@ import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } fro
 import { useCell } from "../../src/cell";
 import { Icon } from "../../src/icons";
 import { t, useLang } from "../../src/text";
-import { models } from "./acts";
 import { proposed } from "./composer";
 import { shown, update, watchShown } from "./library";
 import { AssistantMessage, UserMessage } from "./message";
 import { Welcome } from "./welcome";
-import { settings } from "./settings";
+import { models, useModel } from "./model";
 import { type Conversation, type Message, path } from "./tree";
 
 const FIRST = 60; // messages drawn at once; earlier ones when they are scrolled to
@@ -97,7 +96,7 @@ function Row({ c, m, editing, onEdit }: { c: Conversation; m: Message; editing: 
 }
 
 function System({ c }: { c: Conversation }) {
-  const { mode } = useCell(settings);
+  const { mode } = useModel();
   const { list } = useCell(models);
   if (!list && !c.system) return null;
   return (

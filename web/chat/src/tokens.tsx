@@ -8,9 +8,10 @@ import { useMemo, useState } from "preact/hooks";
 import { useCell } from "../../src/cell";
 import { figures, percent } from "../../src/format";
 import { Icon } from "../../src/icons";
-import { css, dark, line, shade } from "../../src/palette";
+import { css, dark, shade } from "../../src/palette";
 import { t, useLang } from "../../src/text";
 import { type Detail, layersOf, sureness, visible } from "./detail";
+import { expertClass, expertStyle } from "./hues";
 import { Load } from "./load";
 import { Shares } from "./shares";
 
@@ -18,9 +19,6 @@ export type View = "experts" | "gates" | "sureness";
 const VIEWS: [View, string][] = [["experts", "Experts"], ["gates", "Global branch"], ["sureness", "Probability"]];
 const CHUNK = 100; // chips that are drawn again together
 const SHOWN = 2000; // chips before the reader asks for all
-
-export const expertStyle = (expert: number) => ({ "--c": line(expert) });
-export const expertClass = (expert: number) => `pattern-${Math.floor(expert / 8) % 4}`;
 
 export function Tokens({ all }: { all: readonly Detail[] }) {
   const [wish, setView] = useState<View>("experts");
@@ -158,7 +156,7 @@ function About({ all, at, view, layer }: { all: readonly Detail[]; at: number; v
         {view === "experts" && used && (
           <div>
             <h4>{t("Experts in layer {n}", { n: layer })}</h4>
-            <ul class="gate-bars">{used.map(([e, g]) => <li key={e}><span class={`swatch ${expertClass(e)}`} style={expertStyle(e)} />{e}<Bar share={g} /><small>{figures(g, 2)}</small></li>)}</ul>
+            <ul class="gate-bars">{used.map(([e, g]) => <li key={e}><span class={`swatch ${expertClass(e)}`} style={expertStyle(e)} /><span class="number">{e}</span><Bar share={g} /><small>{figures(g, 2)}</small></li>)}</ul>
           </div>
         )}
         {view === "experts" && d.experts && (

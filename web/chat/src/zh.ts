@@ -55,7 +55,7 @@ export const ZH: Record<string, string> = {
   "Load of the experts by layer": "各层专家的负载", "Layer {l}, expert {e}: {x} of the tokens": "第 {l} 层,专家 {e}:{x} 的词元", "Press a row to colour the tokens by that layer.": "点一行,按该层给词元着色。", "Arrow keys move between cells.": "方向键在格子间移动。", "not logged": "无数据",
   "Share of the global branch": "全局分支的占比", "Share of the global branch, token by token": "逐词元的全局分支占比", "Layer {n}: {low} to {high}, {mean} on average": "第 {n} 层:{low} 到 {high},平均 {mean}", "“{token}” in layer {l}: {x} global": "“{token}”在第 {l} 层:全局 {x}", "A column is a token of the answer.": "一列是回答的一个词元。",
   // an empty conversation
-  "The server has no model": "服务器没有模型", "Room for {n} tokens.": "可容纳 {n} 个词元。", "To begin with": "可以这样开始", "The page looks again by itself.": "页面会自动重试。", "Continues the text you begin.": "续写你开头的文本。", "Answers come from this server; nothing is sent elsewhere.": "回答来自本服务器,数据不会发往别处。",
+  "The server has no model": "服务器没有模型", "room for {n} tokens": "可容纳 {n} 个词元", "{n} parameters": "{n} 参数", "{n} experts in {k} layers": "{k} 层中各 {n} 个专家", "{k} hybrid layers": "{k} 个混合层", "this model has neither": "此模型两者都没有", "To begin with": "可以这样开始", "The page looks again by itself.": "页面会自动重试。", "Continues the text you begin.": "续写你开头的文本。", "Answers come from this server; nothing is sent elsewhere.": "回答来自本服务器,数据不会发往别处。",
   "Explain in three sentences how a mixture of experts chooses its experts.": "用三句话解释混合专家模型如何选择专家。", "Write a Python function that merges two sorted lists, and test it.": "写一个合并两个有序列表的 Python 函数,并测试它。",
   "Make a table of four sorting algorithms with their cost.": "用表格列出四种排序算法及其复杂度。", "What is the difference between global and sliding-window attention?": "全局注意力与滑动窗口注意力有什么区别?",
 };
