@@ -321,7 +321,8 @@ def overload(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         async def worker() -> None:
             nonlocal done
             while time.monotonic() < end:
-                done += (await ask(port, body)).status == 200
+                answer = await ask(port, body)
+                done += answer.status == 200
 
         await asyncio.gather(*(worker() for _ in range(running)))
         return done / seconds
