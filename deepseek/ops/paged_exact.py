@@ -200,7 +200,9 @@ def _position_tiles(
         masked = key_XYC > position
         if window is not None:
             masked |= key_XYC <= position - window
-        slot = key_slots(table_SP[sequence_X], key_XYC.flatten(1), rows.length_S[sequence_X], rows.page, K)
+        slot = key_slots(
+            table_SP[sequence_X], key_XYC.flatten(1), rows.length_S[sequence_X, None], rows.page, K
+        )
         made.append(Tiles(row_XR, row, place, slot, masked))
     return made
 
@@ -218,7 +220,7 @@ def _pooled_tiles(rows: StepRows, block: int, stride: int, H: int, K: int, D: in
         block_YC = torch.arange(Y * C, device=device).view(1, Y, 1, C)
         masked = block_YC * stride + block - 1 > position_XR[:, None, :, None]
         slot_XL = (block_YC.flatten() + (block - 1) // stride).expand(len(some), -1)
-        end_X = rows.length_S[sequence_X] // stride
+        end_X = rows.length_S[sequence_X, None] // stride
         slot = key_slots(rows.global_SP[sequence_X], slot_XL, end_X, rows.page // stride, K)
         made.append(Tiles(row_XR, row, place, slot, masked))
     return made

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.ops.hybrid_attention import pooled_length
 from deepseek.ops.paged_rows import StepRows, gather, key_slots
 from deepseek.registry import register_op
 
@@ -109,13 +110,14 @@ class Part:
 
     Attributes:
         at: the rows: a slice of S·R of them, or int64 ``[S·R]`` (padding repeats a sequence's last row).
-        slot: for ``gather``. mask: 0 and −inf, ``[1, 1, R, L]`` of one sequence, ``[S, 1, R·G, L]`` of more.
+        slot: for ``gather``. mask: 0 and −inf, ``[1, 1, R, L]`` of one sequence, ``[S, 1, R·G, L]`` of more; ``None``:
+            all is seen.
     """
 
     at: slice | Tensor
     sequences: int
     slot: Tensor
-    mask: Tensor
+    mask: Tensor | None
 
     def keys(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """``[S, K, L, D]`` of each."""
@@ -152,12 +154,13 @@ def _over(parts: list[Part], q_NHD: Tensor, attend: Callable[[Part, Tensor], Ten
 
 @dataclass(frozen=True)
 class _Piece:
-    """Sequences of one part (a slice, or int64), ``count`` rows of each, and how many positions the longest has."""
+    """Sequences of one part (a slice, or int64), ``count`` rows of each, and how many positions they have."""
 
     at: slice | Tensor
     sequence: slice | Tensor
     count: int
     longest: int
+    shortest: int
 
 
 def _pieces(rows: StepRows, keys: Callable[[int], int], sizes: Sizes, most: int) -> list[_Piece]:
@@ -175,7 +178,7 @@ def _pieces(rows: StepRows, keys: Callable[[int], int], sizes: Sizes, most: int)
             for lo in range(0, count, most):
                 hi = min(lo + most, count)
                 at, longest = slice(first[s] + lo, first[s] + hi), rows.lengths[s] - count + hi
-                pieces.append(_Piece(at, slice(s, s + 1), hi - lo, longest))
+                pieces.append(_Piece(at, slice(s, s + 1), hi - lo, longest, longest))
     return pieces
 
 
@@ -200,30 +203,23 @@ def _alike(
 
 
 def _together(some: list[int], rows: StepRows, first: list[int]) -> _Piece:
-    R, longest = max(rows.rows[s] for s in some), max(rows.lengths[s] for s in some)
-    if all(b == a + 1 for a, b in pairwise(some)) and all(rows.rows[s] == R for s in some):
-        return _Piece(slice(first[some[0]], first[some[-1] + 1]), slice(some[0], some[-1] + 1), R, longest)
-    index = [first[s] + min(r, rows.rows[s] - 1) for s in some for r in range(R)]
-    device = rows.position_N.device
-    return _Piece(torch.tensor(index, device=device), torch.tensor(some, device=device), R, longest)
+    R, lengths = max(rows.rows[s] for s in some), [rows.lengths[s] for s in some]
+    at: slice | Tensor = slice(first[some[0]], first[some[-1] + 1])
+    sequence: slice | Tensor = slice(some[0], some[-1] + 1)
+    if any(b != a + 1 for a, b in pairwise(some)) or any(rows.rows[s] != R for s in some):
+        index, device = (
+            [first[s] + min(r, rows.rows[s] - 1) for s in some for r in range(R)],
+            rows.position_N.device,
+        )
+        at, sequence = torch.tensor(index, device=device), torch.tensor(some, device=device)
+    return _Piece(at, sequence, R, max(lengths), min(lengths))
 
 
-def _part(
-    piece: _Piece,
-    table_Sn: Tensor,
-    place_SL: Tensor,
-    end_S: Tensor,
-    seen_SRL: Tensor,
-    slots: int,
-    sizes: Sizes,
-) -> Part:
+def _mask(seen_SRL: Tensor, sizes: Sizes) -> Tensor:
     S, R, L = seen_SRL.shape
     mask = torch.zeros(S, 1, R, L, dtype=sizes.dtype, device=seen_SRL.device)
     mask.masked_fill_(~seen_SRL[:, None], float("-inf"))
-    if S > 1 and R > 1:
-        mask = mask.repeat_interleave(sizes.group, 2)
-    slot = key_slots(table_Sn, place_SL, end_S, slots, sizes.kv_heads)
-    return Part(piece.at, S, slot, mask)
+    return mask.repeat_interleave(sizes.group, 2) if S > 1 and R > 1 else mask
 
 
 def _position_parts(rows: StepRows, table_SP: Tensor, window: int | None, sizes: Sizes) -> list[Part]:
@@ -235,17 +231,22 @@ def _position_parts(rows: StepRows, table_SP: Tensor, window: int | None, sizes:
     parts = []
     most = PIECE if window is None else min(max(window, 128), PIECE)
     for piece in _pieces(rows, keys, sizes, most):
-        table, device = table_SP[piece.sequence], table_SP.device
+        table, device, mask, end_S = table_SP[piece.sequence], table_SP.device, None, None
         position_SR = rows.position_N[piece.at].view(len(table), -1)
         if window is None or piece.longest <= window:
             place_SL = torch.arange(piece.longest, device=device).expand(len(table), -1)
+            alike = piece.shortest == piece.longest
         else:
             reach = torch.arange(window + piece.count - 1, device=device)
             place_SL = (position_SR[:, :1] - window + 1).clamp(min=0) + reach
-        seen = place_SL[:, None] <= position_SR[..., None]
-        if window is not None:
-            seen &= place_SL[:, None] > position_SR[..., None] - window
-        parts.append(_part(piece, table, place_SL, position_SR[:, -1] + 1, seen, rows.page, sizes))
+            alike = piece.shortest >= window
+        if piece.count > 1 or not alike:
+            seen, end_S = place_SL[:, None] <= position_SR[..., None], position_SR[:, -1:] + 1
+            if window is not None:
+                seen &= place_SL[:, None] > position_SR[..., None] - window
+            mask = _mask(seen, sizes)
+        slot = key_slots(table, place_SL, end_S, rows.page, sizes.kv_heads)
+        parts.append(Part(piece.at, len(table), slot, mask))
     return parts
 
 
@@ -257,12 +258,15 @@ def _pooled_parts(rows: StepRows, block: int, stride: int, sizes: Sizes) -> list
         return length // stride + 1
 
     for piece in _pieces(rows, keys, sizes, PIECE):
-        table, device = rows.global_SP[piece.sequence], rows.global_SP.device
-        position_SR = rows.position_N[piece.at].view(len(table), -1)
-        block_L = torch.arange(max(0, (piece.longest - block) // stride + 1), device=device)
-        seen = block_L * stride + block - 1 <= position_SR[..., None]
+        table, device, mask, end_S = rows.global_SP[piece.sequence], rows.global_SP.device, None, None
+        blocks = pooled_length(piece.longest, block, stride)
+        block_L = torch.arange(blocks, device=device)
         place_SL = (block_L + before).expand(len(table), -1)
-        end_S = (position_SR[:, -1] + 1) // stride  # a slot for every stride, complete or not
-        seen = F.pad(seen, (1, 0), value=True)
-        parts.append(_part(piece, table, place_SL, end_S, seen, rows.page // stride, sizes))
+        if piece.count > 1 or pooled_length(piece.shortest, block, stride) < blocks:
+            position_SR = rows.position_N[piece.at].view(len(table), -1)
+            seen = block_L * stride + block - 1 <= position_SR[..., None]
+            mask = _mask(F.pad(seen, (1, 0), value=True), sizes)
+            end_S = (position_SR[:, -1:] + 1) // stride  # a slot for every stride, complete or not
+        slot = key_slots(table, place_SL, end_S, rows.page // stride, sizes.kv_heads)
+        parts.append(Part(piece.at, len(table), slot, mask))
     return parts

@@ -91,16 +91,19 @@ def _scratch(name: str, size: int, dtype: torch.dtype) -> Tensor:
     return held[key][:size]
 
 
-def key_slots(table_Sn: Tensor, place_SL: Tensor, end_S: Tensor, slots: int, heads: int) -> Tensor:
+def key_slots(table_Sn: Tensor, place_SL: Tensor, end_S1: Tensor | None, slots: int, heads: int) -> Tensor:
     """What ``gather`` takes to make ``[S, K, L, D]``.
 
     Args:
         table_Sn: page tables whose entry i is of slots ``i·slots …``.
-        place_SL: slots of the sequences; those from ``end_S`` on, which nobody sees, are looked up in the trash page:
+        place_SL: slots of the sequences; those from ``end_S1`` on, which nobody sees, are looked up in the trash page:
             what an earlier owner left in a sequence's last page may be NaN, and zero times NaN is NaN.
         slots: of a page. heads: K.
     """
-    index = (place_SL // slots).clamp(max=table_Sn.shape[1] - 1)
+    index = place_SL // slots
+    if end_S1 is not None:
+        index = index.clamp(max=table_Sn.shape[1] - 1)
     at_SL = table_Sn.gather(1, index).long() * slots + place_SL % slots
-    at_SL = torch.where(place_SL < end_S[:, None], at_SL, 0)
+    if end_S1 is not None:
+        at_SL = torch.where(place_SL < end_S1, at_SL, 0)
     return (at_SL[:, None] * heads + torch.arange(heads, device=at_SL.device)[:, None]).flatten()

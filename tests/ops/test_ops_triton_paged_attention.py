@@ -149,7 +149,7 @@ def test_appending_is_rotating_writing_and_pooling(learned: bool, monkeypatch: p
             [*queries, *(x[1:] for x in (pages.k, pages.v, pages.raw, pages.pool_k, pages.pool_v))]
         )
     for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6, equal_nan=True)
 
 
 def test_appending_without_rotation_only_writes() -> None:
