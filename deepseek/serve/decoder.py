@@ -128,24 +128,31 @@ class DecoderLayer:
         self, x: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
         traced: Traced | None,
     ) -> Tensor:  # fmt: skip
-        h = self.attention_norm(x)
-        y = self._attend(h, rows, rope, cache, adapters, traced)
-        x = x + self._linear("output", self.output, y, adapters)
-        h = self.ffn_norm(x)
+        y = self._attend(x, rows, rope, cache, adapters, traced)
+        if adapters is not None:
+            x = x + self._adapted("output", self.output, y, adapters)
+        else:
+            x = self.output.fused(y, None, x)
         if self.experts is not None:
-            y, chosen, gates = self.experts(h)
+            x, chosen, gates = self.experts.fused(x, self.ffn_norm, x)
             if traced is not None:
                 traced.experts[self.index] = chosen, gates
-            return x + y
-        inner = self.ffn.activation(self._linear("gate_up", self.ffn.gate_up, h, adapters))
-        return x + self._linear("down", self.ffn.down, inner, adapters)
+            return x
+        if adapters is None:
+            return self.ffn.fused(x, self.ffn_norm, x)
+        inner = self.ffn.activation(self._adapted("gate_up", self.ffn.gate_up, self.ffn_norm(x), adapters))
+        return x + self._adapted("down", self.ffn.down, inner, adapters)
 
     def _attend(
-        self, h: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
+        self, x: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
         traced: Traced | None,
     ) -> Tensor:  # fmt: skip
         c = self.config
-        flat = self.qkv(h)
+        alone = adapters is None and (
+            self.kind != "H" or self.gate is None
+        )  # nobody else reads the normed rows
+        h = x if alone else self.attention_norm(x)
+        flat = self.qkv.fused(x, self.attention_norm) if alone else self.qkv(h)
         if adapters is not None:
             sizes = [n * c.head_dim for n in (c.heads, c.kv_heads, c.kv_heads)]
             for name, part in zip(("query", "key", "value"), flat.split(sizes, 1)):
@@ -195,10 +202,9 @@ class DecoderLayer:
         logits = self.gate(h).float() + self.gate_bias
         return exact_map(torch.sigmoid, logits) if self.exact else logits.sigmoid()
 
-    def _linear(self, name: str, linear: PackedLinear, x: Tensor, adapters: RowAdapters | None) -> Tensor:
+    def _adapted(self, name: str, linear: PackedLinear, x: Tensor, adapters: RowAdapters) -> Tensor:
         y = linear(x)
-        if adapters is not None:
-            adapters.bank.add(self.index, name, x, y, adapters.rows)
+        adapters.bank.add(self.index, name, x, y, adapters.rows)
         return y
 
     def bytes_read(self, rows: int) -> float:
