@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from deepseek.serve.budget import FeedbackBudget
+
 Coming = Callable[[float], float]  #: prompt tokens expected within so many seconds from now
 
 
@@ -33,28 +35,12 @@ class Static:
         pass
 
 
-class Feedback:
-    """Holds the mean step time at the TPOT goal: more rows after quick steps, fewer after slow ones (AIMD)."""
+class Feedback(FeedbackBudget):
+    """What ships (``serve.budget``), with nine tenths of the objective as its goal."""
 
-    def __init__(
-        self, slo: Slo, start: int = 256, low: int = 16, high: int = 4096, goal: float = 0.9
-    ) -> None:
-        self.goal, self.low, self.high = slo.tpot * goal, low, high
-        self.most = float(start)
-        self.mean: float | None = None
+    def __init__(self, slo: Slo) -> None:
+        super().__init__(0.9 * slo.tpot)
         self.speed = 0.0  # prompt tokens and decoding rows per second while prompts wait; the study tells it
-
-    def rows(self, decoding: int, waiting_rows: int) -> int:
-        return round(self.most)
-
-    def observe(self, seconds: float, decoding: int, prompt_rows: int) -> None:
-        self.mean = seconds if self.mean is None else 0.8 * self.mean + 0.2 * seconds
-        if not decoding:
-            return  # nobody waits for a next token: prompts may take all they want
-        if self.mean > self.goal:
-            self.most = max(self.low, self.most * 0.9)
-        elif prompt_rows + decoding >= 0.9 * self.most:
-            self.most = min(self.high, self.most + 16)
 
 
 class Forecasting(Feedback):
@@ -66,11 +52,12 @@ class Forecasting(Feedback):
         self.coming, self.horizon, self.floor, self.limit = coming, slo.ttft / 2, floor, most
 
     def rows(self, decoding: int, waiting_rows: int) -> int:
+        most = super().rows(decoding, waiting_rows)
         if not self.speed:
-            return round(self.most)
+            return most
         wanted = waiting_rows + decoding + self.coming(self.horizon)
         pressure = wanted / (self.speed * self.horizon)
-        return round(min(self.high, max(self.low, self.most * min(self.limit, max(self.floor, pressure)))))
+        return round(min(self.high, max(self.low, most * min(self.limit, max(self.floor, pressure)))))
 
 
 class Everybody:

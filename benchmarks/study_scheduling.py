@@ -5,7 +5,7 @@ step; only the model is replaced, by a step time fitted from the real engine (``
 when its time to first token and its mean time per further token both keep the objective; goodput is how many of those
 per second of trace. The 'oracle' knows the coming arrivals exactly: what it does not gain, no forecast can.
 
-    python benchmarks/study_scheduling.py [--profile cpu] [--seeds 3] [--requests 400] [--trace FILE.jsonl] [--out DIR]
+    python benchmarks/study_scheduling.py [--profile cpu] [--seeds 3] [--requests 400] [--trace FILE] [--out FILE]
 
 Prints Markdown tables; with ``--out`` writes every single result as JSON lines. Deterministic for equal arguments.
 """
@@ -322,13 +322,15 @@ def main() -> None:
     parser.add_argument(
         "--trace", type=Path, help="also this trace, in Mooncake's format, at the same mean rates"
     )
+    parser.add_argument("--budgets", nargs="+", help="only these policies, and no study of admission")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     profile, began = PROFILES[args.profile], time.monotonic()
     out = (args.out or Path("/dev/null")).open("w", encoding="utf-8")
     print(f"profile {args.profile}: {profile}; capacity {capacity(profile):.2f} requests/s\n")
     settings = [f"static {rows}/{running}" for running in profile.running for rows in profile.static]
-    budgets = [(b, "wait") for b in (*settings, "feedback", "forecast", "oracle")]
+    bent = [f"{kind}{bend}" for bend in ("", " low", " high") for kind in ("forecast", "oracle")]
+    budgets = [(b, "wait") for b in (args.budgets or (*settings, "feedback", *bent))]
     found = study(profile, args, budgets, [0.5, 0.7, 1.0, 1.3], out)
     print(
         f"Rows per step / sequences at once; share of requests within both objectives:\n\n{table(found, 2)}\n"
