@@ -17,10 +17,8 @@ class Route:
     port: int = 8080  # 0: any free one
     host: str = "127.0.0.1"  # anything else can be reached from other machines
     open: bool = False  # also give requests of other machines to replicas that ask for no key
-    keys_file: str = ""  # TOML: who may read /metrics; DEEPSEEK_API_KEYS too. All other keys just pass through
-    affinity: int = (
-        1024  # characters of a prompt that send equal beginnings to one replica; 0: the least busy
-    )
+    keys_file: str = ""  # TOML: who may read /metrics; DEEPSEEK_API_KEYS too. Other keys pass through
+    affinity: int = 1024  # characters of a prompt by which equal beginnings meet; 0: the least busy
     ready_path: str = "/ready"  # what a replica is asked, once a second; `/health` for other servers
     resolve: float = 10.0  # seconds after which names are looked up again
     max_body: int = 16 << 20  # bytes of a request

@@ -335,6 +335,25 @@ def test_a_deadly_request_kills_one_replica_at_most(two: tuple[FakeReplica, Fake
         assert router.complete().status == 200
 
 
+def test_a_fault_of_the_router_is_told_and_logged(
+    two: tuple[FakeReplica, FakeReplica], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from deepseek.serve.router import application
+
+    def broken(*_: Any) -> bytes:
+        raise ZeroDivisionError("nobody thought of this")
+
+    with routed(*two) as router:
+        monkeypatch.setattr(application, "prefix_key", broken)
+        got = router.complete()
+        assert (got.status, got.json["error"]["code"]) == (500, "internal_error")
+        assert "nobody thought of this" in caplog.text
+        assert b"nobody" not in got.body
+        monkeypatch.undo()
+        assert router.complete().status == 200
+        assert router.metric("inside") == 0
+
+
 def test_a_silent_replica_is_given_up(two: tuple[FakeReplica, FakeReplica]) -> None:
     with routed(two[0], silence=0.3) as router:
         got = router.complete(max_tokens=1, pause=1.0)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -43,6 +44,8 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  #: methods that may be tried again
 BEGUN = "engine_unavailable"  #: the error code of a 503 that comes of work that broke, and not of none
 REFUSAL = 1 << 16  #: bytes of a refusal that are kept
 JSON = (b"content-type", b"application/json")
+
+log = logging.getLogger("deepseek.serve")
 
 
 @configclass
@@ -196,6 +199,12 @@ class Router:
                 await call.refuse(error)
         except ClientGone:
             self.metrics.gone()
+        except Exception as error:
+            log.exception("%s %s", call.method, call.path[:200])
+            if not call.started:
+                await call.refuse(
+                    ApiError(f"a fault of this router: {type(error).__name__}", 500, code="internal_error")
+                )
 
     async def _pass_on(self, call: Call) -> None:
         """The answer of a replica, while the client waits for it."""
