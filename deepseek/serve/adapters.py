@@ -31,6 +31,7 @@ from deepseek.weights.hf_files import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYER = re.compile(r"(?:model\.)?(?:layers|blocks)\.(\d+)\.(.+)")
 #: Their module → ours and which half of it.
 MODULES: dict[str, tuple[str, int]] = {
@@ -152,8 +153,10 @@ def _pairs(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, T
                 f"{directory / TENSORS}: {name} is not the A or B of a linear layer; "
                 "adapters of other layers are not supported"
             )
-        if tensor.dim() != 2 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise WeightsError(f"{directory / TENSORS}: {name} is not a matrix of finite numbers")
+        if tensor.dim() != 2 or tensor.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+            raise WeightsError(
+                f"{directory / TENSORS}: {name} is not a matrix of finite 16- to 64-bit floats"
+            )
         pairs.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
     for module, pair in pairs.items():
         if len(pair) != 2:

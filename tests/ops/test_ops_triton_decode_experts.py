@@ -46,6 +46,22 @@ def test_equals_one_assignment_at_a_time(path: str, experts: int, top_k: int, no
         torch.testing.assert_close(out, want[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", ["few", "grouped"])
+def test_half_precision(path: str) -> None:
+    half = (
+        torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    )  # the interpreter's dot takes bf16 for integers
+    router, bias, *weights = layer(6)
+    gate_up, down = (w.to(half) for w in weights)
+    x = make(2, 3, C).to(half)
+    want = experts_reference(x.float(), router, bias, gate_up, down, 2, True)
+    weights = gate_up.mT.contiguous(), down.mT.contiguous()
+    out, expert, _ = getattr(kernel, path)(x, router, bias, *weights, 2, True)
+    assert out.dtype == half
+    assert expert.equal(want[1])
+    assert float((out.float() - want[0]).norm() / want[0].norm()) < 1e-2
+
+
 def test_a_popular_expert_fills_several_blocks() -> None:
     router, bias, gate_up, down = layer(5, popular=9.0)
     x = make(7, 45, C)

@@ -172,6 +172,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
                   "not the A or B of a linear layer"),
     "half": ({"extra": {"base_model.model.model.layers.9.x.lora_A.weight": torch.ones(2, 2)}}, "not the other one"),
     "layers": ({"prefix": "base_model.model.model.layers.1"}, "no linear layer"),
+    "integers": ({"extra": {"a.lora_A.weight": torch.ones(2, 2, dtype=torch.int32)}}, "finite"),
+    "eight bits": ({"extra": {"a.lora_A.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}}, "finite"),
     "infinite": ({"extra": {"a.lora_A.weight": torch.full((2, 2), torch.inf)}}, "finite"),
 }  # fmt: skip
 
