@@ -33,7 +33,7 @@ SPECIAL = 6  # ids of special tokens
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")  # it does not change
     return train_tokenizer([text, '{"a": [1, 2, true, null], "b": "€"}' * 20], 500)
 
 
@@ -178,7 +178,7 @@ def test_any_json_object(tokenizer: Tokenizer, grammars: Grammars) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"[a-z]+@[a-z]+\.(com|org)", r"(\d{1,3}\.){3}\d{1,3}", r"€?[^\n]{0,9}é", r"<\|end\|>x"]
+    "pattern", [r"[a-z]{1,9}@[a-z]{1,9}\.(com|org)", r"([0-9]{1,3}\.){3}[0-9]{1,3}", r"€?[^\n]{0,9}é", r"<\|end\|>x"]
 )
 def test_regular_expressions(tokenizer: Tokenizer, grammars: Grammars, pattern: str) -> None:
     streams = answers(tokenizer, grammars, Grammar(kind="regex", text=pattern), list(range(20)))

@@ -204,6 +204,31 @@ def test_draws_follow_the_target(options: dict[str, Any]) -> None:
     assert statistic < chi2.ppf(0.9999, len(expected) - 1)
 
 
+def test_a_token_without_probability_is_never_drawn() -> None:
+    """Not even at the random number 0, where it comes first."""
+    scores = torch.tensor([[-math.inf, 1.0, 0.0, -math.inf]])
+    filters = distribution.Filters(
+        torch.ones(1), torch.full((1,), 4), torch.full((1,), 2.0, dtype=torch.float64), None
+    )
+    for uniform in (0.0, 1 - 2.0**-53):
+        u = torch.tensor([uniform], dtype=torch.float64)
+        assert int(distribution.draw_all(scores, filters, u)) == (1 if uniform == 0 else 2)
+        assert int(distribution.draw_best(scores, filters, u, 1)[0]) in (1, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+def test_a_gpu_draws_what_the_cpu_draws() -> None:
+    """Exponentials differ in the last bit: a random number between the two sums comes once in millions."""
+    dice = random.Random(0)
+    logits = rows_of(200, vocabulary=3000)
+    states = [state_of(random_config(dice), [5, 6], seed=i, vocabulary=3000) for i in range(200)]
+    here, there = sample(logits, states), sample(logits.cuda(), states)
+    assert [s.token for s in here] == [s.token for s in there]
+    assert [s.logprobs and s.logprobs.rank for s in here] == [s.logprobs and s.logprobs.rank for s in there]
+    alone = [sample(logits[i : i + 1].cuda(), [states[i]])[0].token for i in range(0, 200, 10)]
+    assert alone == [s.token for s in there][::10]
+
+
 def test_seeds_and_places_are_independent() -> None:
     flat = torch.zeros(1, 1000)
     config = SamplingConfig(temperature=1.0, top_p=1.0)

@@ -134,7 +134,7 @@ def test_text_comes_as_early_as_it_can(tokens: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     return train_tokenizer([text, "naïve café 😀 €uro 漢字"] * 3, 600)
 
 
@@ -156,6 +156,13 @@ def test_stop_text_across_tokens_and_after_a_false_start(trained: Tokenizer) -> 
     assert "".join(shown) == "a\n\n\n\nEN"
     assert (stream.finish, stream.stop) == ("stop", "\n\n\nEND")
     assert shown[1:4] == ["", "", ""]
+
+
+def test_a_stop_text_that_begins_in_one_that_is_ignored() -> None:
+    config = SamplingConfig(stop=("ab", "bca"), min_tokens=3)
+    stream = TextStream(Pieces([b"a", b"b", b"ca"]), config)  # type: ignore[arg-type]
+    assert [stream.push(i) for i in (1, 2, 3)] == ["", "a", ""]
+    assert (stream.text, stream.stop) == ("a", "bca")
 
 
 def test_stop_token_ids_and_include_stop(trained: Tokenizer) -> None:
