@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def serve(
     _require()
     from deepseek.serve.client import ProcessClient
 
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that has gone
     keys = Keyring.load(keys_file or None, os.environ)
     if not keys and not is_loopback(host):
         raise ConfigError(NO_KEYS.format(host=host))
