@@ -29,6 +29,7 @@ class Serve:
     max_running: int = 0  # sequences computed at once; 0: derived from the device
     max_waiting: int = 256  # sequences that may wait beyond them; then requests are answered 429
     max_step_tokens: int = 0  # tokens of one step; 0: derived
+    step_goal: float = 0.0  # seconds a step may take while answers wait; prompts get what it allows; 0: off
     max_length: int = 0  # positions of one request, prompt and answer; 0: the model's own
     speculate: int = 0  # tokens proposed at most by looking back in the text; 0: off
     prefix_cache: bool = True
@@ -52,7 +53,8 @@ class Serve:
 
         engine = EngineConfig(
             device=self.device, precision=self.precision, memory_gib=self.memory_gib, max_running=self.max_running,
-            max_step_tokens=self.max_step_tokens, max_length=self.max_length, speculate=self.speculate,
+            max_step_tokens=self.max_step_tokens, step_goal=self.step_goal, max_length=self.max_length,
+            speculate=self.speculate,
             prefix_cache=self.prefix_cache, deterministic=self.deterministic, graphs=self.graphs,
             adapters=_adapters(self.adapter), name=self.name,
         )  # fmt: skip

@@ -30,6 +30,7 @@ from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
+from deepseek.serve.budget import FeedbackBudget
 from deepseek.serve.decoder import COMPUTE, Decoder, RowAdapters, Traced
 from deepseek.serve.generate import Completion
 from deepseek.serve.grammar import Grammars, GrammarState
@@ -47,7 +48,7 @@ from deepseek.serve.request import (
 )
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs, sample_drafts
-from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work
+from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
 from deepseek.serve.speculative import NgramProposer, Proposer
 from deepseek.serve.text import TextStream
 
@@ -63,6 +64,8 @@ class EngineConfig:
         memory_gib: for the cache; 0: most of an accelerator's free memory, a part of a CPU's.
         max_running: sequences computed at once; max_step_tokens: rows of one step, which bounds how long a long prompt
             delays everybody else's next token. 0: derived from the device.
+        step_goal: seconds that a step may take in the mean while answers wait for their next token: prompts get as many
+            rows as that allows (``FeedbackBudget``), up to max_step_tokens. 0: prompts always get all rows.
         page: positions per page of the cache; 0: derived.
         speculate: tokens proposed at most by looking back in the text (n-gram speculation); 0: off. Changes no answer.
         max_length: positions a request may take, prompt and answer; 0: the model's own.
@@ -76,6 +79,7 @@ class EngineConfig:
     memory_gib: float = 0.0
     max_running: int = 0
     max_step_tokens: int = 0
+    step_goal: float = 0.0
     page: int = 0
     prefix_cache: bool = True
     speculate: int = 0
@@ -86,7 +90,15 @@ class EngineConfig:
     name: str = ""  # what clients call the model; its directory's name unless told
 
     def check(self) -> None:
-        for name in ("memory_gib", "max_running", "max_step_tokens", "page", "speculate", "max_length"):
+        for name in (
+            "memory_gib",
+            "max_running",
+            "max_step_tokens",
+            "step_goal",
+            "page",
+            "speculate",
+            "max_length",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} must not be negative; 0 means derived or off"
@@ -127,7 +139,13 @@ class Engine:
         budget = cache_budget(self.device, config.memory_gib)
         counts = share_memory(layout, budget, running, step, self.max_length)
         self.pages = Pages(layout, *counts, prefix_cache=config.prefix_cache)
-        self.scheduler = Scheduler(self.pages, max_running=running, budget=StaticBudget(step))
+        low = min(16, step)
+        self.feedback = (
+            FeedbackBudget(config.step_goal, min(256, step), low, step) if config.step_goal else None
+        )
+        self.scheduler = Scheduler(
+            self.pages, max_running=running, budget=self.feedback or StaticBudget(step)
+        )
         self.decoder = Decoder(
             loaded.model, layout, counts, format=self.format, device=self.device, max_running=running,
             max_length=self.max_length, exact=config.deterministic,
@@ -236,7 +254,11 @@ class Engine:
         if plan.work:
             work = sorted(plan.work, key=lambda w: w.rows != 1)
             outputs += self._sample(work, *self._run(work))
-        self._count(steps=1, step_seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if self.feedback is not None:
+            answers = sum(w.rows for w in plan.work if w.start >= w.sequence.prompt_length)
+            self.feedback.observe(seconds, answers, rows_of(plan.work) - answers)
+        self._count(steps=1, step_seconds=seconds)
         return outputs
 
     def generate(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from engine_models import save_tiny
 
-from deepseek.errors import DeepseekError, EngineError, RequestError
+from deepseek.config import replace
+from deepseek.errors import ConfigError, DeepseekError, EngineError, RequestError
 from deepseek.serve.client import LocalClient, ProcessClient, Supervision
 from deepseek.serve.engine import Engine, EngineConfig
 from deepseek.serve.request import Output, Request
@@ -107,3 +108,15 @@ def test_random_aborts_leave_no_page(engine: Engine) -> None:
             assert (await collect(c, Request("last", (9, 8, 7), GREEDY))).finish is not None
 
     asyncio.run(test())
+
+
+def test_a_step_goal_changes_when_prompts_are_read_and_no_answer(model: Path, engine: Engine) -> None:
+    asked = [*prompts(12), tuple(range(6, 200))]
+    want = [c.tokens for c in engine.generate(asked, GREEDY)]
+    for goal, few in ((1e-9, True), (1e9, False)):
+        bound = Engine.load(model, replace(CONFIG, step_goal=goal))
+        assert [c.tokens for c in bound.generate(asked, GREEDY)] == want
+        assert bound.feedback is not None
+        assert (bound.feedback.rows(1, 1) < 256) == few
+    with pytest.raises(ConfigError, match="step_goal"):
+        replace(CONFIG, step_goal=-1.0)
