@@ -47,9 +47,7 @@ class ForeignText:
         if bos is None and prefix:
             bos = inner.id_to_token(prefix[0])
         add = bool(prefix) or config.get(BEGINS) is True
-        ends = read_object(directory / "generation_config.json").get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        whole = tuple(i for i in ends if isinstance(i, int) and not isinstance(i, bool))
+        whole = end_ids(directory / "generation_config.json")
         named = config.get("tokenizer_class")
         kind = named if isinstance(named, str) else cls.tokenizer_class
         return cls(bos, add and bos is not None, whole, _templates(directory, config), kind)
@@ -66,6 +64,13 @@ class ForeignText:
         if self.ends:
             ends = {"eos_token_id": self.ends[0] if len(self.ends) == 1 else list(self.ends)}
             write_atomic(directory / "generation_config.json", json.dumps(ends) + "\n")
+
+
+def end_ids(path: Path) -> tuple[int, ...]:
+    """``eos_token_id`` of a ``generation_config.json``, one or a list; none where there is no such file."""
+    ends = read_object(path).get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return tuple(i for i in ends if isinstance(i, int) and not isinstance(i, bool))
 
 
 def special_names(directory: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Hugging Face model directories in and out: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral, and our own.
+"""Hugging Face model directories in and out: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral, our own; GGUF in.
 
 A directory that plain ``transformers`` loads is written wherever one of its families says exactly what the
 model does; everything else is written as our own architecture, which ``import deepseek.transformers``
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config import from_dict, to_dict
+from deepseek.data.foreign_text import MORE_TEMPLATES
 from deepseek.errors import CheckpointError, ConfigError, WeightsError
 from deepseek.events import emit
 from deepseek.files import staged
@@ -249,7 +250,7 @@ def _check_target(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise WeightsError(f"{directory} is a file; name a directory to write")
     held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
-    known = {"config.json", "generation_config.json", SINGLE, INDEX, *TOKENIZER_FILES}
+    known = {"config.json", "generation_config.json", SINGLE, INDEX, MORE_TEMPLATES, *TOKENIZER_FILES}
     foreign = sorted(name for name in held - known if not SHARD.fullmatch(name))
     if held and ("config.json" not in held or foreign):
         raise WeightsError(

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deepseek.data.foreign_text import MORE_TEMPLATES, end_ids
 from deepseek.errors import WeightsError
 from deepseek.models import ModelConfig
 from deepseek.weights.hf_files import read_json, write_json
@@ -34,12 +35,13 @@ CHAT_TEMPLATE = (
 
 
 class TokenIds(NamedTuple):
-    """Special ids; ``None`` where the tokenizer has no such token."""
+    """Special ids; ``None`` where the tokenizer has no such token. ``ends``: more that end an answer."""
 
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
     turn_end: int | None = None
+    ends: tuple[int, ...] = ()
 
     def config(self) -> dict[str, Any]:
         """Keys of ``config.json``: written even when null, because families have defaults of their own."""
@@ -47,7 +49,7 @@ class TokenIds(NamedTuple):
 
     def generation(self) -> dict[str, Any]:
         """Keys of ``generation_config.json``: greedy; generation ends with the text or the turn."""
-        ends = [i for i in (self.eos, self.turn_end) if i is not None]
+        ends = list(dict.fromkeys(i for i in (self.eos, self.turn_end, *self.ends) if i is not None))
         values = {**self.config(), "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
         return {key: value for key, value in values.items() if value is not None} | {"do_sample": False}
 
@@ -83,8 +85,12 @@ def write_tokenizer(
         shutil.copyfile(source / "chat_template.jinja", target / "chat_template.jinja")
     elif chat_template or (_speaks(added) and "chat_template" not in settings):
         (target / "chat_template.jinja").write_text(chat_template or CHAT_TEMPLATE, encoding="utf-8")
+    for path in (source / MORE_TEMPLATES).glob("*.jinja"):
+        (target / MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / MORE_TEMPLATES / path.name)
     bos, eos, pad = (added.get(name or "") for name in names.values())
-    return TokenIds(bos, eos, pad, added.get(TURN_END) if _speaks(added) else None)
+    ends = end_ids(source / "generation_config.json")
+    return TokenIds(bos, eos, pad, added.get(TURN_END) if _speaks(added) else None, ends)
 
 
 def _settings(source: Path, added: dict[str, int], config: ModelConfig) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def test_in_and_out_again(model_type, options, tmp_path):
     messages = [{"role": "user", "content": "hé <b>"}]
     assert after.apply_chat_template(messages) == before.apply_chat_template(messages)
     assert after("hé")["input_ids"] == before("hé")["input_ids"]
+    assert again.generation_config.eos_token_id == [257, 259]
 
 
 def test_the_run_speaks_as_the_model_did(tmp_path):
