@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from deepseek.serve.backlog import Backlog
 from deepseek.serve.budget import FeedbackBudget
 
 Coming = Callable[[float], float]  #: prompt tokens expected within so many seconds from now
@@ -85,6 +86,17 @@ class Wait:
 
     def admits(self, prompt: int, waiting: int, backlog_rows: int, speed: float) -> bool:
         return not speed or (backlog_rows + prompt) / speed <= self.limit
+
+
+class Account(Wait):
+    """``Wait`` as a front end can do it, which sees neither rows nor steps: what ships (``serve.backlog``)."""
+
+    def __init__(self, slo: Slo, backlog: Backlog) -> None:
+        super().__init__(slo)
+        self.backlog = backlog
+
+    def admits(self, prompt: int, waiting: int, backlog_rows: int, speed: float) -> bool:
+        return self.backlog.wait(prompt) <= self.limit
 
 
 class ForecastWait(Wait):

@@ -206,9 +206,11 @@ class Simulation:
             rows, _, running = name.split()[1].partition("/")
             self.running = int(running or self.running)
             return Static(int(rows))
-        return (
-            Feedback(self.profile.slo) if name == "feedback" else Forecasting(self.profile.slo, comings[name])
-        )
+        if name == "feedback":
+            return Feedback(self.profile.slo)
+        kind, _, bend = name.partition(" ")
+        floor, most = {"": (0.25, 4.0), "low": (0.25, 1.0), "high": (1.0, 4.0)}[bend]
+        return Forecasting(self.profile.slo, comings[kind], floor, most)
 
     def _gate(self, name: str, comings: dict[str, Coming]) -> Any:
         if name.startswith("cap"):

@@ -14,13 +14,13 @@ from deepseek.config import to_dict
 from deepseek.errors import EngineError
 from deepseek.serve.request import EngineStats, ModelInfo, Output, Request
 from deepseek.serve.step_process import StepLoop, StepProcess, StepThread
-from deepseek.serve.supervision import EngineDraining, SupervisedClient, Supervision
+from deepseek.serve.supervision import EngineBusy, EngineDraining, SupervisedClient, Supervision
 from deepseek.serve.worker import StepEngine
 
 if TYPE_CHECKING:
     from deepseek.serve.engine import EngineConfig
 
-__all__ = ["EngineClient", "EngineDraining", "LocalClient", "ProcessClient", "Supervision"]
+__all__ = ["EngineBusy", "EngineClient", "EngineDraining", "LocalClient", "ProcessClient", "Supervision"]
 
 FACTORY = "deepseek.serve.worker:load_engine"
 
@@ -37,7 +37,7 @@ class EngineClient(Protocol):
 
         Raises:
             RequestError: the engine can never serve it.
-            EngineDraining: after ``drain``.
+            EngineDraining: after ``drain``. EngineBusy: its first token would come too late.
             EngineError: the step process died with it.
         """
 
@@ -90,8 +90,8 @@ class ProcessClient(SupervisedClient):
 class LocalClient(SupervisedClient):
     """``EngineClient`` around an engine of this process, in a thread. When it fails it stays failed."""
 
-    def __init__(self, engine: StepEngine) -> None:
-        super().__init__(engine.info.path, Supervision(kill_after=0.0, max_crashes=0))
+    def __init__(self, engine: StepEngine, supervision: Supervision | None = None) -> None:
+        super().__init__(engine.info.path, supervision or Supervision(kill_after=0.0, max_crashes=0))
         self._engine = engine
 
     def _spawn(self, path: str) -> StepLoop:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,16 +21,28 @@ from typing import Any, Literal
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError, DeepseekError, EngineError
+from deepseek.serve.backlog import Backlog
 from deepseek.serve.request import EngineStats, ModelInfo, Output, Request
 from deepseek.serve.step_process import StepLoop
 from deepseek.serve.stream import Stream
 
 WARM = 16  #: steps after which nothing is compiled or captured any more
+PROMISED = 0.8  #: share of ``first_token`` that the expected wait may take: it is only expected
 GAUGES = ("running", "waiting", "pages_total", "pages_used")
 
 
 class EngineDraining(EngineError):
     """New requests are refused: the server is about to stop."""
+
+
+class EngineBusy(EngineError):
+    """The first token would come later than ``Supervision.first_token`` allows: about ``seconds`` from now."""
+
+    def __init__(self, seconds: float, limit: float) -> None:
+        super().__init__(
+            f"the first token would come in about {seconds:.1f} s, and at most {limit:g} s are promised; try later"
+        )
+        self.seconds = seconds
 
 
 @configclass
@@ -44,6 +57,8 @@ class Supervision:
         max_crashes, window: so many deaths within so long, and the engine is given up.
         backoff: before the second restart; doubles with every further one. The first is at once.
         trial: how long requests wait for one that was there when a step process died to begin its answer.
+        first_token: a request whose first token is expected later than this is refused at once (``EngineBusy``);
+            0: all are taken.
         reload: 'beside' loads a new model next to the old one and needs memory for both; 'inplace' lets running
             requests finish, holds new ones back, and then loads.
     """
@@ -56,6 +71,7 @@ class Supervision:
     window: float = 300.0
     backoff: float = 1.0
     trial: float = 10.0
+    first_token: float = 0.0
     reload: Literal["beside", "inplace"] = "beside"
 
     def check(self) -> None:
@@ -82,6 +98,7 @@ class SupervisedClient(ABC):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._recovery: asyncio.Task[None] | None = None
         self._crashes: deque[float] = deque()
+        self._backlog = Backlog(window=max(0.1, supervision.first_token / 4))
         self._past = EngineStats()  # of loops that are gone
         self._info: ModelInfo | None = None
         self._state = ""
@@ -130,9 +147,13 @@ class SupervisedClient(ABC):
             raise self._failed or EngineError("the engine was closed" if self._closed else "start() it first")
         if self._draining:
             raise EngineDraining("the server is stopping and takes no new requests")
+        size, limit = len(request.prompt), self._rules.first_token
+        if limit and (wait := self._backlog.wait(size)) > PROMISED * limit:
+            raise EngineBusy(wait, limit)
         stream = Stream(request)
-        stream.settled = self._pump
+        stream.settled = functools.partial(self._settled, stream)
         self._streams.add(stream)
+        self._backlog.enter(size)
         self._queue.append(stream)
         self._pump()
         try:
@@ -207,9 +228,19 @@ class SupervisedClient(ABC):
                 self._trial = stream, time.monotonic() + self._rules.trial
             self._current.submit(stream)
 
+    def _settled(self, stream: Stream) -> None:
+        """It has begun, or ended."""
+        if stream.waits:
+            stream.waits = False
+            (self._backlog.begin if stream.started else self._backlog.leave)(len(stream.request.prompt))
+        self._pump()
+
     def _leave(self, stream: Stream) -> None:
         """Its consumer has all of it, or has gone."""
         self._streams.discard(stream)
+        if stream.waits:
+            stream.waits = False
+            self._backlog.leave(len(stream.request.prompt))
         if not stream.ended:
             self._forget(stream)
 

@@ -25,8 +25,9 @@ def answer(request: Request, index: int) -> int:
 
 class FakeEngine:
     def __init__(
-        self, name: str = "fake", step: float = 0.0, load: float = 0.0, fail: str = "", die_at: int = 0
-    ) -> None:
+        self, name: str = "fake", step: float = 0.0, load: float = 0.0, fail: str = "", die_at: int = 0,
+        slots: int = 1 << 30,
+    ) -> None:  # fmt: skip
         time.sleep(load)
         if fail == "weights":
             raise WeightsError("model.safetensors ends after 12 of 96 bytes: download it again")
@@ -35,7 +36,7 @@ class FakeEngine:
         if fail == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         self.info = ModelInfo(name, f"fake:{name}", 4096, 1000, 64, 12345, experts=4, expert_layers=(1,))
-        self.seconds, self.die_at = step, die_at
+        self.seconds, self.die_at, self.slots = step, die_at, slots
         self.live: dict[str, tuple[Request, int]] = {}
         self.steps = self.tokens = 0
 
@@ -60,7 +61,7 @@ class FakeEngine:
         outputs = []
         if self.die_at and self.steps >= self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        for id, (request, done) in list(self.live.items()):
+        for id, (request, done) in list(self.live.items())[: self.slots]:
             first = request.prompt[0]
             if first == DIE:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -28,7 +28,7 @@ from deepseek.errors import (
     RequestError,
     WeightsError,
 )
-from deepseek.serve.client import EngineDraining, LocalClient, ProcessClient, Supervision
+from deepseek.serve.client import EngineBusy, EngineDraining, LocalClient, ProcessClient, Supervision
 from deepseek.serve.request import Output, Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.stream import join
@@ -226,6 +226,33 @@ def test_a_drain_refuses_the_new_and_waits_for_the_old(where: Any) -> None:
         await until(lambda: c.stats().running == 0)
 
     run(where(test))
+
+
+def test_who_would_wait_too_long_for_a_first_token_is_refused_and_nobody_else() -> None:
+    async def test() -> None:
+        async with LocalClient(
+            FakeEngine(step=0.02, slots=1), Supervision(first_token=1.0, max_crashes=0)
+        ) as c:
+            asked = [asyncio.create_task(collect(c, request(f"r{i}", 2))) for i in range(8)]
+            await asyncio.gather(*asked)  # the speed is not known: all are taken
+            while not c._backlog.speed:
+                asked = [asyncio.create_task(collect(c, request(f"r{i}", 2))) for i in range(20)]
+                await asyncio.gather(*asked)
+            assert (await collect(c, Request("alone", (1,) * 4000, SamplingConfig(max_tokens=1)))).finish
+            asked = [asyncio.create_task(collect(c, request(f"s{i}", 2))) for i in range(200)]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            busy = [f for f in found if isinstance(f, EngineBusy)]
+            assert 20 < len(busy) < 195
+            assert all(b.seconds > 0.8 for b in busy)
+            assert found[:5] == [f for f in found[:5] if isinstance(f, Output)]
+            assert c._backlog.tokens == 0
+            task = asyncio.create_task(collect(c, request("gone", 10**6)))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert c._backlog.tokens == 0
+
+    run(test())
 
 
 @both
