@@ -24,6 +24,7 @@ from typing import Any
 
 from fit_step_time import features
 from scheduling_policies import (
+    Account,
     Cap,
     Coming,
     Everybody,
@@ -36,6 +37,7 @@ from scheduling_policies import (
 )
 
 from deepseek.serve.arrivals import Arrival, Forecast, TraceConfig, read_trace, synthetic
+from deepseek.serve.backlog import Backlog
 from deepseek.serve.pages import PageLayout, Pages
 from deepseek.serve.request import Request
 from deepseek.serve.sampling_config import SamplingConfig
@@ -132,6 +134,7 @@ class Simulation:
         }
         self.running = profile.max_running
         self.budget = self._budget(budget, comings)
+        self.backlog = Backlog(profile.slo.ttft / 4, lambda: self.now)
         self.gate = self._gate(admission, comings)
         shared = any(a.hash_ids for a in trace)
         self.scheduler = Scheduler(
@@ -162,6 +165,7 @@ class Simulation:
         if self.gate.admits(arrival.prompt, len(scheduler.waiting), backlog, self.speed):
             tokens = arrival.tokens((1 << 31) + index)
             request = Request(str(index), tokens, SAMPLING)
+            self.backlog.enter(arrival.prompt)
             scheduler.add(Scheduled(request, list(tokens), arrival=arrival.time, engine=self.lives[index]))
         else:
             self.lives[index].refused = True
@@ -186,7 +190,9 @@ class Simulation:
             sequence.tokens.append((1 << 30) + life.tokens)
             self.scheduler.advance(w, w.rows)
             life.tokens, life.last = life.tokens + 1, self.now
-            life.first = self.now if life.first is None else life.first
+            if life.first is None:
+                life.first = self.now
+                self.backlog.begin(life.arrival.prompt)
             if life.tokens >= life.arrival.output:
                 self.scheduler.remove(sequence)
         self.budget.observe(seconds, int(found[1]), int(found[2]))
@@ -215,8 +221,9 @@ class Simulation:
     def _gate(self, name: str, comings: dict[str, Coming]) -> Any:
         if name.startswith("cap"):
             return Cap(int(name.split()[1]))
-        kinds = {"all": Everybody, "wait": lambda: Wait(self.profile.slo)}
-        return kinds[name]() if name in kinds else ForecastWait(self.profile.slo, comings[name])
+        slo = self.profile.slo
+        kinds = {"all": Everybody, "wait": lambda: Wait(slo), "account": lambda: Account(slo, self.backlog)}
+        return kinds[name]() if name in kinds else ForecastWait(slo, comings[name])
 
 
 def capacity(profile: Profile) -> float:
@@ -324,7 +331,8 @@ def main() -> None:
     parser.add_argument(
         "--trace", type=Path, help="also this trace, in Mooncake's format, at the same mean rates"
     )
-    parser.add_argument("--budgets", nargs="+", help="only these policies, and no study of admission")
+    parser.add_argument("--budgets", nargs="+", help="only these, with --admissions")
+    parser.add_argument("--admissions", nargs="+", default=["wait"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     profile, began = PROFILES[args.profile], time.monotonic()
@@ -332,7 +340,12 @@ def main() -> None:
     print(f"profile {args.profile}: {profile}; capacity {capacity(profile):.2f} requests/s\n")
     settings = [f"static {rows}/{running}" for running in profile.running for rows in profile.static]
     bent = [f"{kind}{bend}" for bend in ("", " low", " high") for kind in ("forecast", "oracle")]
-    budgets = [(b, "wait") for b in (args.budgets or (*settings, "feedback", *bent))]
+    if args.budgets:
+        chosen = [(b, a) for b in args.budgets for a in args.admissions]
+        found = study(profile, args, chosen, [0.7, 1.0, 1.3, 2.0], out)
+        print(table(found, 3 if len(args.admissions) > 1 else 2))
+        return
+    budgets = [(b, "wait") for b in (*settings, "feedback", *bent)]
     found = study(profile, args, budgets, [0.5, 0.7, 1.0, 1.3], out)
     print(
         f"Rows per step / sequences at once; share of requests within both objectives:\n\n{table(found, 2)}\n"
@@ -341,7 +354,7 @@ def main() -> None:
         s: statistics.fmean(r["kept"] for k, v in found.items() if k[2] == s for r in v) for s in settings
     }
     best = max(settings, key=lambda s: means[s])
-    gates = [(best, a) for a in ("all", *(f"cap {n}" for n in CAPS), "wait", "forecast", "oracle")]
+    gates = [(best, a) for a in ("all", *(f"cap {n}" for n in CAPS), "account", "wait", "forecast", "oracle")]
     found = study(profile, args, gates, [0.7, 1.0, 1.3, 2.0], out)
     print(f"Admission, with {best}; the same share:\n\n{table(found, 3)}\n")
     print(f"({time.monotonic() - began:.0f} s)")

@@ -14,8 +14,8 @@ from collections.abc import Callable
 class Backlog:
     """Prompt tokens that wait for their first output, and the speed at which they get it.
 
-    Speed is measured only while prompts are left over, in windows of at least ``window`` seconds: a prompt alone does not
-    show what the engine can do. What the prefix cache held counts as done.
+    Speed is measured only while prompts are left over, in windows of at least ``window`` seconds: a prompt alone does
+    not show what the engine can do. What the prefix cache held counts as done.
     """
 
     weight = 0.3  #: of the newest window
