@@ -303,13 +303,12 @@ class HostRows(NamedTuple):
 
 
 class Decoder:
-    """Packed weights and the cache they fill."""
+    """Packed weights and the cache they fill; ``allocate`` makes the cache once it is known what memory is left."""
 
     def __init__(
         self,
         model: Transformer,
         layout: PageLayout,
-        pages: tuple[int, int],
         *,
         format: str,
         device: torch.device,
@@ -328,7 +327,11 @@ class Decoder:
         self.head = pack_linear(model.head_weight.detach(), None, format, device, exact=exact)
         self.tables = PageTables(max_running, -(-max_length // layout.page) + 1)
         self._rope = Rope.table(max_length + 1, c.attention.head_dim, c.attention.rope_theta, device)
-        self.caches = [self._new_pages(kind, pages) for kind in c.kinds]
+        self.caches: list[LayerPages] = []
+
+    def allocate(self, pages: tuple[int, int]) -> None:
+        """Make room for so many pages of the global and of the window group."""
+        self.caches = [self._new_pages(kind, pages) for kind in self.config.kinds]
 
     def _new_pages(self, kind: str, pages: tuple[int, int]) -> LayerPages:
         a, page = self.config.attention, self.layout.page

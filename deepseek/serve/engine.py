@@ -52,6 +52,7 @@ from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, r
 from deepseek.serve.speculative import NgramProposer, Proposer
 from deepseek.serve.text import TextStream
 
+LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
@@ -136,8 +137,13 @@ class Engine:
         step = max(config.max_step_tokens or (512 if cpu else 4096), running)
         dtype = COMPUTE[self.format]
         layout = PageLayout.of(shape, dtype.itemsize, config.page)
-        budget = cache_budget(self.device, config.memory_gib)
+        self.decoder = Decoder(
+            loaded.model, layout, format=self.format, device=self.device, max_running=running,
+            max_length=self.max_length, exact=config.deterministic,
+        )  # fmt: skip
+        budget = cache_budget(self.device, config.memory_gib)  # of what the weights leave
         counts = share_memory(layout, budget, running, step, self.max_length)
+        self.decoder.allocate(counts)
         self.pages = Pages(layout, *counts, prefix_cache=config.prefix_cache)
         low = min(16, step)
         self.feedback = (
@@ -146,10 +152,6 @@ class Engine:
         self.scheduler = Scheduler(
             self.pages, max_running=running, budget=self.feedback or StaticBudget(step)
         )
-        self.decoder = Decoder(
-            loaded.model, layout, counts, format=self.format, device=self.device, max_running=running,
-            max_length=self.max_length, exact=config.deterministic,
-        )  # fmt: skip
         most = Size(running, self.decoder.tables.width)
         captured = config.graphs and self.device.type == "cuda"
         self.graphs = DecodeGraphs(self.decoder, most) if captured else None
@@ -311,38 +313,28 @@ class Engine:
         self, work: list[Work], hidden: Tensor, ready: Tensor | None, traced: Traced | None
     ) -> list[Output]:
         """Logits where they are needed, tokens where a sequence is at its end, and what follows from them."""
-        first, needed, wanted, firsts = 0, list[int](), list[Work](), list[int]()
+        first, wanted, firsts = 0, list[Work](), list[int]()
         outputs: list[Output] = []
-        reading: list[
-            tuple[Work, int]
-        ] = []  # prompts that want log-probabilities, and where their rows' logits begin
         for w in work:
             answer: Answer = w.sequence.engine
             if w.sequence.request.embed:
                 outputs += self._embed(w, hidden[first : first + w.rows])
             elif answer.prompt_logprobs is not None and w.start < w.sequence.prompt_length:
-                reading.append((w, len(needed)))
-                needed += range(first, first + w.rows)
+                self._read_prompt(w, hidden[first : first + w.rows])
             if w.samples and not w.sequence.request.embed:
                 wanted.append(w)
                 firsts.append(first + w.rows - w.drafts - 1)
             else:
                 self.scheduler.advance(w, w.rows)
             first += w.rows
-        sampled_rows = [row for w, at in zip(wanted, firsts) for row in range(at, at + w.drafts + 1)]
-        if not needed and not sampled_rows:
+        rows = [row for w, at in zip(wanted, firsts) for row in range(at, at + w.drafts + 1)]
+        if not rows:
             return outputs
-        rows = [*sampled_rows, *needed]
-        if ready is not None and len(rows) == hidden.shape[0]:
-            logits = ready[:, : self.vocabulary]
-        else:
+        if ready is None or len(rows) < hidden.shape[0]:
             index = torch.tensor(rows, device=hidden.device)
-            logits = self.decoder.logits(hidden.index_select(0, index))[:, : self.vocabulary]
-        for w, at in reading:
-            at += len(sampled_rows)
-            self._read_prompt(w, logits[at : at + w.rows])
+            ready = self.decoder.logits(hidden.index_select(0, index))
         pairs = [(w.sequence.engine.state, w.sequence.draft[: w.drafts]) for w in wanted]
-        found = sample_drafts(logits[: len(sampled_rows)], pairs)
+        found = sample_drafts(ready[:, : self.vocabulary], pairs)
         traces = _Traces(traced) if traced is not None else None
         for w, at, tokens in zip(wanted, firsts, found):
             outputs.append(self._extend(w, tokens, traces, at))
@@ -400,16 +392,19 @@ class Engine:
         self._count(prompt_tokens=sequence.prompt_length)
         return [self._end(sequence, "stop", embedding=tuple(mean.float().tolist()))]
 
-    def _read_prompt(self, work: Work, logits_NV: Tensor) -> None:
-        """Log-probabilities of the prompt's tokens after each of the chunk's rows."""
+    def _read_prompt(self, work: Work, hidden_NC: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens after each of the chunk's rows, some rows' logits at a time."""
         sequence, answer = work.sequence, work.sequence.engine
         following = sequence.request.prompt[work.start + 1 : work.start + work.rows + 1]
         if work.start == 0:
             answer.prompt_logprobs = [None]
-        done = len(answer.prompt_logprobs)
-        if following and work.start + 1 >= done:  # a preempted prompt is read twice
-            top = sequence.request.sampling.prompt_logprobs or 0
-            answer.prompt_logprobs += prompt_logprobs(logits_NV[: len(following)], following, top)
+        if work.start + 1 < len(answer.prompt_logprobs):  # a preempted prompt is read twice
+            return
+        top = sequence.request.sampling.prompt_logprobs or 0
+        for at in range(0, len(following), LOGIT_ROWS):
+            some = following[at : at + LOGIT_ROWS]
+            logits = self.decoder.logits(hidden_NC[at : at + len(some)])[:, : self.vocabulary]
+            answer.prompt_logprobs += prompt_logprobs(logits, some, top)
 
     def _propose(self) -> None:
         if not self.config.speculate:
