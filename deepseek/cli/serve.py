@@ -38,6 +38,7 @@ class Serve:
     adapter: tuple[
         str, ...
     ] = ()  # NAME=DIRECTORY of a LoRA adapter; clients ask for it as a model of that name
+    first_token: float = 0.0  # seconds; a request whose first token is expected later is answered 429; 0: off
     reload: Literal["beside", "inplace"] = "beside"  # where /admin/reload loads the next model
     timeout: float = 600.0  # seconds that a request may take unless it says otherwise; 0: no end
     drain: float = 30.0  # seconds that running requests get to finish after SIGTERM
@@ -64,7 +65,8 @@ class Serve:
         )  # fmt: skip
         serve(
             self.model, engine, config, host=self.host, port=self.port, keys_file=self.keys_file,
-            supervision=Supervision(reload=self.reload), say=lambda line: print(line, flush=True),
+            supervision=Supervision(reload=self.reload, first_token=self.first_token),
+            say=lambda line: print(line, flush=True),
         )  # fmt: skip
         return 0
 

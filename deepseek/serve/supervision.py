@@ -42,7 +42,7 @@ class EngineBusy(EngineError):
         super().__init__(
             f"the first token would come in about {seconds:.1f} s, and at most {limit:g} s are promised; try later"
         )
-        self.seconds = seconds
+        self.seconds, self.limit = seconds, limit
 
 
 @configclass

@@ -6,6 +6,7 @@ a client's mistake is a 4xx and a 500 is always a fault of ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from deepseek.errors import (
     RunError,
     WeightsError,
 )
+from deepseek.serve.supervision import EngineBusy
 
 LONGEST = 300  #: characters of a client's own value in an error message
 CLIENT_GONE = 499  #: logged, never sent: the client closed the connection before its answer
@@ -72,6 +74,9 @@ def translated(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestError):
         return ApiError(str(error), 400, param=error.param)
+    if isinstance(error, EngineBusy):
+        wait = str(max(1, math.ceil(error.seconds - error.limit)))
+        return ApiError(str(error), 429, code="queue_full", headers={"retry-after": wait})
     if isinstance(error, EngineError):
         return ApiError(str(error), 503, code="engine_unavailable", headers={"retry-after": "2"})
     if isinstance(error, (ConfigError, DataError)):
