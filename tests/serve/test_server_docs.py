@@ -47,7 +47,7 @@ def test_the_python_works(capsys: Any) -> None:
 
 
 def test_the_keys_file_is_one(tmp_path: Path) -> None:
-    (text,) = blocks("toml")
+    (text,) = blocks('toml title="keys.toml"')
     file = tmp_path / "keys.toml"
     file.write_text(text.replace("sk-…", "sk-alice-0123456789", 1).replace("sk-…", "sk-oper-0123456789"))
     assert [k.name for k in Keyring.load(file, {}).keys] == ["alice", "operator"]
