@@ -42,10 +42,9 @@ __all__ = [
 
 def backend_for(q_NHD: Tensor, rows: StepRows) -> str:
     """Which implementation takes this step: ``exact``, ``triton``, ``static`` or ``gathered``."""
-    if rows.exact:
-        return "exact"
-    fits = pick_backend(q_NHD.device, q_NHD.shape[-1], q_NHD.dtype) == "triton"
-    return "triton" if fits else "static" if rows.static else "gathered"
+    if pick_backend(q_NHD.device, q_NHD.shape[-1], q_NHD.dtype) == "triton":
+        return "triton"  # it has an exact mode of its own
+    return "exact" if rows.exact else "static" if rows.static else "gathered"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 Everything that shapes a launch comes from the host's numbers (``StepRows.rows``, ``lengths``), never from the device:
 a step can be captured in a CUDA graph. Then ``lengths`` are the most that the graph is for, the device's ``length_S``
-say what there is, and a sequence shorter than its splits leaves some of them nothing to do. Run a captured
-``StepRows`` once before capturing: what is made once a step (lists of tiles) is copied from the host then.
+say what there is: each sequence is cut in as many splits by its own length, a short one leaves some of them nothing to
+do. Run a captured ``StepRows`` once before capturing: what is made once a step is copied from the host then.
 
 With ``StepRows.exact`` every row goes through tiles of one shape and nothing is split, so that its result does not
 depend on what else is in the step.
@@ -30,7 +30,6 @@ from deepseek.ops.paged_rows import StepRows
 from deepseek.ops.triton.paged_kernels import append_kernel, attend_kernel, combine_kernel
 
 SHORT = 16  #: sequences with at most so many rows are worth splitting
-WHOLE = 1 << 30  #: the share of a split that is alone
 
 
 @dataclass(frozen=True)
@@ -197,13 +196,10 @@ def _launch(
     longest = max(rows.lengths[:end] if cut is None else rows.lengths[first:])
     keys = longest if window is None else min(longest, window + SHORT + BN)
     blocks = 0 if pool is None else max(0, longest - pool.block) // pool.stride + 1
-    splits = 1
+    splits, least = 1, triton.cdiv(tuning.least, BN) * BN
     if split:
         wanted = triton.cdiv(int(tuning.waves * _processors(q.device)), programs)
-        splits = max(1, min(wanted, triton.cdiv(max(keys, blocks), tuning.least), 128))
-    share, pool_share = (
-        triton.cdiv(triton.cdiv(n, splits), BN) * BN if splits > 1 else WHOLE for n in (keys, blocks)
-    )
+        splits = max(1, min(wanted, triton.cdiv(max(keys, blocks), least), 128))
     parts = lses = out
     if splits > 1:
         shape = (1 if pool is None else 2, end - first, H, splits)
@@ -216,7 +212,7 @@ def _launch(
         p.q_NHD, q, k, v, p.k_PJKD, p.v_PJKD, p.sink, p.gate_NH, out, parts, lses,
         rows.ends_S if cut is None else cut, rows.ends_S, rows.length_S, table_SP, pooled,
         *p.q_NHD.stride()[:2], *q.stride()[:2], *gate, table_SP.stride(0), pooled.stride(0),
-        end - first, first, window or 0, share, pool_share, D**-0.5,
+        end - first, first, window or 0, least, D**-0.5,
         K=K, G=H // K, GP=triton.next_power_of_2(H // K), BLOCK=p.block, STRIDE=p.stride, PAGE=rows.page,
         WINDOW=window is not None, TILES=cut is not None, SPLIT=splits > 1, BM=tiles.rows, BN=BN,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **common,

@@ -79,12 +79,19 @@ def _softmax(
 
 @triton.jit
 def _interval(
-    acc, top, total, q, k, v, table, h, K, lo, hi, full_lo, full_hi, first, end, before, scale, split, share,
-    BN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+    acc, top, total, q, k, v, table, h, K, lo, hi, full_lo, full_hi, first, end, before, scale, split, splits, least,
+    BN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``lo … hi − 1`` of a tile, of which ``full_lo … full_hi − 1`` every row sees; only this split's share."""
-    lo = lo // BN * BN + split * share
-    hi = tl.minimum(hi, lo + share)
+    """Keys ``lo … hi − 1`` of a tile, of which ``full_lo … full_hi − 1`` every row sees; only this split's share.
+
+    The share follows from what the sequence has, not from what a captured launch was made for.
+    """
+    lo = lo // BN * BN
+    if SPLIT:
+        share = tl.maximum(least, tl.cdiv(tl.cdiv(hi - lo, BN), splits) * BN)
+        lo += split * share
+        hi = tl.minimum(hi, lo + share)
     a = tl.maximum(lo, (full_lo + BN - 1) // BN * BN)
     z = tl.maximum(a, tl.minimum(full_hi, hi) // BN * BN)
     acc, top, total = _softmax(
@@ -111,7 +118,7 @@ def _blocks(position, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
 def attend_kernel(
     q, q_rope, k, v, pool_k, pool_v, sink, gate, out, parts, lses,
     tiles, ends, lengths, table, pool_table, q_n, q_h, qr_n, qr_h, g_n, g_h, table_s, pool_table_s,
-    N, first_row, window, share, pool_share, sm_scale,
+    N, first_row, window, least, sm_scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, POOLED: tl.constexpr,
     TILES: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,7 +160,7 @@ def attend_kernel(
         acc, top, total = _interval(
             acc, top, total, x, pool_k, pool_v, pool_table + s.to(tl.int64) * pool_table_s, h, K,
             0, _blocks(late, BLOCK, STRIDE), 0, _blocks(early, BLOCK, STRIDE), tl.zeros_like(end), end,
-            (BLOCK - 1) // STRIDE, scale, split, pool_share, BN, PAGE // STRIDE, D, DP, PRECISION,
+            (BLOCK - 1) // STRIDE, scale, split, splits, least, BN, PAGE // STRIDE, D, DP, SPLIT, PRECISION,
         )  # fmt: skip
         if SPLIT:
             other = part + N * H * splits
@@ -173,7 +180,7 @@ def attend_kernel(
     acc, top, total = _interval(
         tl.zeros((BM, DP), tl.float32), tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32),
         x, k, v, table + s.to(tl.int64) * table_s, h, K, lo, late + 1, full_lo, early + 1, first, position + 1, 0,
-        scale, split, share, BN, PAGE, D, DP, PRECISION,
+        scale, split, splits, least, BN, PAGE, D, DP, SPLIT, PRECISION,
     )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
     if SPLIT:
