@@ -32,10 +32,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from deepseek.serve.server.page import POLICY
+
 DIST = Path(__file__).parents[3] / "deepseek" / "serve" / "web" / "dist"
-POLICY = (
-    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
 TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -80,7 +79,7 @@ class State:
         self.stopped = 0  # streams that the client left
         self.busy = 1  # how often ``busy`` is answered with 429
         self.pause = 0.002  # seconds between two tokens
-        self.template = True
+        self.template, self.tells = True, True  # whether the model has a chat template, and the list says so
 
 
 def pieces(text: str) -> list[str]:
@@ -149,6 +148,8 @@ class Routes:
         entry = {"object": "model", "created": 1_760_000_000, "owned_by": "deepseek", "max_model_len": 8192,
                  "parameters": 1_240_000_000, "experts": EXPERTS, "expert_layers": EXPERT_LAYERS,
                  "hybrid_layers": HYBRID_LAYERS}  # fmt: skip
+        if self.state.tells:
+            entry["chat"] = self.state.template
         listed = [{"id": MODEL, "parent": None, **entry}, {"id": ADAPTER, "parent": MODEL, **entry}]
         return JSONResponse({"object": "list", "data": listed})
 

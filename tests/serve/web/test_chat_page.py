@@ -336,7 +336,7 @@ def test_errors_are_told_and_can_be_tried_again(server: Any, window: Any) -> Non
 
 
 def test_a_model_without_template_continues_texts(server: Any, window: Any) -> None:
-    server.state.template = False
+    server.state.template = server.state.tells = False
     page = opened(window, server)
     ask(page, "Once upon a time")
     page.get_by_role("button", name="Continue the text").click()
@@ -419,8 +419,49 @@ def test_the_reader_is_told_in_sentences_not_in_words(server: Any, window: Any) 
         new MutationObserver(() => window.told.push(live.textContent)).observe(
             live, {childList: true, characterData: true, subtree: true});
     }""")
-    ask(page, "slow: " + " ".join(f"This is sentence {i}." for i in range(40)))
+    ask(page, "slow: " + " ".join(f"This is sentence {i}." for i in range(30)))
     page.wait_for_timeout(100)
     told = page.evaluate("window.told")
     assert 1 <= len(told) <= 4, told
     assert told[-1].rstrip().endswith("End of the answer.")
+
+
+def test_a_server_that_tells_of_no_template_is_given_texts_at_once(server: Any, window: Any) -> None:
+    server.state.template = False
+    page = opened(window, server)
+    expect(page.locator("#composer")).to_have_attribute("placeholder", re.compile("beginning of a text"))
+    ask(page, "Once upon a time")
+    expect(page.locator(ANSWERS)).to_have_text("and so on.")
+    assert "prompt" in server.state.asked[-1]
+
+
+def test_thoughts_are_folded_and_not_sent_back(server: Any, window: Any) -> None:
+    page = opened(window, server)
+    ask(page, "say: <think>Let me see.</think>It is four.")
+    expect(page.locator("article.assistant > .prose")).to_have_text("It is four.")
+    expect(page.locator(".thought")).not_to_have_attribute("open", re.compile(".*"))
+    ask(page, "say: yes")
+    assert asked(server)[1] == ("assistant", "It is four.")
+
+
+def test_a_full_browser_says_so(server: Any, window: Any) -> None:
+    page = opened(window, server)
+    page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') } }"
+    )
+    ask(page, "say: still here")
+    expect(page.locator(ANSWERS)).to_have_text("still here")
+    expect(page.locator(".side [role=alert]")).to_contain_text("The browser keeps no more")
+
+
+def test_two_tabs_see_each_other(server: Any, window: Any) -> None:
+    page = opened(window, server)
+    other = window.context.new_page()
+    other.goto(server.url)
+    expect(other.locator("select.model")).to_be_visible()
+    ask(page, "say: from the first")
+    other.locator(".chat-open", has_text="from the first").click()
+    expect(other.locator(ANSWERS)).to_have_text("from the first")
+    ask(other, "say: from the second")
+    expect(page.locator(ANSWERS)).to_have_count(2)
+    expect(page.locator(ANSWERS).last).to_have_text("from the second")

@@ -110,10 +110,17 @@ function requestOf(c: Conversation, message: Message, onward: boolean): [string,
   const said = upTo(c, onward ? message.id : message.parent);
   const asked = fields(settings.value, modeNow());
   if (modeNow() === "text") return ["v1/completions", { ...asked, prompt: [c.system, ...said.map((m) => m.text)].join("") }];
-  const messages = said.filter((m) => m.text || m.role === "user").map((m) => ({ role: m.role, content: m.text }));
+  const content = (m: Message) => (m.role === "assistant" && !(onward && m.id === message.id) ? parted(m.text).text : m.text);
+  const messages = said.filter((m) => m.text || m.role === "user").map((m) => ({ role: m.role, content: content(m) }));
   if (c.system) messages.unshift({ role: "system" as never, content: c.system });
   const more = onward ? { continue_final_message: true, add_generation_prompt: false } : {};
   return ["v1/chat/completions", { ...asked, messages, ...more }];
+}
+
+/** Some models put their thoughts into the text, between ``<think>`` and ``</think>``; templates want them left out later. */
+export function parted(text: string): { text: string; thought: string } {
+  const match = /^\s*<think>([^]*?)(?:<\/think>|$)/.exec(text);
+  return match ? { text: text.slice(match[0].length).trimStart(), thought: match[1].trim() } : { text, thought: "" };
 }
 
 /** What has come so far. */

@@ -5,7 +5,7 @@ import { useCell } from "../../src/cell";
 import { Icon } from "../../src/icons";
 import { t } from "../../src/text";
 import { again, onward, open, opened, reword, siblings } from "./acts";
-import { details, type Live, running } from "./answer";
+import { details, type Live, parted, running } from "./answer";
 import { Reading } from "./announce";
 import { CopyButton } from "./copy";
 import { Markdown } from "./prose";
@@ -91,7 +91,9 @@ function Answer({ c, m, live }: { c: Conversation; m: Message; live: Live | null
   const tokens = usePart(opened, (all) => all.has(m.id));
   const kept = usePart(details, (all) => all.get(m.id));
   const known = live?.details.length ? live.details : kept;
-  const { text, thought } = parts(live?.text ?? m.text, live?.thought ?? m.thought ?? "");
+  const found = parted(live?.text ?? m.text);
+  const { text } = found;
+  const thought = live?.thought || m.thought || found.thought;
   const waits = live !== null && !live.text && !live.thought;
   return (
     <article class="message assistant" aria-label={t("Answer of {model}", { model: m.model ?? t("the model") })} aria-busy={live !== null} data-id={m.id}>
@@ -111,12 +113,6 @@ function Answer({ c, m, live }: { c: Conversation; m: Message; live: Live | null
       </div>
     </article>
   );
-}
-
-/** Some models put their thoughts into the text, between ``<think>`` and ``</think>``. */
-function parts(text: string, thought: string): { text: string; thought: string } {
-  const match = thought ? null : /^\s*<think>([^]*?)(?:<\/think>|$)/.exec(text);
-  return match ? { text: text.slice(match[0].length).trimStart(), thought: match[1].trim() } : { text, thought };
 }
 
 function Ended({ c, m }: { c: Conversation; m: Message }) {
