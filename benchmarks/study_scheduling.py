@@ -3,7 +3,8 @@
 A simulation at the level of steps: ``serve.scheduler.Scheduler`` and ``serve.pages.Pages`` as they ship decide every
 step; only the model is replaced, by a step time fitted from the real engine (``fit_step_time.py``). A request counts
 when its time to first token and its mean time per further token both keep the objective; goodput is how many of those
-per second of trace. The 'oracle' knows the coming arrivals exactly: what it does not gain, no forecast can.
+per second of trace. The 'oracle' is the forecasting policy with the coming arrivals known exactly: what it does not
+gain, a better forecast does not gain in that policy.
 
     python benchmarks/study_scheduling.py [--profile cpu] [--seeds 3] [--requests 400] [--trace FILE] [--out FILE]
 
