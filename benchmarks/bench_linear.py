@@ -134,7 +134,7 @@ def experts(
             chosen = sum(p(x)[1].unique().numel() for p in packed) / copies
             sizes[name] = packed[0].router_nbytes + packed[0].experts_nbytes * chosen / number
             count[name] = copies
-        if format in DTYPES:
+        if format in DTYPES and (device.type == "cpu" or dtype == torch.bfloat16):  # others wait for the host
             for m in models:
                 m.gate_up.data, m.down.data = m.gate_up.data.to(dtype), m.down.data.to(dtype)
             calls[f"{format} module"] = turns([partial(m, x[None]) for m in models], device)
