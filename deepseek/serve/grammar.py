@@ -138,6 +138,13 @@ class GrammarState:
         if count and not self._matcher.rollback(count):
             self._look()
 
+    def forced(self) -> list[int]:
+        """Tokens of the text that must come next, if the grammar leaves no choice: a good draft.
+
+        Only a draft, for the text may be cut into other tokens, too.
+        """
+        return [] if self.error or self.over else list(self._matcher.compute_ff_tokens())
+
     def _look(self) -> None:
         if not self.error and self._matcher.is_error():
             self.error = f"the grammar cannot go on: {_short(self._matcher.get_error())}"

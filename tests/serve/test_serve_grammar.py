@@ -178,7 +178,8 @@ def test_any_json_object(tokenizer: Tokenizer, grammars: Grammars) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"[a-z]{1,9}@[a-z]{1,9}\.(com|org)", r"([0-9]{1,3}\.){3}[0-9]{1,3}", r"€?[^\n]{0,9}é", r"<\|end\|>x"]
+    "pattern",
+    [r"[a-z]{1,9}@[a-z]{1,9}\.(com|org)", r"([0-9]{1,3}\.){3}[0-9]{1,3}", r"€?[^\n]{0,9}é", r"<\|end\|>x"],
 )
 def test_regular_expressions(tokenizer: Tokenizer, grammars: Grammars, pattern: str) -> None:
     streams = answers(tokenizer, grammars, Grammar(kind="regex", text=pattern), list(range(20)))
@@ -259,6 +260,23 @@ def test_drafts_change_no_answer(tokenizer: Tokenizer, grammars: Grammars, seed:
         for s in found[len(state.tokens) :]:
             state.accept(s.token)
     assert found[: len(expected)] == expected
+
+
+def test_forced_tokens_are_a_draft(tokenizer: Tokenizer, grammars: Grammars) -> None:
+    schema = {"type": "object", "properties": {"temperature_in_degrees": {"type": "integer"}}, "required": [
+        "temperature_in_degrees"], "additionalProperties": False}  # fmt: skip
+    state = grammars.state(Grammar(kind="json_schema", text=json.dumps(schema)))
+    for character in '{"':
+        state.accept(tokenizer.encode(character)[0])
+    before = state.mask()
+    assert tokenizer.decode(state.forced()).startswith("temperature_in")
+    assert np.array_equal(state.mask(), before)
+    for token in (draft := state.forced()):
+        state.accept(token)
+    assert draft
+    assert not state.error
+    free = grammars.state(Grammar(kind="regex", text="[a-z]*"))
+    assert free.forced() == []
 
 
 # ---- what is refused

@@ -35,7 +35,7 @@ class Pieces:
 PIECES = [
     b"a", b"b", b"ab", b"abc", b"c\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xacb", b"\xf0\x9f", b"\x98\x80a", b"\xff"
 ]  # fmt: skip
-STOPS = ["a", "ab", "abc", "bca", "aab", "b€", "é", "€b", "😀a", "cé", "�", "aaaa", "ba"]
+STOPS = ["a", "ab", "abc", "bca", "aab", "b€", "é", "€b", "😀a", "cé", "�", "aaaa", "ba", "c", "abcaa"]
 
 
 def oracle(
@@ -163,6 +163,12 @@ def test_a_stop_text_that_begins_in_one_that_is_ignored() -> None:
     stream = TextStream(Pieces([b"a", b"b", b"ca"]), config)  # type: ignore[arg-type]
     assert [stream.push(i) for i in (1, 2, 3)] == ["", "a", ""]
     assert (stream.text, stream.stop) == ("a", "bca")
+
+
+def test_a_stop_text_inside_the_beginning_of_another() -> None:
+    stream = TextStream(Pieces([b"a", b"b"]), SamplingConfig(stop=("aabb", "ab")))  # type: ignore[arg-type]
+    assert [stream.push(i) for i in (1, 1, 2)] == ["", "", "a"]
+    assert (stream.text, stream.stop) == ("a", "ab")
 
 
 def test_stop_token_ids_and_include_stop(trained: Tokenizer) -> None:
