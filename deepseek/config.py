@@ -31,6 +31,7 @@ else:
 
 C = TypeVar("C")
 
+_HINTS: dict[type[Any], dict[str, Any]] = {}
 NONE = "none"  #: how TOML, which has no null, says that an optional value is absent
 
 
@@ -60,7 +61,7 @@ def configclass(cls: type[C]) -> type[C]:
                 raise ConfigError(f"{cls.__name__} has no option '{name}'{near}; it has: {has}")
         if missing := [name for name in needed if name not in values]:
             raise ConfigError(f"{cls.__name__} needs a value for {', '.join(missing)}")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         init(self, **{name: _coerce(hints[name], value, name) for name, value in values.items()})
         if hasattr(self, "check"):
             self.check()
@@ -71,7 +72,7 @@ def configclass(cls: type[C]) -> type[C]:
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     """``values`` (as TOML gives them) as a ``cls``; unknown keys and wrong types raise ``ConfigError``."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
@@ -128,6 +129,14 @@ def replace(config: C, **changes: Any) -> C:
         if name not in names:
             raise ConfigError(f"{type(config).__name__} has no option '{name}'{did_you_mean(name, names)}")
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Types of the fields. Working them out takes a millisecond, and a server makes configs for every request."""
+    found = _HINTS.get(cls)
+    if found is None:
+        found = _HINTS[cls] = typing.get_type_hints(cls)
+    return found
 
 
 def _plain(value: Any) -> Any:
