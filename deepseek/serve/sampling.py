@@ -5,17 +5,16 @@ without top-k and top-p one running sum, the others a bounded ``topk`` (and a fu
 nucleus is larger). Penalties, biases and grammars change a few numbers of the rows that have them. Everything a
 step yields crosses to the host in one transfer.
 
-A request's randomness is a table: place ``p`` of its answer has one uniform number, the output of Philox
-(Salmon et al. 2011) under the request's seed. So a token depends on the seed, the place and the row's logits,
-not on batching, preemption or speculation; ``sample_drafts`` keeps a drafted token where ``sample`` would have
-drawn the very same one, which makes answers with and without speculation equal, random ones too.
+A token depends on the request's seed, its place in the answer (``SamplingState.uniform``) and the row's logits, not
+on batching, preemption or speculation; ``sample_drafts`` keeps a drafted token where ``sample`` would have drawn the
+very same one, which makes answers with and without speculation equal, random ones too.
 
-Shape letters: R rows, N rows of several requests' drafts, V vocabulary, U updates.
+Shape letters: R rows, N rows of several requests' drafts, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,19 +22,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deepseek.errors import RequestError
-from deepseek.serve.distribution import COLDEST, Filters, best_tokens, draw_all, draw_best, parts
-from deepseek.serve.grammar import GrammarState
+from deepseek.serve.distribution import Filters, best_tokens, draw_all, draw_best, parts
 from deepseek.serve.request import TokenLogprobs
-from deepseek.serve.sampler import SamplingConfig
-from deepseek.serve.text import ends_of
+from deepseek.serve.sampling_config import SamplingConfig
+from deepseek.serve.sampling_state import Numbers, SamplingState, Updates
+
+__all__ = ["Sampled", "SamplingState", "prompt_logprobs", "sample", "sample_drafts"]
 
 #: How many of the most likely tokens are looked at first, and next, before a row is sorted in full. A second look
 #: costs a CPU what the work is, a GPU a wait: it looks at more at once.
 CANDIDATES, WIDER = 128, 2048
-_BLOCK = 64  # uniform numbers are made so many at a time
-
-Numbers = npt.NDArray[np.int64]
 
 
 class Sampled(NamedTuple):
@@ -48,127 +44,6 @@ class Sampled(NamedTuple):
     token: int
     logprobs: TokenLogprobs | None = None
     error: str = ""
-
-
-class Updates(NamedTuple):
-    """Tokens whose scores penalties change: ``score = (score / or * factor) - amount``."""
-
-    ids: Numbers
-    amounts: npt.NDArray[np.float32]
-
-
-class SamplingState:
-    """What sampling remembers of one request.
-
-    Args:
-        prompt: token ids; the repetition penalty counts them.
-        seed: 0 … 2^63 - 1; the engine chooses one where ``config.seed`` is ``None``.
-        vocabulary: columns of the logits, i.e. ids that can be drawn.
-        grammar: a matcher of this request's own, if it has a grammar.
-        end_ids: the model's end tokens.
-
-    Attributes:
-        tokens: the answer so far.
-        ends: the tokens that end the answer: ``stop_token_ids``, and ``end_ids`` unless they are ignored (a
-            grammar says itself when it is over, so it never ignores them).
-
-    Raises:
-        RequestError: ``logit_bias`` names a token that the model does not have.
-    """
-
-    def __init__(
-        self,
-        config: SamplingConfig,
-        prompt: Sequence[int],
-        seed: int,
-        vocabulary: int,
-        grammar: GrammarState | None = None,
-        *,
-        end_ids: Collection[int] = (),
-    ) -> None:
-        if outside := [token for token in config.logit_bias if token >= vocabulary]:
-            raise RequestError(
-                f"logit_bias names token {outside[0]}, the vocabulary has {vocabulary} tokens", "logit_bias"
-            )
-        self.config, self.seed, self.vocabulary, self.grammar = config, seed, vocabulary, grammar
-        self.tokens: list[int] = []
-        self.ends = ends_of(config, end_ids)
-        self.greedy = config.temperature < COLDEST or config.top_k == 1
-        self._banned = np.array(sorted(i for i in self.ends if i < vocabulary), np.int64)
-        self._bias = Updates(
-            np.array(list(config.logit_bias), np.int64),
-            np.array(list(config.logit_bias.values()), np.float32),
-        )
-        self._counts = _Counts(config, prompt, vocabulary)
-        self._uniform: npt.NDArray[np.float64] = np.empty(0)
-        self._block = -1
-
-    @property
-    def plain(self) -> bool:
-        """Whether scores are the logits, whatever was generated."""
-        return not (self.grammar or self._counts.on or len(self._bias.ids) or self.config.min_tokens)
-
-    def accept(self, token: int) -> None:
-        """``token`` is part of the answer: penalties count it, the grammar goes on."""
-        self.tokens.append(token)
-        self._counts.add(token)
-        if self.grammar is not None:
-            self.grammar.accept(token)
-
-    def uniform(self, place: int) -> float:
-        """The random number in [0, 1) of the answer's token ``place``."""
-        block, at = divmod(place, _BLOCK)
-        if block != self._block:
-            raw = np.random.Philox(key=self.seed, counter=block * _BLOCK).random_raw(_BLOCK)
-            self._uniform, self._block = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53, block
-        return float(self._uniform[at])
-
-
-class _Counts:
-    """Which tokens a request's penalties touch, and how often each was generated; grows by one slot a token."""
-
-    def __init__(self, config: SamplingConfig, prompt: Sequence[int], vocabulary: int) -> None:
-        self.presence, self.frequency = config.presence_penalty, config.frequency_penalty
-        repeats = config.repetition_penalty != 1.0
-        self.on = repeats or bool(self.presence or self.frequency)
-        seen = np.unique(np.asarray(prompt if repeats else [], np.int64))
-        seen = seen[(seen >= 0) & (seen < vocabulary)]
-        self._size, self._vocabulary = len(seen), vocabulary
-        self._ids = np.zeros(max(64, 2 * len(seen)), np.int64)
-        self._ids[: len(seen)] = seen
-        self._times = np.zeros_like(self._ids)
-        self._slots = {int(token): slot for slot, token in enumerate(seen)} if self.on else {}
-
-    def add(self, token: int) -> None:
-        if not self.on or not 0 <= token < self._vocabulary:
-            return
-        slot = self._slots.get(token)
-        if slot is None:
-            slot = self._slots[token] = self._size
-            if slot == len(self._ids):
-                self._ids, self._times = (
-                    np.concatenate([a, np.zeros_like(a)]) for a in (self._ids, self._times)
-                )
-            self._ids[slot], self._times[slot] = token, 0
-            self._size += 1
-        self._times[slot] += 1
-
-    def mark(self) -> int:
-        return self._size
-
-    def remove(self, tokens: Iterable[int], mark: int) -> None:
-        """Undo the ``add`` of ``tokens``, since ``mark``."""
-        for token in tokens:
-            if self.on and 0 <= token < self._vocabulary:
-                self._times[self._slots[token]] -= 1
-        while self._size > mark:
-            self._size -= 1
-            del self._slots[int(self._ids[self._size])]
-
-    def updates(self) -> Updates:
-        times = self._times[: self._size]
-        amounts = self.presence * (times > 0) + self.frequency * times
-        return Updates(self._ids[: self._size].copy(), amounts.astype(np.float32))
 
 
 class _Row(NamedTuple):
@@ -258,8 +133,8 @@ def _row(state: SamplingState, place: int) -> _Row:
     return _Row(
         state,
         place,
-        state._counts.updates() if state._counts.on else None,
-        state._banned if early and len(state._banned) else None,
+        state.counts.updates() if state.counts.on else None,
+        state.banned if early and len(state.banned) else None,
         mask,
         error,
     )
@@ -267,7 +142,7 @@ def _row(state: SamplingState, place: int) -> _Row:
 
 def _draft_rows(state: SamplingState, draft: Sequence[int]) -> list[_Row]:
     """A row after every beginning of ``draft``; fewer where the grammar forbids a token of it."""
-    begin, grammar, counts = len(state.tokens), state.grammar, state._counts
+    begin, grammar, counts = len(state.tokens), state.grammar, state.counts
     if state.plain:
         return [_Row(state, begin + i) for i in range(1 + len(draft))]
     rows, mark, taken = [_row(state, begin)], counts.mark(), 0
@@ -350,7 +225,7 @@ def _launch(logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int) 
 
 def _bare(row: _Row) -> bool:
     """Whether this row's scores are its logits, this time."""
-    return row.penalties is None and row.banned is None and row.mask is None and not len(row.state._bias.ids)
+    return row.penalties is None and row.banned is None and row.mask is None and not len(row.state.bias.ids)
 
 
 def _sorts(config: SamplingConfig) -> bool:
@@ -394,7 +269,7 @@ def _edited(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
         )
         old = scores_RV[at, ids]
         scores_RV[at, ids] = torch.where(old > 0, old / factor, old * factor) - amount
-    biased = [(i, row.state._bias) for i, row in enumerate(rows) if len(row.state._bias.ids)]
+    biased = [(i, row.state.bias) for i, row in enumerate(rows) if len(row.state.bias.ids)]
     if biased:
         at, ids = _places([(i, u.ids) for i, u in biased], device)
         amount = torch.from_numpy(np.concatenate([u.amounts for _, u in biased])).to(

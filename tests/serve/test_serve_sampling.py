@@ -465,7 +465,7 @@ def test_no_rows() -> None:
 def test_counts_undo_what_a_draft_added() -> None:
     config = SamplingConfig(repetition_penalty=1.2, frequency_penalty=0.5)
     state = state_of(config, [9, 9, 8])
-    counts = state._counts
+    counts = state.counts
 
     def seen() -> Iterator[tuple[int, float]]:
         updates = counts.updates()
