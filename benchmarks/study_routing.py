@@ -19,6 +19,7 @@ import random
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from deepseek.serve.router import RouterConfig
 from deepseek.serve.router.affinity import prefix_key
 from deepseek.serve.router.replica import Address, Fleet, Replica
 
@@ -70,7 +71,7 @@ def pages_of(messages: list[dict[str, str]], lengths: list[int]) -> list[bytes]:
 
 def simulate(policy: str, options: argparse.Namespace) -> dict[str, float]:
     chance = random.Random(options.seed)
-    fleet = Fleet(1e9 if policy.startswith("affinity-unbounded") else 1.25)
+    fleet = Fleet(1e9 if policy.startswith("affinity-unbounded") else options.load)
     fleet.replicas = [
         Replica(Address("http", f"r{i}", 8000), f"10.0.0.{i}", ready=True) for i in range(options.replicas)
     ]
@@ -133,6 +134,9 @@ def main() -> None:
     parser.add_argument("--cache", type=int, default=200_000, help="tokens that a prefix cache holds")
     parser.add_argument("--prefill", type=float, default=15_000.0, help="tokens per second")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--load", type=float, default=RouterConfig().affinity_load, help="times the mean, for affinity"
+    )
     parser.add_argument(
         "--policies", nargs="*", default=POLICIES, help="affinity N: by the first N characters"
     )

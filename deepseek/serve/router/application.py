@@ -69,7 +69,7 @@ class RouterConfig:
     """
 
     affinity: int = 1024
-    affinity_load: float = 1.25
+    affinity_load: float = 1.5
     max_body: int = 16 << 20
     max_inside: int = 4096
     body_seconds: float = 30.0

@@ -128,7 +128,7 @@ class Replica:
 class Fleet:
     """The replicas, and the choice among them."""
 
-    def __init__(self, load: float = 1.25) -> None:
+    def __init__(self, load: float = 1.5) -> None:
         self.replicas: list[Replica] = []
         self.load = load
         self._turn = 0
