@@ -3,7 +3,7 @@
 ``sample`` sorts the rows of a step into three groups: greedy ones cost one maximum for all of them, random ones
 without top-k and top-p one running sum, the others a bounded ``topk`` (and a full sort for the few rows whose
 nucleus is larger). Penalties, biases and grammars change a few numbers of the rows that have them. Everything a
-step yields crosses to the host in one transfer.
+step yields crosses to the host in one transfer, and once more for each wider look.
 
 A token depends on the request's seed, its place in the answer (``SamplingState.uniform``) and the row's logits, not
 on batching, preemption or speculation; ``sample_drafts`` keeps a drafted token where ``sample`` would have drawn the
