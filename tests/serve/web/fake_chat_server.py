@@ -5,9 +5,10 @@ the rest comes when asked to continue; ``long: TEXT`` ends by its length; ``busy
 are 429, 500, 400, and an error in the middle of the stream. Anything else gets a fixed answer. ``State.ready`` and
 ``State.key`` make 503 and 401. ``python fake_chat_server.py [PORT]`` serves it for a look.
 
-The extension that the page reads: asked with ``"trace": true``, each streamed choice has a list ``"trace"`` of, for
-each token of it, ``{"token_id": 42, "text": " the", "experts": [[layer, [[expert, gate], …]], …], "gates": [[layer,
-share], …]}``: the largest gate of an expert layer first; of a hybrid layer the mean share of its global branch.
+The extension that the page reads, as ``deepseek serve`` writes it: asked with ``"trace": true``, each streamed choice
+has a list ``"trace"`` with, for each of its tokens, ``{"id": 42, "token": " the", "experts": [[layer, [[expert, gate],
+…]], …], "gates": [[layer, share], …]}``: the largest gate of an expert layer first; of a hybrid layer the share of its
+global branch.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def traced(text: str, position: int) -> dict[str, Any]:
         wave = 0.5 + 0.3 * math.sin(position / 7 + layer) + (0.15 if text.strip()[:1].isupper() else -0.05)
         gates.append([layer, round(min(max(wave, 0.02), 0.98), 4)])
     return {
-        "token_id": 1000 + sum(text.encode()) % 30000,
-        "text": text,
+        "id": 1000 + sum(text.encode()) % 30000,
+        "token": text,
         "experts": experts,
         "gates": gates,
     }
@@ -176,7 +177,7 @@ class Routes:
         word, _, rest = asked.partition(": ")
         if asked == "busy" and self.state.busy > 0:
             self.state.busy -= 1
-            return error(429, "12 requests wait already", "rate_limit_error", **{"Retry-After": "2"})
+            return error(429, "12 requests wait already", "rate_limit_error", **{"Retry-After": "3"})
         if asked in ("fail", "bad"):
             status = 500 if asked == "fail" else 400
             return error(status, f"asked to {asked}: <b>no markup</b>")

@@ -45,6 +45,7 @@ def walk(page: Any, server: Any, see: Callable[[str], None]) -> None:
     ask(page, "not ready")
     see("not ready")
     server.state.ready = True
+    expect(page.locator(".notice.starting")).to_have_count(0)
     finished(page)
     ask(page, "slow: " + "word " * 40, wait=False)
     expect(page.locator("article[aria-busy=true] .prose")).to_contain_text("word")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from html.parser import HTMLParser
 from typing import Any
 
@@ -334,8 +333,6 @@ def test_hostile_markdown_stays_text(server: Any, window: Any) -> None:
 
 
 def test_hostile_depth_does_not_hold_the_page(server: Any, window: Any) -> None:
-    """20,000 brackets, quotes, stars …: quadratic or exponential work would take minutes; all of them take seconds."""
-    start = time.monotonic()
+    """20,000 brackets, quotes, stars …: more than linear work would outlast the browser's patience of 30 seconds."""
     drawn(window, server, list(DEEP.values()))
-    assert time.monotonic() - start < 30
     assert window.troubles == []

@@ -91,7 +91,7 @@ def test_a_token_tells_gates_layers_and_alternatives(page: Any) -> None:
     about = page.locator(".about")
     trace = traced(TOKENS[4], 4)
     expect(about).to_contain_text(f"token 5 of {len(TOKENS)}")
-    expect(about).to_contain_text(f"id {trace['token_id']}")
+    expect(about).to_contain_text(f"id {trace['id']}")
     (first, gate), (second, _) = dict(trace["experts"])[layer]
     rows = about.locator(".gate-bars").first.locator("li")
     expect(rows).to_have_count(2)

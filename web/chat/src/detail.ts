@@ -1,7 +1,7 @@
 // What the server tells of each token of an answer, and sums over it.
 //
 // ``trace`` is an extension of this server: an answer asked with ``"trace": true`` has in each streamed choice
-//   "trace": [{"token_id": 42, "text": " the", "experts": [[layer, [[expert, gate], …]], …], "gates": [[layer, share], …]}]
+//   "trace": [{"id": 42, "token": " the", "experts": [[layer, [[expert, gate], …]], …], "gates": [[layer, share], …]}]
 // one entry for each token of the chunk. ``experts``: for every expert layer the experts that worked on the step that
 // produced the token, largest gate first. ``gates``: for every hybrid layer the mean share of its global branch.
 // ``logprobs`` is OpenAI's.
@@ -16,10 +16,10 @@ export interface Detail {
 }
 
 interface Traced {
-  token_id?: number;
-  id?: number; // as some versions of the server call them
-  text?: string;
+  id?: number;
   token?: string;
+  token_id?: number; // other names of the first two
+  text?: string;
   experts?: [number, [number, number][]][];
   gates?: [number, number][];
 }
