@@ -83,7 +83,7 @@ def url_of(fake: FakeReplica | str) -> str:
 def routed(
     *replicas: FakeReplica | str, keys: Keyring | None = None, local: bool = True, **options: Any
 ) -> Iterator[Routed]:
-    config = RouterConfig(**{"poll": 0.1, "affinity": 0, **options})
+    config = RouterConfig(**{"poll": 0.1, "poll_seconds": 10.0, "affinity": 0, **options})
     router = Router([url_of(r) for r in replicas], config, keys, local=local, say=lambda _: None)
     sockets = [bind("127.0.0.1", 0)]
     server = uvicorn.Server(settings(router))
@@ -97,7 +97,7 @@ def routed(
         thread.join(15)
 
 
-def until(what: Callable[[], Any], seconds: float = 15.0) -> None:
+def until(what: Callable[[], Any], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not come true"
@@ -231,15 +231,15 @@ def test_readiness_is_followed(two: tuple[FakeReplica, FakeReplica]) -> None:
 
 
 def test_one_that_is_only_busy_is_not_dropped_at_once(two: tuple[FakeReplica, FakeReplica]) -> None:
-    with routed(two[0], poll=0.1, poll_seconds=0.3) as router:
+    with routed(two[0], poll=0.1, poll_seconds=0.5) as router:
         [known] = router.router.fleet.replicas
-        assert known.ready
-        two[0].slow = 0.8
+        until(lambda: known.ready)
+        two[0].slow = 1.2
         until(lambda: known.unanswered >= 1)
         assert known.ready
         assert router.complete().status == 200
         until(lambda: not known.ready)
-        assert "no answer to /ready within 0.3 s" in known.reason
+        assert "no answer to /ready within 0.5 s" in known.reason
         two[0].slow = 0.0
         until(lambda: known.ready)
         assert known.unanswered == 0
@@ -275,7 +275,7 @@ def test_failures_in_a_row_eject(two: tuple[FakeReplica, FakeReplica]) -> None:
 
 def test_streams_come_as_they_are_made(two: tuple[FakeReplica, FakeReplica]) -> None:
     with routed(*two) as router, router.connection() as connection:
-        asked = {"prompt": "p", "stream": True, "max_tokens": 6, "pause": 0.1}
+        asked = {"prompt": "p", "stream": True, "max_tokens": 6, "pause": 0.3}
         connection.request("POST", "/v1/completions", json.dumps(asked))
         got, delays, ends = connection.getresponse(), [], ""
         assert (got.getheader("content-type") or "").startswith("text/event-stream")
@@ -285,7 +285,7 @@ def test_streams_come_as_they_are_made(two: tuple[FakeReplica, FakeReplica]) -> 
             ends = line.decode().strip() or ends
         assert len(delays) == 6
         assert ends == "data: [DONE]"
-        assert sorted(delays)[3] < 0.05, "an event does not wait for the next one"
+        assert sorted(delays)[3] < 0.25, "an event does not wait for the next one"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -355,10 +355,10 @@ def test_a_fault_of_the_router_is_told_and_logged(
 
 
 def test_a_silent_replica_is_given_up(two: tuple[FakeReplica, FakeReplica]) -> None:
-    with routed(two[0], silence=0.3) as router:
-        got = router.complete(max_tokens=1, pause=1.0)
+    with routed(two[0], silence=1.0) as router:
+        got = router.complete(max_tokens=1, pause=3.0)
         assert (got.status, got.json["error"]["code"]) == (504, "replica_lost")
-        got = router.complete(stream=True, max_tokens=2, pause=0.2)
+        got = router.complete(stream=True, max_tokens=4, pause=0.4)
         assert got.body.endswith(b"data: [DONE]\n\n")
         until(lambda: two[0].running == 0)
 
@@ -372,7 +372,7 @@ def test_equal_beginnings_meet_the_same_replica(two: tuple[FakeReplica, FakeRepl
 
 def test_limits(two: tuple[FakeReplica, FakeReplica]) -> None:
     with (
-        routed(two[0], max_body=1000, max_inside=1, body_seconds=0.3) as router,
+        routed(two[0], max_body=1000, max_inside=1, body_seconds=1.0) as router,
         ThreadPoolExecutor(2) as pool,
     ):
         got = router.complete("x" * 1000)
@@ -445,7 +445,7 @@ def test_a_client_that_takes_nothing_is_cut(two: tuple[FakeReplica, FakeReplica]
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
                 + body
             )
-            until(lambda: router.metric("clients_stalled_total") == 1, 20)
+            until(lambda: router.metric("clients_stalled_total") == 1, 40)
             until(lambda: two[0].running == 0)
         assert router.metric("inside") == 0
 
