@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_client import KEY, tokenizer
+from fake_client import ADMIN, KEY, tokenizer
 from openai import OpenAI
 
 from deepseek.cli import main
@@ -106,6 +106,33 @@ def test_a_real_model_is_served_and_ends_politely(model: Path) -> None:
         lines = [json.loads(line) for line in log.splitlines()]
         assert {line["key"] for line in lines} == {"alice"}
         assert "fox" not in log
+
+
+@pytest.mark.slow
+def test_a_reload_drops_nothing(model: Path) -> None:
+    with process(str(model), "--log", "", DEEPSEEK_ADMIN_KEYS=ADMIN) as (running, url):
+        client = OpenAI(base_url=f"{url}/v1", api_key=ADMIN, max_retries=0, timeout=120)
+        stream = client.completions.create(
+            model="tiny",
+            prompt="the fox",
+            max_tokens=200,
+            stream=True,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        chunks = [next(stream)]
+        told: Any = client.post(f"{url}/admin/reload", body={"path": str(model)}, cast_to=object)
+        assert told["model"]["id"] == "tiny"
+        after = client.completions.create(
+            model="tiny", prompt="the fox", max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+        )
+        chunks += list(stream)
+        assert "".join(c.choices[0].text for c in chunks) == after.choices[0].text
+        with pytest.raises(Exception, match="nothing at"):
+            client.post(f"{url}/admin/reload", body={"path": "/nowhere"}, cast_to=object)
+        client.close()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 0
 
 
 @pytest.mark.parametrize(
