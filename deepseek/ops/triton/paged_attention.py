@@ -219,9 +219,10 @@ def _launch(
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
+        SP = triton.next_power_of_2(splits)
         combine_kernel[(end - first, H)](
             parts, lses, p.gate_NH, out, end - first, first, splits, *gate,
-            SP=triton.next_power_of_2(splits), **common, num_warps=2,
+            SP=SP, **common, num_warps=max(2, SP * DP // 2048),
         )  # fmt: skip
 
 
