@@ -21,7 +21,12 @@ KEPT_FLOAT32 = ("router.bias", "default_EC", "drift.moments_ED", "drift.watch")
 
 
 class Files(Protocol):
-    """Tensors by name: ``hf_files.TensorFiles``, ``gguf_model.GGUFTensors``."""
+    """Tensors by name: ``hf_files.TensorFiles``, ``gguf_model.GGUFTensors``.
+
+    ``copies``: what ``get`` returns shares no memory with the file.
+    """
+
+    copies: bool
 
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]: ...
 
@@ -75,6 +80,9 @@ class ForeignModel:
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Our tensor ``name``, read now. Raises ``WeightsError`` when a file is damaged."""
+        whole = [theirs for theirs, slot in self._parts.get(name, {}).items() if slot == Slot(name)]
+        if whole and self._files.copies:
+            return self._files.get(whole[0]).to(device, self.dtype_of(name, dtype))
         make = torch.empty if name in self._parts else torch.zeros
         made = make(self.shapes[name], dtype=self.dtype_of(name, dtype), device=device)
         for theirs, slot in self._parts.get(name, {}).items():

@@ -249,6 +249,8 @@ def _expert_slots(moe: MoEConfig, apart: bool) -> dict[str, Slot]:
 class GGUFTensors:
     """The tensors of a file with their rows in our order; as ``hf_files.TensorFiles``, a context manager."""
 
+    copies = True
+
     def __init__(self, path: Path) -> None:
         self.file = GGUFFile(path)
         try:

@@ -57,6 +57,8 @@ class TensorFiles:
     bytes.
     """
 
+    copies = False
+
     def __init__(self, directory: Path) -> None:
         self._directory, self._stack = directory, ExitStack()
         self._files: dict[str, Any] = {}
