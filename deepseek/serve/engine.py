@@ -318,13 +318,14 @@ class Engine:
         for w in work:
             answer: Answer = w.sequence.engine
             if w.sequence.request.embed:
+                self.scheduler.advance(w, w.rows)  # before its end, which gives its pages back
                 outputs += self._embed(w, hidden[first : first + w.rows])
             elif answer.prompt_logprobs is not None and w.start < w.sequence.prompt_length:
                 self._read_prompt(w, hidden[first : first + w.rows])
             if w.samples and not w.sequence.request.embed:
                 wanted.append(w)
                 firsts.append(first + w.rows - w.drafts - 1)
-            else:
+            elif not w.sequence.request.embed:
                 self.scheduler.advance(w, w.rows)
             first += w.rows
         rows = [row for w, at in zip(wanted, firsts) for row in range(at, at + w.drafts + 1)]

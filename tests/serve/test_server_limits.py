@@ -112,10 +112,10 @@ def test_a_silent_stream_gets_comments_and_then_its_answer() -> None:
 
 def test_a_deadline_ends_a_request_with_504() -> None:
     with serving(FakeClient(delay=0.05)) as server:
-        answer = ask(server, timeout=0.3, max_tokens=500, ignore_eos=True)
+        answer = ask(server, timeout=1, max_tokens=500, ignore_eos=True)
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "deadline_exceeded"
-        streamed = ask(server, timeout=0.3, max_tokens=500, ignore_eos=True, stream=True)
+        streamed = ask(server, timeout=1, max_tokens=500, ignore_eos=True, stream=True)
         assert streamed.status_code == 200
         events = [line for line in streamed.text.splitlines() if line.startswith("data: ")]
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
@@ -126,7 +126,7 @@ def test_a_deadline_ends_a_request_with_504() -> None:
 def test_a_hung_engine_does_not_hold_a_request_beyond_its_time() -> None:
     with serving(FakeClient(prefill=60)) as server:
         began = time.monotonic()
-        assert ask(server, timeout=0.2).status_code == 504
+        assert ask(server, timeout=1).status_code == 504
         assert time.monotonic() - began < 5
 
 

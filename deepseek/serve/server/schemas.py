@@ -132,7 +132,7 @@ SAMPLING: dict[str, Field] = {
     "logit_bias": optional(MapOf(Number(-100, 100), TokenId(), "^[0-9]{1,9}$", 1024)),
     "structured_outputs": optional(STRUCTURES),
     "priority": optional(Integer(-(2**31), 2**31 - 1), 0, "smaller ones run first"),
-    "timeout": optional(Number(0, 86_400, above=True), about="seconds; then the answer is 504"),
+    "timeout": optional(Number(1, 86_400), about="seconds; then the answer is 504"),
     "trace": optional(Flag(), False, "also tell the experts and branches that every token used"),
     "stream": optional(Flag(), False),
     "stream_options": optional(STREAM_OPTIONS),
@@ -268,7 +268,7 @@ EMBEDDING = Record(
         "encoding_format": optional(Text(choices=("float", "base64")), "float"),
         "dimensions": optional(Integer(1, 2**31 - 1), about="must be the model's own"),
         "priority": optional(Integer(-(2**31), 2**31 - 1), 0),
-        "timeout": optional(Number(0, 86_400, above=True)),
+        "timeout": optional(Number(1, 86_400)),
         "user": IGNORED["user"],
     }
 )
