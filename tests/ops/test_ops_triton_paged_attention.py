@@ -51,11 +51,11 @@ def compare(
     parts: list[list[Tensor]] = [[] for _ in lengths]
     steps = [
         [(0, 33), (2, 3)],
-        [(0, 1), (1, 2), (2, 5), (3, 2)],
-        [(0, 1), (1, 1), (3, 22)],
+        [(0, 1), (1, 2), (2, 5), (3, 6)],
+        [(0, 1), (1, 1), (3, 18)],
         [(0, 2), (2, 9), (3, 1)],
+        [(1, 1), (2, 1)],
     ]
-    steps += [[(1, 1), (2, 1)]]
     with forced_tuning(tuning):
         for step in steps:
             for s, y in pages.step(step, padding=len(step) % 2).items():
