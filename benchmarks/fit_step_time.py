@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.scheduler import Plan

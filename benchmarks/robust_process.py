@@ -26,7 +26,7 @@ from typing import Any
 
 from deepseek.errors import EngineError
 from deepseek.serve.client import ProcessClient, Supervision
-from deepseek.serve.engine import EngineConfig
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
 

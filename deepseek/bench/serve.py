@@ -35,7 +35,8 @@ from deepseek.errors import ConfigError, did_you_mean
 from deepseek.models import PRESETS, ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
-from deepseek.serve.engine import Engine, EngineConfig, Precision
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig, Precision
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.weights.convert import save_hf

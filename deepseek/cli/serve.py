@@ -49,7 +49,7 @@ class Serve:
         if self.replicas != 1:
             return self._several()
         from deepseek.serve.client import Supervision
-        from deepseek.serve.engine import EngineConfig
+        from deepseek.serve.engine_config import EngineConfig
         from deepseek.serve.server import ServerConfig, serve
 
         engine = EngineConfig(
@@ -101,7 +101,8 @@ def _adapters(given: Sequence[str]) -> dict[str, str]:
 
 
 def _running(device: str) -> int:
-    """What the engine takes by itself."""
-    from deepseek.assemble import pick_device
+    """What the engine takes by itself; torch, which knows for certain, is still being imported by the step process."""
+    from deepseek.serve.engine_config import default_running
 
-    return 64 if pick_device(device).type == "cpu" else 256
+    found = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    return default_running(device == "cpu" or (device == "auto" and not found))

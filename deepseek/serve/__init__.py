@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseek.serve.engine import Engine, EngineConfig
+    from deepseek.serve.engine import Engine
+    from deepseek.serve.engine_config import EngineConfig
     from deepseek.serve.generate import Completion, LanguageModel, Message, load
     from deepseek.serve.request import Output, Request
     from deepseek.serve.sampler import Sampler, SamplingConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Completion": "deepseek.serve.generate",
     "Engine": "deepseek.serve.engine",
-    "EngineConfig": "deepseek.serve.engine",
+    "EngineConfig": "deepseek.serve.engine_config",
     "LanguageModel": "deepseek.serve.generate",
     "Message": "deepseek.serve.generate",
     "Output": "deepseek.serve.request",

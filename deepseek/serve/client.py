@@ -18,7 +18,7 @@ from deepseek.serve.supervision import EngineBusy, EngineDraining, SupervisedCli
 from deepseek.serve.worker import StepEngine
 
 if TYPE_CHECKING:
-    from deepseek.serve.engine import EngineConfig
+    from deepseek.serve.engine_config import EngineConfig
 
 __all__ = ["EngineBusy", "EngineClient", "EngineDraining", "LocalClient", "ProcessClient", "Supervision"]
 

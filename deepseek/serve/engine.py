@@ -12,26 +12,27 @@ thread and no socket; ``serve.worker`` puts it in a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from deepseek.assemble import Loaded, pick_device
 from deepseek.assemble import load as load_model
-from deepseek.config import configclass
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
 from deepseek.serve.budget import FeedbackBudget
 from deepseek.serve.decoder import COMPUTE, Decoder, RowAdapters, Traced
+from deepseek.serve.engine_config import EngineConfig, default_running
 from deepseek.serve.generate import Completion
 from deepseek.serve.grammar import Grammars, GrammarState
 from deepseek.serve.graphs import DecodeGraphs, Size
@@ -53,59 +54,6 @@ from deepseek.serve.speculative import NgramProposer, Proposer
 from deepseek.serve.text import TextStream
 
 LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
-Precision = Literal["auto", "fp32", "bf16", "int8"]
-
-
-@configclass
-class EngineConfig:
-    """How a model is served.
-
-    Attributes:
-        precision: format of the weights; 'auto' measures on a CPU and takes bf16 on an accelerator that has it.
-        memory_gib: for the cache; 0: most of an accelerator's free memory, a part of a CPU's.
-        max_running: sequences computed at once; max_step_tokens: rows of one step, which bounds how long a long prompt
-            delays everybody else's next token. 0: derived from the device.
-        step_goal: seconds that a step may take in the mean while answers wait for their next token: prompts get as many
-            rows as that allows (``FeedbackBudget``), up to max_step_tokens. 0: prompts always get all rows.
-        page: positions per page of the cache; 0: derived.
-        speculate: tokens proposed at most by looking back in the text (n-gram speculation); 0: off. Changes no answer.
-        max_length: positions a request may take, prompt and answer; 0: the model's own.
-        deterministic: every request's numbers are bit-identical whatever runs beside it, however its prompt is cut,
-            cached or preempted (fp32 on a CPU); costs speed.
-        adapters: LoRA adapters by name, directories as PEFT writes them.
-    """
-
-    device: str = "auto"
-    precision: Precision = "auto"
-    memory_gib: float = 0.0
-    max_running: int = 0
-    max_step_tokens: int = 0
-    step_goal: float = 0.0
-    page: int = 0
-    prefix_cache: bool = True
-    speculate: int = 0
-    max_length: int = 0
-    deterministic: bool = False
-    graphs: bool = True
-    adapters: dict[str, str] = field(default_factory=dict)
-    name: str = ""  # what clients call the model; its directory's name unless told
-
-    def check(self) -> None:
-        for name in (
-            "memory_gib",
-            "max_running",
-            "max_step_tokens",
-            "step_goal",
-            "page",
-            "speculate",
-            "max_length",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} must not be negative; 0 means derived or off"
-                )
-        if self.speculate > 64:
-            raise ConfigError(f"speculate={self.speculate} drafts more than 64 tokens; 4 to 16 pay")
 
 
 @dataclass(eq=False)
@@ -133,7 +81,7 @@ class Engine:
         shape = self.shape = loaded.model.config
         self.max_length = min(config.max_length or shape.max_length, shape.max_length)
         cpu = self.device.type == "cpu"
-        running = config.max_running or (64 if cpu else 256)
+        running = config.max_running or default_running(cpu)
         step = max(config.max_step_tokens or (512 if cpu else 4096), running)
         dtype = COMPUTE[self.format]
         layout = PageLayout.of(shape, dtype.itemsize, config.page)
@@ -223,6 +171,16 @@ class Engine:
         sequence = Scheduled(request, list(request.prompt), salt=salt, engine=answer)
         self._live[request.id] = sequence
         self.scheduler.add(sequence)
+
+    def prepared(self, request: Request) -> bool:
+        """Whether ``add`` takes no time worth mentioning; if not, ``prepare`` first, in another thread."""
+        grammar = request.sampling.grammar
+        return grammar is None or self.grammars is None or self.grammars.knows(grammar)
+
+    def prepare(self, request: Request) -> None:
+        """Compile the grammar of a request; what is wrong with it, ``add`` will say."""
+        with contextlib.suppress(RequestError):
+            self._grammar(request)
 
     def abort(self, id: str, reason: FinishReason = "abort") -> bool:
         """Forget a request, wherever it is; whether it was there."""

@@ -9,11 +9,13 @@ or ends its own request, and nobody else's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections import OrderedDict
 from collections.abc import Collection
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,7 @@ _BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer.
+    """Compiles grammars for one tokenizer. ``state`` may be asked in one thread while another compiles.
 
     Args:
         vocabulary: columns of the logits.
@@ -56,7 +58,11 @@ class Grammars:
             OrderedDict()
         )  # a matcher at its beginning, or an error's text
         self._tokens: Any = None
-        self._trial = Trial()
+        self._trial, self._one = Trial(), Lock()
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether ``state`` answers at once: compiling may take a second."""
+        return grammar in self._known
 
     def close(self) -> None:
         """End the process in which grammars are tried."""
@@ -70,10 +76,13 @@ class Grammars:
         """
         found = self._known.get(grammar)
         if found is None:
-            found = self._known[grammar] = self._compile(grammar)
-            if len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(grammar)
+            with self._one:
+                found = self._known.get(grammar) or self._compile(grammar)
+                self._known[grammar] = found
+                if len(self._known) > KEPT:
+                    self._known.popitem(last=False)
+        with contextlib.suppress(KeyError):  # the other thread may just have dropped it
+            self._known.move_to_end(grammar)
         if isinstance(found, str):
             raise RequestError(found, PARAM)
         return GrammarState(found.deep_copy(), self._vocabulary)

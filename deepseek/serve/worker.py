@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from deepseek.serve.request import EngineStats, FinishReason, ModelInfo, Output,
 from deepseek.serve.wire import Channel, Heartbeat
 
 IDLE = 0.25  #: seconds between beats while there is nothing to do
+SOON = 0.005  #: and while a request is being prepared
 BACKLOG = 16 << 20  #: bytes that the front end has not read yet, above which the loop waits for it
 PARENT_DIED, FAILED = 70, 71  #: exit statuses
 
@@ -42,6 +44,8 @@ class StepEngine(Protocol):
     def info(self) -> ModelInfo: ...
     @property
     def has_work(self) -> bool: ...
+    def prepared(self, request: Request) -> bool: ...
+    def prepare(self, request: Request) -> None: ...
     def add(self, request: Request) -> None: ...
     def abort(self, id: str, reason: FinishReason = "abort") -> bool: ...
     def step(self) -> list[Output]: ...
@@ -55,26 +59,30 @@ Factory = Callable[[str, dict[str, Any]], StepEngine]
 def load_engine(path: str, options: dict[str, Any]) -> StepEngine:
     """The factory of production: ``Engine.load(path, EngineConfig(**options))``."""
     from deepseek.config import from_dict
-    from deepseek.serve.engine import Engine, EngineConfig
+    from deepseek.serve.engine import Engine
+    from deepseek.serve.engine_config import EngineConfig
 
     return Engine.load(path, from_dict(EngineConfig, options, "engine"))
 
 
 def run(engine: StepEngine, channel: Channel, beat: Heartbeat) -> None:
     """Steps ``engine`` until it is told to stop or the front end is gone. Raises what ``engine.step`` raises."""
-    steps = 0
+    steps, preparing = 0, Preparing(engine)
     beat.write(steps, engine.stats())
     channel.send((wire.READY, wire.pack_info(engine.info)))
     while not channel.closed:
         if not engine.has_work:
-            channel.wait(IDLE)
+            channel.wait(SOON if preparing else IDLE)
         for message in channel.receive():
             if message[0] == wire.ADD:
-                _add(engine, channel, message[1])
+                preparing.put(wire.unpack_request(message[1]))
             elif message[0] == wire.ABORT:
+                preparing.drop(message[1])
                 engine.abort(message[1])
             elif message[0] == wire.STOP:
                 return
+        for request in preparing.take():
+            _add(engine, channel, request)
         outputs = engine.step() if (working := engine.has_work) else []
         steps += working
         beat.write(steps, engine.stats())  # before the outputs: who has an answer finds it counted
@@ -87,9 +95,37 @@ def run(engine: StepEngine, channel: Channel, beat: Heartbeat) -> None:
             beat.touch()
 
 
-def _add(engine: StepEngine, channel: Channel, packed: wire.Message) -> None:
+class Preparing:
+    """Requests on their way into the engine; those that need it are prepared in a thread, and no step waits."""
+
+    def __init__(self, engine: StepEngine) -> None:
+        self._engine = engine
+        self._waiting: dict[str, tuple[Request, Future[None] | None]] = {}
+        self._thread = ThreadPoolExecutor(1, "prepare")
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, request: Request) -> None:
+        prepared = self._engine.prepared(request)
+        job = None if prepared else self._thread.submit(self._engine.prepare, request)
+        self._waiting[request.id] = request, job
+
+    def drop(self, id: str) -> None:
+        request, job = self._waiting.pop(id, (None, None))
+        if request is not None and job is not None:
+            job.cancel()
+
+    def take(self) -> list[Request]:
+        """Those that are ready, in the order they came; one that waits is overtaken."""
+        ready = [request for request, job in self._waiting.values() if job is None or job.done()]
+        for request in ready:
+            del self._waiting[request.id]
+        return ready
+
+
+def _add(engine: StepEngine, channel: Channel, request: Request) -> None:
     """A request that cannot be served is refused; whatever it raises, it must not end the others."""
-    request = wire.unpack_request(packed)
     try:
         engine.add(request)
     except Exception as error:

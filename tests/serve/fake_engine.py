@@ -44,6 +44,11 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.live)
 
+    def prepared(self, request: Request) -> bool:
+        return True
+
+    def prepare(self, request: Request) -> None: ...
+
     def add(self, request: Request) -> None:
         if request.prompt[0] == REFUSE:
             raise RequestError("the prompt is too long by 7 tokens", "prompt")

@@ -13,7 +13,8 @@ from deepseek.errors import RequestError
 from deepseek.models import ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
-from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Output, Request
 from deepseek.serve.sampler import SamplingConfig
 

@@ -11,7 +11,8 @@ from deepseek.assemble import Loaded
 from deepseek.models import ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
-from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import Grammar, SamplingConfig
 

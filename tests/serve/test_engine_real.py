@@ -11,7 +11,8 @@ from test_engine import WAYS, made, serve, texts, tokens_of
 from deepseek.assemble import load
 from deepseek.config import replace
 from deepseek.models import Transformer
-from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.weights.convert import save_hf

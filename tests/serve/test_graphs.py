@@ -5,7 +5,8 @@ import torch
 from test_engine import GREEDY, SHAPES, made, plain, texts, tokens_of
 
 from deepseek.ops.paged_attention import backend_for
-from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.graphs import DecodeGraphs, Size
 from deepseek.serve.request import Output, Request
 

@@ -13,7 +13,8 @@ from deepseek.data.tokenizer import train_tokenizer
 from deepseek.models import ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.serve import SamplingConfig
-from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Request
 from deepseek.serve.sampling_config import Grammar
 

@@ -15,7 +15,8 @@ from engine_models import save_tiny
 from deepseek.config import replace
 from deepseek.errors import ConfigError, DeepseekError, EngineError, RequestError
 from deepseek.serve.client import LocalClient, ProcessClient, Supervision
-from deepseek.serve.engine import Engine, EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Output, Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.stream import join

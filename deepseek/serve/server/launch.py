@@ -18,7 +18,7 @@ from deepseek.serve.server.keys import Keyring
 if TYPE_CHECKING:
     from deepseek.data import Tokenizer
     from deepseek.serve.client import ProcessClient, Supervision
-    from deepseek.serve.engine import EngineConfig
+    from deepseek.serve.engine_config import EngineConfig
     from deepseek.serve.server.served import Chat
 
 PORT = 8000
