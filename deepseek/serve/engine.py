@@ -341,7 +341,8 @@ class Engine:
         """Add up a chunk's hidden states; at the end of the prompt, their mean at length one."""
         sequence, answer = work.sequence, work.sequence.engine
         total = hidden_NC.double().sum(0)
-        answer.embedding = total if answer.embedding is None else answer.embedding + total
+        # A preempted prompt begins again at its first row.
+        answer.embedding = answer.embedding + total if work.start and answer.embedding is not None else total
         if work.start + work.rows < sequence.prompt_length:
             return []
         mean = torch.nn.functional.normalize(answer.embedding / sequence.prompt_length, dim=0)

@@ -261,7 +261,10 @@ class Scheduler:
     def _reusable(self, sequence: Scheduled) -> int:
         """Leading pages that may come from the cache: at least one row is computed, to have logits."""
         request = sequence.request
-        if request.embed or (request.sampling.prompt_logprobs is not None and not sequence.preempted):
+        unread = (
+            len(sequence.tokens) == sequence.prompt_length
+        )  # nothing is sampled before the prompt is read
+        if request.embed or (request.sampling.prompt_logprobs is not None and unread):
             return 0
         return (len(sequence.tokens) - 1) // self.pages.layout.page
 

@@ -19,7 +19,7 @@ from deepseek.serve.sampler import Grammar, SamplingConfig
 GRAMMARS = (None, None, Grammar(kind="json"), Grammar(kind="choice", text='["a", "bb"]'))
 
 
-def engine() -> Engine:
+def engine(max_step_tokens: int = 0) -> Engine:
     torch.manual_seed(0)
     words = tokenizer()
     config = ModelConfig(
@@ -28,7 +28,12 @@ def engine() -> Engine:
         moe=MoEConfig(experts=4, top_k=2, expert_ffn=16),
     )  # fmt: skip
     loaded = Loaded(Transformer(config).eval(), words, Path("tiny"), None)
-    return Engine(loaded, EngineConfig(memory_gib=0.02, max_running=8, precision="fp32", device="cpu"))
+    return Engine(
+        loaded,
+        EngineConfig(
+            memory_gib=0.02, max_running=8, precision="fp32", device="cpu", max_step_tokens=max_step_tokens
+        ),
+    )
 
 
 def request(number: int, rng: random.Random, size: int) -> Request:
@@ -75,3 +80,38 @@ def test_an_embedding_of_more_than_a_page() -> None:
     assert [o.finish for o in outputs] == ["stop"]
     assert outputs[0].embedding is not None
     assert served.stats().pages_used == 0
+
+
+def test_a_prompt_preempted_half_way_is_read_once() -> None:
+    """Embeddings and log-probabilities of a prompt whose first chunks were computed, lost and computed again."""
+    rng = random.Random(1)
+    stem = tuple(rng.randrange(6, 300) for _ in range(80))
+    wanted = [
+        Request("embed", stem, embed=True),
+        Request("score", stem, SamplingConfig(max_tokens=2, temperature=0.0, prompt_logprobs=1)),
+    ]
+    for asked in wanted:
+        found = []
+        for interrupted in (False, True):
+            served = engine(max_step_tokens=24)
+            served.add(asked)
+            outputs = [*served.step(), *served.step()]
+            if interrupted:
+                (sequence,) = served.scheduler.running
+                served.scheduler._preempt(sequence)
+                served.decoder.tables.leave(sequence)
+                # Another request computes the same beginning meanwhile, further than the first had come.
+                served.add(Request("other", stem, SamplingConfig(max_tokens=1), priority=-1))
+            while served.has_work:
+                outputs += served.step()
+            found.append([o for o in outputs if o.id == asked.id])
+        plain, again = found
+        if asked.embed:
+            assert plain[-1].embedding
+            assert again[-1].embedding
+            torch.testing.assert_close(torch.tensor(again[-1].embedding), torch.tensor(plain[-1].embedding))
+        else:
+            (first,), (second,) = ([o.prompt_logprobs for o in one if o.prompt_logprobs] for one in found)
+            assert len(first) == len(second) == len(stem)
+            values = [[t.logprob for t in one if t is not None] for one in (first, second)]
+            torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), rtol=1e-4, atol=1e-4)
