@@ -36,7 +36,7 @@ from deepseek.models import PRESETS, ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.serve.engine import Engine
-from deepseek.serve.engine_config import EngineConfig, Precision
+from deepseek.serve.engine_config import EngineConfig, Precision, step_environment
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.weights.convert import save_hf
@@ -173,7 +173,8 @@ def _in_a_process(stack: str, job: Job, vllm_python: str) -> tuple[list[dict[str
     if stack == "vllm":
         # As text: as a file, this directory would be searched first, and modules here have others' names.
         program = [vllm_python or sys.executable, "-c", Path(__file__).with_name("serve_vllm.py").read_text()]
-    environment = {**os.environ, "DEEPSEEK_BENCH_BEGAN": str(time.time())}
+    ours = step_environment() if stack == "ours" else os.environ
+    environment = {**ours, "DEEPSEEK_BENCH_BEGAN": str(time.time())}
     told = json.dumps({"stack": stack, **job.__dict__})
     try:
         done = subprocess.run(

@@ -23,7 +23,7 @@ from torch import Tensor
 from deepseek.ops.exact import exact_swiglu
 from deepseek.ops.experts import swiglu
 from deepseek.ops.int8_linear import FbgemmLinear, largest
-from deepseek.ops.packed_linear import PackedLinear, pack_linear
+from deepseek.ops.packed_linear import DTYPES, PackedLinear, pack_linear
 
 
 class Groups(NamedTuple):
@@ -96,7 +96,7 @@ class HostExperts:
             pack_linear(w.T, None, format, device, exact=exact) for w in down_EFC
         ]
         self.swiglu = exact_swiglu if exact else swiglu
-        self.run = self.many
+        self.run, self.dtype = self.many, DTYPES.get(format, torch.float32)
         linears = [[w for w in group if isinstance(w, FbgemmLinear)] for group in (self.gate_up, self.down)]
         self.int8 = bool(linears[0])
         if self.int8:
@@ -121,17 +121,18 @@ class HostExperts:
 
     def one(self, x_1C: Tensor, expert_1K: Tensor, gate_1K: Tensor) -> Tensor:
         """A single row: nothing to sort; ``exact`` computes it twice, as ``group`` would."""
-        chosen, copies = expert_1K[0].tolist(), 1
+        chosen, copies, dtype = expert_1K[0].tolist(), 1, x_1C.dtype
+        x_1C = x_1C.to(self.dtype)
         if self.exact:
             x_1C, gate_1K, copies = torch.cat((x_1C, x_1C)), gate_1K.repeat_interleave(2, 1), 2
         inner = self.swiglu(torch.cat([self.gate_up[e](x_1C) for e in chosen])).mul_(gate_1K.T)
         y = torch.cat([self.down[e](rows) for e, rows in zip(chosen, inner.split(copies))])
-        return y.view(1, self.top_k, -1)[..., : y.shape[1]].sum(1, dtype=torch.float32).to(x_1C.dtype)
+        return y.view(1, self.top_k, -1)[..., : y.shape[1]].sum(1, dtype=torch.float32).to(dtype)
 
     def many(self, x_NC: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
         """Any number of rows, by ``group``."""
         g = group(expert_NK, twice=self.exact)
-        rows = x_NC.index_select(0, g.source_P).split(g.sizes)
+        rows = x_NC.to(self.dtype).index_select(0, g.source_P).split(g.sizes)
         inner = self.swiglu(torch.cat([self.gate_up[e](part) for e, part in zip(g.chosen, rows)]))
         inner.mul_(gate_NK.flatten().index_select(0, g.assignment_P)[:, None])
         y = torch.cat([self.down[e](part) for e, part in zip(g.chosen, inner.split(g.sizes))])

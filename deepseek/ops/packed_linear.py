@@ -145,14 +145,15 @@ class PlainLinear(PackedLinear):
         self.nbytes = weight_FC.nbytes
 
     def __call__(self, x_NC: Tensor) -> Tensor:
-        return F.linear(x_NC, self.weight, self.bias)
+        return F.linear(x_NC.to(self.weight.dtype), self.weight, self.bias).to(x_NC.dtype)
 
 
 class RowwiseLinear(PlainLinear):
     """One product a row: bit-identical rows on any machine, and no faster than a row at a time."""
 
     def __call__(self, x_NC: Tensor) -> Tensor:
-        return torch.cat([F.linear(row[None], self.weight, self.bias) for row in x_NC])
+        x = x_NC.to(self.weight.dtype)
+        return torch.cat([F.linear(row[None], self.weight, self.bias) for row in x]).to(x_NC.dtype)
 
 
 class TritonLinear(PlainLinear):
@@ -190,16 +191,18 @@ class OneDNNLinear(PackedLinear):
     def __init__(self, weight_FC: Tensor, bias_F: Tensor | None, exact: bool) -> None:
         self.out_features, self.in_features = weight_FC.shape
         self.nbytes = weight_FC.nbytes
-        self.exact, self.bias = exact, bias_F
+        self.exact, self.bias, self.dtype = exact, bias_F, weight_FC.dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_FC.contiguous(), None)
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x_NC: Tensor) -> Tensor:
-        if self.exact and x_NC.shape[0] == 1:
-            pair = torch.cat((x_NC, x_NC))
-            return self._product(pair, self.weight, self.bias, "none", [], "")[:1]
-        out: Tensor = self._product(x_NC, self.weight, self.bias, "none", [], "")
-        return out
+        x = x_NC if x_NC.dtype == self.dtype else x_NC.to(self.dtype)
+        if self.exact and x.shape[0] == 1:
+            pair = torch.cat((x, x))
+            y: Tensor = self._product(pair, self.weight, self.bias, "none", [], "")[:1]
+        else:
+            y = self._product(x, self.weight, self.bias, "none", [], "")
+        return y if y.dtype == x_NC.dtype else y.to(x_NC.dtype)
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
@@ -259,7 +262,7 @@ def pack_fp32(weight_FC: Tensor, bias_F: Tensor | None, device: torch.device, ex
 
 @register_op("packed_linear", "bf16")
 def pack_bf16(weight_FC: Tensor, bias_F: Tensor | None, device: torch.device, exact: bool) -> PackedLinear:
-    """Weights, activations and results in bf16, sums in fp32; ``x`` must be bf16."""
+    """Weights in bf16, sums in fp32. Rows go in and results come out in bf16, too; on a CPU ``x`` may be wider."""
     return _pack(weight_FC, bias_F, device, exact, "bf16")
 
 

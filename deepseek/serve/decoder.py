@@ -39,8 +39,20 @@ from deepseek.serve.adapters import AdapterBank, AdapterRows
 from deepseek.serve.pages import PageLayout
 from deepseek.serve.scheduler import Scheduled, Work
 
-#: The dtype of activations and cache for each weight format.
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+
+def compute_dtype(format: str, device: torch.device) -> torch.dtype:
+    """Of activations, for a weight format.
+
+    A CPU computes only products in bf16: all else costs it more in bf16, because it is widened and narrowed again
+    at every step, and is more exact in fp32.
+    """
+    return torch.bfloat16 if format == "bf16" and device.type != "cpu" else torch.float32
+
+
+def cache_dtype(format: str) -> torch.dtype:
+    """Of keys and values: what is gathered at every step is memory traffic."""
+    return torch.bfloat16 if format == "bf16" else torch.float32
+
 
 Ints = npt.NDArray[np.int32]
 
@@ -88,7 +100,7 @@ class DecoderLayer:
         exact: bool,
     ) -> None:  # fmt: skip
         attention: Attention = block.attention  # type: ignore[assignment]
-        dtype, a = COMPUTE[format], config.attention
+        dtype, a = compute_dtype(format, device), config.attention
         self.index, self.kind, self.config, self.exact = index, kind, a, exact
         self.pooling: Tensor | None = None
         self.rotated = kind != "F" or a.full_rope
@@ -105,7 +117,12 @@ class DecoderLayer:
         self.qkv = pack(torch.cat([p.weight for p in parts]), bias)
         self.output = pack(attention.output.weight, attention.output.bias)
         norms = (attention.query_norm, attention.key_norm)
-        self.head_norms = [Norm.of(n, dtype, device) for n in norms if n is not None]
+        self.head_norm: Norm | None = None
+        if norms[0] is not None and norms[1] is not None:
+            each = [
+                n.weight.detach().expand(count, -1) for n, count in zip(norms, (a.heads, a.kv_heads)) if n
+            ]
+            self.head_norm = Norm(torch.cat(each).to(device, dtype), norms[0].eps)
         if isinstance(attention, HybridAttention):
             pooling = attention.pooling()
             self.sink = attention.sink.detach().to(device, dtype)
@@ -159,8 +176,8 @@ class DecoderLayer:
                 adapters.bank.add(self.index, name, h, part, adapters.rows)
         qkv = flat.view(h.shape[0], -1, c.head_dim)
         qk, v = qkv[:, : c.heads + c.kv_heads], qkv[:, c.heads + c.kv_heads :]
-        if self.head_norms:
-            qk = torch.cat((self.head_norms[0](qk[:, : c.heads]), self.head_norms[1](qk[:, c.heads :])), 1)
+        if self.head_norm is not None:
+            qk = F.rms_norm(qk, (c.head_dim,), None, self.head_norm.eps) * self.head_norm.weight
         q = self._append(qk, v, rows, rope, cache)
         if self.kind == "F":
             return paged_attention(q, cache.k, cache.v, rows.global_SP, rows).flatten(1)
@@ -189,7 +206,7 @@ class DecoderLayer:
         turned = rope.rotate(qk) if self.rotated else qk
         write_pages(cache.k, cache.v, turned[:, c.heads :], v, slot_N)
         if cache.raw_k is not None and cache.pool_k is not None and cache.pool_v is not None:
-            cache.raw_k.flatten(0, 1).index_copy_(0, slot_N, qk[:, c.heads :])
+            cache.raw_k.flatten(0, 1).index_copy_(0, slot_N, qk[:, c.heads :].to(cache.raw_k.dtype))
             pool_pages(
                 cache.raw_k, cache.v, cache.pool_k, cache.pool_v, rows, c.block, c.stride, self.pooling
             )
@@ -317,8 +334,10 @@ class Decoder:
         exact: bool = False,
     ) -> None:
         c = self.config = model.config
-        self.layout, self.device, self.dtype, self.exact = layout, device, COMPUTE[format], exact
-        self.embedding = model.embedding.weight.detach().to(device, self.dtype)
+        self.layout, self.device, self.exact = layout, device, exact
+        self.dtype = compute_dtype(format, device)
+        self.cache_dtype = cache_dtype(format)
+        self.embedding = model.embedding.weight.detach().to(device, self.cache_dtype)
         self.layers = [
             DecoderLayer(i, kind, block, c, format, device, exact)
             for i, (kind, block) in enumerate(zip(c.kinds, model.blocks))
@@ -337,7 +356,9 @@ class Decoder:
         a, page = self.config.attention, self.layout.page
 
         def made(count: int, slots: int) -> Tensor:
-            return torch.zeros(count + 1, slots, a.kv_heads, a.head_dim, dtype=self.dtype, device=self.device)
+            return torch.zeros(
+                count + 1, slots, a.kv_heads, a.head_dim, dtype=self.cache_dtype, device=self.device
+            )
 
         if kind == "F":
             return LayerPages(made(pages[0], page), made(pages[0], page))
@@ -359,7 +380,7 @@ class Decoder:
         """Run the layers over the step's rows, filling the cache: ``[N, C]`` after the final norm."""
         cos, sin = self._rope
         rope = Rope(cos[rows.position_N], sin[rows.position_N])
-        x = self.embedding[tokens_N]
+        x = self.embedding[tokens_N].to(self.dtype)
         for layer, cache in zip(self.layers, self.caches):
             x = layer(x, rows, rope, cache, adapters, traced)
         return self.norm(x)

@@ -31,7 +31,7 @@ from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
 from deepseek.serve.budget import FeedbackBudget
-from deepseek.serve.decoder import COMPUTE, Decoder, RowAdapters, Traced
+from deepseek.serve.decoder import Decoder, RowAdapters, Traced, cache_dtype, compute_dtype
 from deepseek.serve.engine_config import EngineConfig, default_running
 from deepseek.serve.generate import Completion
 from deepseek.serve.grammar import Grammars, GrammarState
@@ -83,8 +83,8 @@ class Engine:
         cpu = self.device.type == "cpu"
         running = config.max_running or default_running(cpu)
         step = max(config.max_step_tokens or (512 if cpu else 4096), running)
-        dtype = COMPUTE[self.format]
-        layout = PageLayout.of(shape, dtype.itemsize, config.page)
+        dtype = compute_dtype(self.format, self.device)
+        layout = PageLayout.of(shape, cache_dtype(self.format).itemsize, config.page)
         self.decoder = Decoder(
             loaded.model, layout, format=self.format, device=self.device, max_running=running,
             max_length=self.max_length, exact=config.deterministic,

@@ -22,6 +22,7 @@ from typing import Any
 
 from deepseek.errors import DeepseekError, EngineError
 from deepseek.serve import wire, worker
+from deepseek.serve.engine_config import step_environment
 from deepseek.serve.request import EngineStats, ModelInfo
 from deepseek.serve.stream import Stream
 from deepseek.serve.wire import Channel, Heartbeat
@@ -206,7 +207,7 @@ class StepProcess(StepLoop):
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(page), str(os.getpid()),
                  str(len(sys.path)), *sys.path],
-                pass_fds=(theirs.fileno(), page), stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), page), stdin=subprocess.DEVNULL, env=step_environment(),
             )  # fmt: skip
 
     def exited(self) -> str | None:
