@@ -52,15 +52,16 @@ class Serve:
         from deepseek.serve.engine_config import EngineConfig
         from deepseek.serve.server import ServerConfig, serve
 
+        name = self.name or Path(self.model).name.removesuffix(".gguf")  # a reload keeps it
         engine = EngineConfig(
             device=self.device, precision=self.precision, memory_gib=self.memory_gib, max_running=self.max_running,
             max_step_tokens=self.max_step_tokens, step_goal=self.step_goal, max_length=self.max_length,
             speculate=self.speculate,
             prefix_cache=self.prefix_cache, deterministic=self.deterministic, graphs=self.graphs,
-            adapters=_adapters(self.adapter), name=self.name,
+            adapters=_adapters(self.adapter), name=name,
         )  # fmt: skip
         config = ServerConfig(
-            name=self.name, max_running=self.max_running or _running(self.device), max_waiting=self.max_waiting,
+            name=name, max_running=self.max_running or _running(self.device), max_waiting=self.max_waiting,
             timeout=self.timeout, drain=self.drain, log=self.log,
         )  # fmt: skip
         serve(

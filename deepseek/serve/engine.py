@@ -80,6 +80,10 @@ class Engine:
         self.parameters = sum(p.numel() for p in loaded.model.parameters())
         shape = self.shape = loaded.model.config
         self.max_length = min(config.max_length or shape.max_length, shape.max_length)
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length={self.max_length} has no room for a prompt and an answer: at least 2"
+            )
         cpu = self.device.type == "cpu"
         running = config.max_running or default_running(cpu)
         step = max(config.max_step_tokens or (512 if cpu else 4096), running)
