@@ -57,6 +57,15 @@ PARTS = {
     "fusion": Part("fusion", 120),
     "cold-dense": Part("train --model dense_856m --peer none --steps 2 --cold-start", 150),
     "cold-moe": Part("train --model moe_64x2 --peer none --steps 2 --cold-start --real-only", 180),
+    "serve-dense": Part(
+        "serve --model dense_856m --streams 1 64 --prompt 512 --answer 256", 400, asked_only=True
+    ),
+    "serve-window": Part(
+        "serve --model window_856m --streams 1 64 --prompt 2048 --answer 256", 400, asked_only=True
+    ),
+    "serve-moe": Part(
+        "serve --model moe_64x2 --streams 1 64 --prompt 512 --answer 256", 400, asked_only=True
+    ),
     "checkpoint": Part("train --model dense_856m --peer none --steps 4 --checkpoint", 120),
     "optim-target": Part("optim --models dense_856m --steps-to-target", 420, asked_only=True),
     "time-to-loss": Part("time-to-loss", 1500, asked_only=True),

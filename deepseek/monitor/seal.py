@@ -67,6 +67,8 @@ def seal_abandoned(directory: Path) -> int:
         stem, _, number = path.name.rpartition(".tail-")
         if number.isdigit():
             stems.setdefault(stem, {})[int(number)] = path
+    for path in directory.glob(".*.tail-*"):  # a writer died while it made one: it holds no row yet
+        stems.setdefault(path.name[1:].rpartition(".tail-")[0], {})
     failed = 0
     for stem, tails in stems.items():
         with contextlib.ExitStack() as held:
@@ -76,7 +78,9 @@ def seal_abandoned(directory: Path) -> int:
                 continue
             held.callback(os.close, journal)
             if _ours(journal) and claim(journal):
-                failed += _seal(directory, stem, tails)
+                for half in directory.glob(f".{stem}.tail-*"):
+                    half.unlink(missing_ok=True)
+                failed += _seal(directory, stem, tails) if tails else 0
     return failed
 
 

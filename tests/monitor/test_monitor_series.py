@@ -373,6 +373,22 @@ def test_kill_9_loses_nothing(tmp_path: Path) -> None:
     assert (reader.damaged, reader.verify()) == (0, 0)
 
 
+def test_a_tail_that_a_dead_writer_was_still_making_goes(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from deepseek.monitor.series import SeriesWriter\n"
+        "w = SeriesWriter(Path(sys.argv[1]), rows=64); w.log(0, {'s': 1.0})\n"
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (tail,) = tmp_path.glob("[!.]*.tail-*")
+    half = tmp_path / f".{tail.name[:-1]}9"
+    half.write_bytes(b"")
+    with SeriesWriter(tmp_path, rows=64) as writer:
+        writer.log(1, {"s": 2.0})
+    assert not half.exists()
+    assert SeriesReader(tmp_path).raw("s")[1].tolist() == [1.0, 2.0]
+
+
 def stored(directory: Path) -> Path:
     """A store with sealed blocks and a tail."""
     writer = SeriesWriter(directory, rows=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import socket
@@ -35,7 +36,11 @@ def say(router: Routed, data: bytes, half: bool = True) -> bytes:
     ):
         one.sendall(data)
         if half:
-            one.shutdown(socket.SHUT_WR)
+            try:
+                one.shutdown(socket.SHUT_WR)
+            except OSError as error:  # the answer has come, and the router has hung up already
+                if error.errno != errno.ENOTCONN:
+                    raise
         while piece := one.recv(65536):
             got += piece
     return got
