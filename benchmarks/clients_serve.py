@@ -43,7 +43,7 @@ metric_list:
 def server(model: Path) -> Iterator[str]:
     """``deepseek serve`` in fp32 on a free port; yields its address."""
     command = [sys.executable, "-m", "deepseek", "serve", str(model), "--precision", "fp32", "--port", "0",
-               "--name", "model", "--log", "", "--max-length", "2048"]  # fmt: skip
+               "--name", "model", "--log", "", "--max-length", "2048", "--max-waiting", "100000"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
