@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "deepseek"
 #: From the bottom up. Neighbours in one row do not know each other.
 LAYERS = [
     {"errors"},
-    {"batch", "config", "events", "files", "registry"},
+    {"address", "batch", "config", "events", "files", "registry"},
     {"ops", "dist", "autodiff", "math"},
     {"nn"},
     {"models", "data"},

@@ -46,7 +46,7 @@ LIMIT = 900.0  #: seconds a stack may take for everything
 
 
 def small_moe() -> ModelConfig:
-    """What the CPU comparison serves: Qwen3-MoE's shape, 16 experts, top-2; 74M parameters, 24M active."""
+    """What the CPU comparison serves: Qwen3-MoE's shape, 16 experts, top-2; 64M parameters, 20M active."""
     return ModelConfig(
         vocab_size=8192, hidden=512, layers=8, ffn=1536, pattern="F", max_length=2048, tie_embeddings=False,
         attention=AttentionConfig(heads=8, kv_heads=2, head_dim=64, qk_norm=True),
@@ -175,10 +175,20 @@ def _in_a_process(stack: str, job: Job, vllm_python: str) -> tuple[list[dict[str
         program = [vllm_python or sys.executable, "-c", Path(__file__).with_name("serve_vllm.py").read_text()]
     ours = step_environment() if stack == "ours" else os.environ
     environment = {**ours, "DEEPSEEK_BENCH_BEGAN": str(time.time())}
-    told = json.dumps({"stack": stack, **job.__dict__})
+    told = {"stack": stack, **job.__dict__}
+    if stack == "vllm":  # which cannot ask ``Job``
+        told["prompts"] = {
+            s: [job.prompts(s, repeat) for repeat in range(job.repeats + 1)] for s in job.streams
+        }
     try:
         done = subprocess.run(
-            program, input=told, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False
+            program,
+            input=json.dumps(told),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            env=environment,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return [], f"it took longer than {LIMIT:.0f} s"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import sys
 import time
 
@@ -26,11 +25,7 @@ def main() -> None:
     for streams in job["streams"]:
         best = None
         for repeat in range(job["repeats"] + 1):
-            chance = random.Random(repeat)
-            ids = [
-                [chance.randrange(10, job["vocabulary"] - 10) for _ in range(job["prompt"])]
-                for _ in range(streams)
-            ]
+            ids = job["prompts"][str(streams)][repeat]
             seconds = []
             for tokens in (1, job["answer"]):
                 sampling = SamplingParams(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import html
-import ipaddress
 import json
 import secrets
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from deepseek.address import is_loopback
 from deepseek.errors import ConfigError
 
 POLICY = (
@@ -216,17 +216,6 @@ class Guard:
 def new_token() -> str:
     """192 random bits as text that needs no quoting in a URL."""
     return secrets.token_urlsafe(24)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``: ``localhost``, ``127.0.0.0/8`` or ``::1``."""
-    name = host.strip("[]").rstrip(".").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _hostname(host: str) -> str:

@@ -17,8 +17,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from deepseek.errors import ConfigError, MissingExtraError
-from deepseek.monitor.access import Access, Guard, is_loopback
+from deepseek import address
+from deepseek.address import is_loopback
+from deepseek.errors import MissingExtraError
+from deepseek.monitor.access import Access, Guard
 from deepseek.monitor.alerts import Receiver
 
 PORT = 6060  #: the first port that is tried
@@ -152,10 +154,10 @@ def serve(
     access = Access(host, token)
     app = application(root, access, receivers=receivers)
     bound = bind(host, port)
-    address = url(bound, token)
-    say(f"dashboard of {root}: {address}  (Ctrl-C ends it)")
+    page = url(bound, token)
+    say(f"dashboard of {root}: {page}  (Ctrl-C ends it)")
     if open_browser:
-        threading.Timer(0.5, webbrowser.open, [address]).start()
+        threading.Timer(0.5, webbrowser.open, [page]).start()
     runs = server(app)
     if ends_with is not None:
         threading.Thread(target=_end_with, args=(ends_with, runs), daemon=True).start()
@@ -197,27 +199,8 @@ def server(app: Any) -> Any:
 
 
 def bind(host: str, port: int | None) -> socket.socket:
-    """A listening socket. Raises ``ConfigError``."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    ports = range(PORT, PORT + TRIES) if port is None else [port]
-    problem: OSError | None = None
-    for number in ports:
-        bound = socket.socket(
-            family, socket.SOCK_STREAM, socket.IPPROTO_TCP
-        )  # named, or asyncio leaves Nagle on
-        try:
-            if sys.platform != "win32":  # there it would let two servers share a port
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind((host.strip("[]"), number))
-            bound.listen(2048)
-            return bound
-        except (OSError, OverflowError) as error:
-            bound.close()
-            problem = error if isinstance(error, OSError) else OSError(str(error))
-    raise ConfigError(
-        f"cannot listen on {host}, port {ports[0] if len(ports) == 1 else f'{ports[0]} to {ports[-1]}'}: "
-        f"{(problem and problem.strerror) or problem}; give another --port, or --port 0 for any free one"
-    )
+    """A listening socket; ``None``: on the first free port from 6060. Raises ``ConfigError``."""
+    return address.bind(host, range(PORT, PORT + TRIES) if port is None else port)
 
 
 def url(bound: socket.socket, token: str = "") -> str:

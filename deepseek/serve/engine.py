@@ -34,7 +34,7 @@ from deepseek.serve.budget import FeedbackBudget
 from deepseek.serve.decoder import Decoder, RowAdapters, Traced, cache_dtype, compute_dtype
 from deepseek.serve.engine_config import EngineConfig, default_running
 from deepseek.serve.generate import Completion
-from deepseek.serve.grammar import Grammars, GrammarState
+from deepseek.serve.grammar import PARAM, Grammars, GrammarState
 from deepseek.serve.graphs import DecodeGraphs, Size
 from deepseek.serve.memory import cache_budget
 from deepseek.serve.pages import PageLayout, Pages, share_memory
@@ -51,7 +51,7 @@ from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs, sample_drafts
 from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
 from deepseek.serve.speculative import NgramProposer, Proposer
-from deepseek.serve.text import TextStream
+from deepseek.serve.text import TextStream, begins_text
 
 LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
 
@@ -166,8 +166,9 @@ class Engine:
         proposer = NgramProposer() if self.config.speculate else None
         if proposer is not None:
             proposer.extend(request.prompt)
+        words = tokenizer or cast(Tokenizer, _Wordless())
         answer = Answer(
-            state, TextStream(tokenizer or cast(Tokenizer, _Wordless()), sampling, ends), room, proposer,
+            state, TextStream(words, sampling, ends, first=begins_text(words, request.prompt)), room, proposer,
             self.bank.index(request.adapter),
             [] if sampling.prompt_logprobs is not None else None,
         )  # fmt: skip
@@ -228,34 +229,37 @@ class Engine:
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingConfig | None = None
     ) -> list[Completion]:
-        """The continuation of every prompt, all at once; the convenient way when no server is needed."""
+        """The continuation of every prompt, all at once; the convenient way when no server is needed.
+
+        Raises:
+            RequestError: a prompt can never be served; then none is. EngineError: others' requests are on their way,
+                whose outputs would be lost, or an answer failed.
+        """
+        if self.has_work:
+            raise EngineError(f"{len(self._live)} requests are on their way: step until has_work is false")
         done: dict[str, list[Output]] = {}
         began = time.perf_counter()
-        for index, prompt in enumerate(prompts):
-            ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
-            request = Request(f"generate-{id(done)}-{index}", tuple(ids), sampling or SamplingConfig())
-            done[request.id] = []
-            self.add(request)
+        try:
+            for index, prompt in enumerate(prompts):
+                ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
+                request = Request(f"generate-{index}", tuple(ids), sampling or SamplingConfig())
+                self.add(request)
+                done[request.id] = []
+        except Exception:
+            for name in done:
+                self.abort(name)
+            raise
         left = set(done)
         while left:
             for output in self.step():
-                if output.id in done:
-                    done[output.id].append(output)
-                    if output.finish:
-                        left.discard(output.id)
+                done[output.id].append(output)
+                if output.finish:
+                    left.discard(output.id)
         seconds = time.perf_counter() - began
         for outputs in done.values():
             if outputs[-1].finish == "error":
                 raise EngineError(outputs[-1].error)
-        return [
-            Completion(
-                text="".join(o.text for o in outputs),
-                tokens=[t for o in outputs for t in o.tokens],
-                finish_reason=outputs[-1].finish or "",
-                seconds=seconds,
-            )
-            for outputs in done.values()
-        ]
+        return [_completion(outputs, seconds) for outputs in done.values()]
 
     # --- parts of a step ----------------------------------------------------------------------------------------------
 
@@ -420,9 +424,7 @@ class Engine:
         if request.sampling.grammar is None:
             return None
         if self.grammars is None:
-            raise RequestError(
-                "a grammar needs a tokenizer, and the model came without one", "response_format"
-            )
+            raise RequestError("a grammar needs a tokenizer, and the model came without one", PARAM)
         return self.grammars.state(request.sampling.grammar)
 
     def _check(self, request: Request) -> None:
@@ -441,12 +443,11 @@ class Engine:
                 "prompt",
             )
         self.bank.index(request.adapter)
-        outside = [
-            i for i in (*request.sampling.logit_bias, *request.sampling.stop_token_ids) if not 0 <= i < top
-        ]
-        if outside:
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {top}", "logit_bias")
-        if (request.sampling.stop or request.sampling.grammar) and self._tokenizer is None:
+        sampling = request.sampling
+        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if outside := [i for i in ids if not 0 <= i < top]:
+                raise RequestError(f"token id {outside[0]} is outside the vocabulary of {top}", name)
+        if sampling.stop and self._tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and the model came without one", "stop")
 
     def _count(self, **more: float) -> None:
@@ -458,6 +459,7 @@ class _Wordless:
     """Stands in for the tokenizer of a model that has none: no token has text."""
 
     special_ids: frozenset[int] = frozenset()
+    vocab_size = 0
 
     def piece(self, token: int) -> bytes:
         return b""
@@ -476,6 +478,14 @@ class _Traces:
             pairs = sorted(zip(chosen[row], gates[row]), key=lambda pair: -pair[1])
             experts.append((layer, tuple((int(e), float(g)) for e, g in pairs)))
         return TokenTrace(tuple(experts), tuple((layer, share[row]) for layer, share in self._gates.items()))
+
+
+def _completion(outputs: Sequence[Output], seconds: float) -> Completion:
+    """A whole answer; the token that ended it is no part of it."""
+    tokens, last = [t for o in outputs for t in o.tokens], outputs[-1]
+    if isinstance(last.stop, int):
+        tokens.pop()
+    return Completion("".join(o.text for o in outputs), tokens, last.finish or "", seconds)
 
 
 def _row_tokens(work: Work) -> list[int]:

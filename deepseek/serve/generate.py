@@ -26,7 +26,7 @@ from deepseek.serve.chat_template import ChatTemplate
 from deepseek.serve.grammar import Grammars
 from deepseek.serve.sampling import SamplingState, sample
 from deepseek.serve.sampling_config import SamplingConfig
-from deepseek.serve.text import TextStream
+from deepseek.serve.text import TextStream, begins_text
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ class LanguageModel:
         ids, began, out = self.prompt_ids(prompt), time.perf_counter(), list[int]()
         room = min(sampling.max_tokens, self.config.max_length - len(ids))
         sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
-        stream = TextStream(self.tokenizer, sampling, self.tokenizer.end_ids)
+        first = begins_text(self.tokenizer, ids)
+        stream = TextStream(self.tokenizer, sampling, self.tokenizer.end_ids, first=first)
         for token in self.tokens(ids, sampling):
             if piece := stream.push(token):
                 yield piece

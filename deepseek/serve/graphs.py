@@ -33,7 +33,7 @@ class Size(NamedTuple):
 class StepBuffers:
     """What a captured step reads, and the ``StepRows`` over it."""
 
-    def __init__(self, size: Size, page: int, device: torch.device) -> None:
+    def __init__(self, size: Size, page: int, device: torch.device, exact: bool = False) -> None:
         S, P = self.size = size
         self._long = torch.zeros(4, S, dtype=torch.int64, device=device)
         self._int = torch.zeros(S * (1 + 2 * P), dtype=torch.int32, device=device)
@@ -46,7 +46,7 @@ class StepBuffers:
             position_N=position, ends_S=torch.arange(S + 1, dtype=torch.int32, device=device),
             length_S=length, global_SP=global_table, window_SP=window_table,
             global_slot_N=global_slot, window_slot_N=window_slot, page=page,
-            rows=(1,) * S, lengths=(P * page,) * S, decodes=S, static=True,
+            rows=(1,) * S, lengths=(P * page,) * S, decodes=S, exact=exact, static=True,
         )  # fmt: skip
         self.fill([], None)
 
@@ -139,7 +139,7 @@ class DecodeGraphs:
 
     def _make(self, size: Size) -> tuple[StepBuffers, Run]:
         decoder = self._decoder
-        buffers = StepBuffers(size, decoder.layout.page, decoder.device)
+        buffers = StepBuffers(size, decoder.layout.page, decoder.device, decoder.exact)
 
         def run() -> tuple[Tensor, Tensor]:
             hidden = decoder.hidden(buffers.tokens, buffers.rows)

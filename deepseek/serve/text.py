@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 from deepseek.data import Tokenizer
@@ -121,6 +121,11 @@ def ends_of(config: SamplingConfig, end_ids: Collection[int]) -> frozenset[int]:
     """
     ignored = config.ignore_eos and config.grammar is None
     return frozenset(config.stop_token_ids) | frozenset(() if ignored else end_ids)
+
+
+def begins_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Whether an answer to ``prompt`` is where the text begins: ``first`` of ``TextStream``."""
+    return not any(map(tokenizer.piece, prompt))
 
 
 @lru_cache(maxsize=8)

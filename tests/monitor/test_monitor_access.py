@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from deepseek.address import is_loopback
 from deepseek.errors import ConfigError
-from deepseek.monitor.access import Access, Guard, is_loopback, new_token
+from deepseek.monitor.access import Access, Guard, new_token
 
 TOKEN = "correct-horse-battery"
 LOCAL = {"host": "127.0.0.1:6060"}

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from deepseek.address import bind
 from deepseek.data import Tokenizer
 from deepseek.data.tokenizer import train_tokenizer
 from deepseek.errors import EngineError, RequestError
 from deepseek.serve.request import EngineStats, ModelInfo, Output, Request, TokenLogprobs, TokenTrace
-from deepseek.serve.server.address import bind
 from deepseek.serve.server.config import ServerConfig
 from deepseek.serve.server.front import Front
 from deepseek.serve.server.keys import Key, KeyConfig, Keyring

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepseek.assemble import Loaded
-from deepseek.errors import RequestError
+from deepseek.errors import EngineError, RequestError
 from deepseek.models import ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
@@ -381,3 +381,33 @@ def test_narrow_formats_stay_near(precision: str, close: float) -> None:
         got = torch.tensor([p.logprob for p in outputs[0].prompt_logprobs or () if p])
         distances.append((got - wanted).abs())
     assert torch.cat(distances).median() < close
+
+
+def test_generate_answers_all_or_nothing() -> None:
+    engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01))
+    prompts = texts(3, seed=3)
+    whole = engine.generate(prompts, SamplingConfig(temperature=0, max_tokens=6))
+    assert [done.tokens for done in whole] == [plain(made("full"), p, 6)[0] for p in prompts]
+    # A token that ends an answer is no part of it, as in ``LanguageModel.complete``.
+    end = whole[0].tokens[3]
+    first = whole[0].tokens.index(end)
+    (cut,) = engine.generate(prompts[:1], SamplingConfig(temperature=0, max_tokens=6, stop_token_ids=(end,)))
+    assert (cut.tokens, cut.finish_reason) == (whole[0].tokens[:first], "stop")
+    with pytest.raises(RequestError, match="empty prompt"):
+        engine.generate([prompts[0], []])
+    assert not engine.has_work
+    engine.add(Request("somebody's", tuple(prompts[0])))
+    with pytest.raises(EngineError, match="1 requests are on their way"):
+        engine.generate(prompts)
+    assert engine.abort("somebody's")
+
+
+def test_the_option_that_names_a_token_outside_the_vocabulary_is_told() -> None:
+    engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01))
+    for name, sampling in (
+        ("logit_bias", SamplingConfig(logit_bias={VOCABULARY: 1.0})),
+        ("stop_token_ids", SamplingConfig(stop_token_ids=(VOCABULARY,))),
+    ):
+        with pytest.raises(RequestError, match="outside the vocabulary") as told:
+            engine.add(Request("a", (1, 2), sampling))
+        assert told.value.param == name

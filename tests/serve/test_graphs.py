@@ -52,3 +52,10 @@ def test_static_steps_go_to_the_static_kernels() -> None:
     graphs = DecodeGraphs(engine.decoder, Size(4, 5), lambda run: run)
     buffers, _ = graphs._make(Size(2, 5))
     assert backend_for(torch.zeros(2, 4, 8), buffers.rows) == "static"
+
+
+def test_captured_steps_are_as_exact_as_others() -> None:
+    for exact in (False, True):
+        engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01, deterministic=exact))
+        graphs = DecodeGraphs(engine.decoder, Size(4, 5), lambda run: run)
+        assert graphs._make(Size(2, 5))[0].rows.exact == exact

@@ -20,11 +20,11 @@ import pytest
 import uvicorn
 from fake_replica import FakeReplica, in_thread, replica
 
+from deepseek.address import bind
 from deepseek.errors import ConfigError
 from deepseek.serve.router import Router, RouterConfig
 from deepseek.serve.router.replica import FAILURES
 from deepseek.serve.router.run import settings
-from deepseek.serve.server.address import bind
 from deepseek.serve.server.keys import Keyring
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deepseek.data import Tokenizer
 from deepseek.data.tokenizer import train_tokenizer
 from deepseek.serve import SamplingConfig
-from deepseek.serve.text import TextStream
+from deepseek.serve.text import TextStream, begins_text
 
 END, OTHER_END = 0, 5  # <|endoftext|>, <|end|>
 
@@ -209,6 +209,13 @@ def test_the_first_space_of_a_text_is_stripped_and_no_other() -> None:
     for first, text in [(True, "ab a€ab"), (False, " ab a€ab")]:
         stream = TextStream(tokenizer, SamplingConfig(), tokenizer.end_ids, first=first)
         assert "".join([*(stream.push(i) for i in ids), stream.push(2)]) == text
+
+
+def test_an_answer_begins_the_text_where_its_prompt_has_none() -> None:
+    tokenizer = sentencepiece()
+    assert begins_text(tokenizer, [1])
+    assert begins_text(tokenizer, [1, 2])
+    assert not begins_text(tokenizer, [1, 262])
 
 
 def test_a_long_answer_costs_the_same_per_token() -> None:

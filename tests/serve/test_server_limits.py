@@ -14,8 +14,8 @@ import httpx2
 import pytest
 from fake_client import KEY, TEXT, FakeClient, Served, keyring, serving
 
+from deepseek.address import bind, is_loopback
 from deepseek.errors import ConfigError
-from deepseek.serve.server.address import bind, is_loopback
 from deepseek.serve.server.config import ServerConfig
 from deepseek.serve.server.guard import hostname
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deepseek.address import is_loopback
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.serve.router.affinity import prefix_key
@@ -35,7 +36,6 @@ from deepseek.serve.router.exchange import Exchange, ExchangeError
 from deepseek.serve.router.metrics import RouterMetrics
 from deepseek.serve.router.replica import Address, Fleet, Replica
 from deepseek.serve.router.watch import Watch
-from deepseek.serve.server.address import is_loopback
 from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.keys import Keyring
 from deepseek.serve.server.metrics import CONTENT_TYPE

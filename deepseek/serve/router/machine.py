@@ -17,11 +17,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+from deepseek.address import bind, is_loopback
 from deepseek.errors import ConfigError
 from deepseek.serve.router.application import RouterConfig
 from deepseek.serve.router.replica import Fleet
 from deepseek.serve.router.run import route
-from deepseek.serve.server.address import bind, is_loopback
 from deepseek.serve.server.keys import Keyring
 
 #: Starts a command of this package, which ends with its parent (``prctl(PR_SET_PDEATHSIG, SIGTERM)``, Linux).

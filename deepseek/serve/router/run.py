@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from deepseek.address import bind, is_loopback, url
 from deepseek.errors import EngineError, MissingExtraError
 from deepseek.serve.router.application import Beside, Router, RouterConfig
-from deepseek.serve.server.address import bind, is_loopback, url
 from deepseek.serve.server.keys import Keyring
 
 PORT = 8080

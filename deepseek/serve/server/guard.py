@@ -14,8 +14,8 @@ import secrets
 from typing import Any
 from urllib.parse import urlsplit
 
+from deepseek.address import is_loopback
 from deepseek.serve.server.access_log import Record
-from deepseek.serve.server.address import is_loopback
 from deepseek.serve.server.errors import CLIENT_GONE, ApiError
 from deepseek.serve.server.exchange import KEY, RECORD
 from deepseek.serve.server.front import Front

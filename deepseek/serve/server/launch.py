@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepseek.address import bind, is_loopback, url
 from deepseek.errors import ConfigError, EngineError, MissingExtraError
-from deepseek.serve.server.address import bind, is_loopback, url
 from deepseek.serve.server.config import ServerConfig
 from deepseek.serve.server.keys import Keyring
 
