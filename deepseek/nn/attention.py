@@ -20,7 +20,7 @@ from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.nn.cache import LayerCache
 from deepseek.nn.layers import RMSNorm, to_compute_dtype
-from deepseek.nn.rope import counted_rope_table, rope_table, rotate
+from deepseek.nn.rope import RopeScaling, counted_rope_table, rope_table, rotate
 from deepseek.ops.attention import (
     DocumentSpans,
     causal_mask,
@@ -42,6 +42,7 @@ class AttentionConfig:
     kv_heads: int = 2
     head_dim: int = 64
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     qk_norm: bool = False  # RMSNorm on each head's query and key
     bias: bool = False  # on the query, key, value projections
     output_bias: bool = False
@@ -65,6 +66,7 @@ class AttentionConfig:
             raise ConfigError(
                 f"head_dim={self.head_dim} must be even and at least 2: rotary embedding turns pairs"
             )
+        self.rope_scaling.check_head(self.head_dim, self.rope_theta)
         if self.window < 1 or self.block < 1 or not 1 <= self.stride <= self.block:
             raise ConfigError(
                 f"window={self.window} and block={self.block} must be positive "
@@ -102,7 +104,9 @@ class Context:
         self.backend = pick_backend(device, config.head_dim, dtype)
         self.index = torch.arange(start, start + length, device=device)  #: place in the row
         if positions is None and start == 0:
-            self.rope = counted_rope_table(length, config.head_dim, config.rope_theta, device)
+            self.rope = counted_rope_table(
+                length, config.head_dim, config.rope_theta, device, config.rope_scaling
+            )
         else:
             self.rope = self.rope_at(self.index if positions is None else positions)
         self.spans: DocumentSpans | None = None
@@ -135,7 +139,8 @@ class Context:
             self.pooled_mask = pooled_mask(self.index, T, c.block, c.stride, documents)
 
     def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        cos, sin = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         return (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
 
 

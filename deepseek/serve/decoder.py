@@ -23,7 +23,7 @@ from deepseek.nn.attention import Attention
 from deepseek.nn.hybrid import HybridAttention
 from deepseek.nn.layers import RMSNorm, SwiGLU
 from deepseek.nn.moe import MoE
-from deepseek.nn.rope import rope_table
+from deepseek.nn.rope import RopeScaling, rope_table
 from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.exact import exact_map
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
@@ -259,8 +259,10 @@ class Rope:
         return self._cos[:, 0, : self._half], self._sin[:, 0, self._half :]
 
     @staticmethod
-    def table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        cos, sin = rope_table(torch.arange(length, device=device), head_dim, theta)
+    def table(
+        length: int, head_dim: int, theta: float, scaling: RopeScaling, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        cos, sin = rope_table(torch.arange(length, device=device), head_dim, theta, scaling)
         return torch.cat((cos, cos), 1)[:, None], torch.cat((-sin, sin), 1)[:, None]
 
     def rotate(self, x_NHD: Tensor) -> Tensor:
@@ -345,7 +347,8 @@ class Decoder:
         self.norm = Norm.of(model.norm, self.dtype, device)
         self.head = pack_linear(model.head_weight.detach(), None, format, device, exact=exact)
         self.tables = PageTables(max_running, -(-max_length // layout.page) + 1)
-        self._rope = Rope.table(max_length + 1, c.attention.head_dim, c.attention.rope_theta, device)
+        a = c.attention
+        self._rope = Rope.table(max_length + 1, a.head_dim, a.rope_theta, a.rope_scaling, device)
         self.caches: list[LayerPages] = []
 
     def allocate(self, pages: tuple[int, int]) -> None:

@@ -106,7 +106,8 @@ class AttentionView:
         if name == "full" and not self.config.full_rope:
             self.q_BHRD[name], self.k_BKTD[name] = q, k
             return
-        cos, sin = rope_table(places, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        cos, sin = rope_table(places, c.head_dim, c.rope_theta, c.rope_scaling)
         if positions is not None and positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]
         self.q_BHRD[name] = rotate(q, (cos[..., self.rows, :], sin[..., self.rows, :]))
