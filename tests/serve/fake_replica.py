@@ -86,6 +86,9 @@ class FakeReplica:
 
     async def _echo(self, request: Request) -> Response:
         body = await request.body()
+        if "x-die" in request.headers:
+            self.kill()
+            await asyncio.sleep(5)
         raw = [[k.decode(), v.decode()] for k, v in request.scope["headers"]]
         target = request.scope["raw_path"].decode() + "?" + request.scope["query_string"].decode()
         told = {"method": request.method, "target": target, "headers": raw, "body": body.decode()}

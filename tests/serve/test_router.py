@@ -305,34 +305,64 @@ def test_a_client_that_leaves_is_not_worked_for(two: tuple[FakeReplica, FakeRepl
 
 
 def test_a_replica_killed_in_the_middle(two: tuple[FakeReplica, FakeReplica]) -> None:
-    """What has begun ends with an error that can be seen; what has not goes elsewhere."""
+    """A stream that has begun ends with an error that can be seen; everything else is answered by the other one."""
     with replica("c") as c, routed(c, two[0]) as router, ThreadPoolExecutor(16) as pool:
         streams = [pool.submit(router.complete, stream=True, max_tokens=40, pause=0.05) for _ in range(4)]
         whole = [pool.submit(router.complete, max_tokens=40, pause=0.05) for _ in range(4)]
         until(lambda: c.running == 4 and two[0].running == 4)
+        time.sleep(0.3)  # each stream has sent an event
+        address = c.url
         c.kill()
         after = [router.complete() for _ in range(10)]
         assert {a.status for a in after} == {200}
         assert {a.text for a in after} == {"a a a"}
         ends = [s.result().body for s in streams]
         good = [e for e in ends if e.endswith(b"data: [DONE]\n\n")]
-        assert len(good) == two[0].asked.count(
-            {"prompt": "p", "stream": True, "max_tokens": 40, "pause": 0.05}
-        )
-        for broken in (e for e in ends if e not in good):
-            told = json.loads(broken.rstrip().rpartition(b"data: ")[2])
+        broken = [e for e in ends if e not in good]
+        assert len(good) + len(broken) == 4
+        assert broken
+        for end in broken:
+            told = json.loads(end.rstrip().rpartition(b"data: ")[2])
             assert told["error"]["code"] == "replica_lost"
-        statuses = [w.result().status for w in whole]
-        assert set(statuses) <= {200, 502}
-        assert len(good) + statuses.count(200) == 4
+            assert b'"text": "a"' not in end, "a second answer must not follow what was sent"
+        answers = [w.result() for w in whole]
+        assert [a.status for a in answers] == [200] * 4
+        assert {a.text for a in answers} == {" ".join(["a"] * 40)}
+        assert router.metric(f'retries_total{{replica="{address}"}}') == 4 - len(broken)
 
 
-def test_a_deadly_request_kills_one_replica_at_most(two: tuple[FakeReplica, FakeReplica]) -> None:
-    with replica("c") as c, replica("d") as d, routed(c, d) as router:
+def test_a_deadly_request_stops_at_a_few(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with replica("c") as c, replica("d") as d, routed(c, d, *two, retries=1) as router:
+        for r in router.router.fleet.replicas[2:]:
+            r.used = 1  # the others are asked first
         got = router.complete(die=True)
-        assert (got.status, got.json["error"]["code"]) == (502, "replica_lost")
-        assert len(c.asked) + len(d.asked) == 1
+        assert (got.status, got.json["error"]["code"]) == (503, "replica_lost")
+        assert got.headers["retry-after"] == "1"
+        assert (len(c.asked), len(d.asked), len(two[0].asked) + len(two[1].asked)) == (1, 1, 0)
         assert router.complete().status == 200
+
+
+@pytest.mark.parametrize("options", [{"retries": 0}, {"retry_burst": 0}])
+def test_retries_can_be_spent(two: tuple[FakeReplica, FakeReplica], options: dict[str, int]) -> None:
+    with replica("c") as c, routed(c, two[0], **options) as router:
+        router.router.fleet.replicas[1].used = 1
+        got = router.complete(die=True)
+        assert (got.status, got.headers["retry-after"]) == (503, "1")
+        assert two[0].asked == []
+
+
+def test_what_may_change_something_is_not_repeated(two: tuple[FakeReplica, FakeReplica]) -> None:
+    with replica("c") as c, routed(c, two[0]) as router:
+        router.router.fleet.replicas[1].used = 1
+        got = router.ask("POST", "/echo/files", b"x", {"X-Die": "1"})
+        assert (got.status, got.json["error"]["code"]) == (502, "replica_lost")
+
+
+def test_when_all_are_gone_clients_are_told_to_come_back() -> None:
+    with replica("c") as c, replica("d") as d, routed(c, d, poll=30.0) as router:
+        assert router.complete(die=True).status == 503, "the second dies of it too"
+        got = router.complete()
+        assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (503, "no_replica", "1")
 
 
 def test_a_fault_of_the_router_is_told_and_logged(
@@ -564,6 +594,80 @@ class Bare:
         self.socket.close()
 
 
+class Torn(Bare):
+    """Takes the whole request, says what it is told, and is gone."""
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with self.socket.accept()[0] as one:
+                    one.settimeout(5)
+                    head = b""
+                    while b"\r\n\r\n" not in head:
+                        head += one.recv(65536)
+                    if head.startswith(b"GET /ready"):
+                        one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                        continue
+                    one.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    while b"}" not in self.heard:
+                        self.heard += one.recv(65536)
+                    one.sendall(self.answer)
+
+
+EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"half": ',
+        EVENTS,
+        EVENTS + b"9\r\ndata: {}\n",
+    ],
+)
+def test_whatever_is_lost_before_the_client_has_a_byte_is_asked_of_another(
+    two: tuple[FakeReplica, FakeReplica], answer: bytes
+) -> None:
+    with Torn(answer) as torn, routed(torn.url, two[0]) as router:
+        router.router.fleet.replicas[1].used = 1
+        got = router.complete()
+        assert b"prompt" in torn.heard
+        assert (got.status, got.text) == (200, "a a a")
+
+
+def test_half_an_event_is_not_passed_on(two: tuple[FakeReplica, FakeReplica]) -> None:
+    torn_event = b'13\r\ndata: {"a": 1}\n\ndat\r\n7\r\na: {"b"\r\n'
+    with Torn(EVENTS + torn_event) as torn, routed(torn.url, two[0]) as router:
+        router.router.fleet.replicas[1].used = 1
+        got = router.complete(stream=True)
+        first, second = got.body.decode().strip().split("\n\n")
+        assert (got.status, first) == (200, 'data: {"a": 1}')
+        assert json.loads(second.removeprefix("data: "))["error"]["code"] == "replica_lost"
+        assert two[0].asked == []
+
+
+def test_events_of_any_size_pass() -> None:
+    from deepseek.serve.router.exchange import gathered, whole_events
+
+    async def pieces(*given: bytes) -> Any:
+        for piece in given:
+            yield piece
+
+    async def cut(how: Any, most: int, *given: bytes) -> list[bytes]:
+        return [piece async for piece in how(pieces(*given), most)]
+
+    assert asyncio.run(cut(whole_events, 9, b"a\n", b"\nb", b"\r\n\r\nc\n\nd", b"\n\n", b"e")) == [
+        b"a\n\n", b"b\r\n\r\nc\n\n", b"d\n\n", b"e",
+    ]  # fmt: skip
+    assert asyncio.run(cut(whole_events, 4, b"123", b"456", b"7\n\n")) == [b"123456", b"7\n\n"]
+    assert asyncio.run(cut(gathered, 4, b"12", b"34")) == [b"1234"]
+    assert asyncio.run(cut(gathered, 4, b"12", b"345", b"6", b"7")) == [b"12345", b"6", b"7"]
+    assert asyncio.run(cut(gathered, 4)) == []
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -584,13 +688,14 @@ def test_nonsense_before_the_body_is_asked_for_goes_to_the_next(
 @pytest.mark.parametrize(
     "head", [b"Content-Length: 100\r\n\r\n0123", b"Transfer-Encoding: chunked\r\n\r\n4\r\n0123\r\n9"]
 )
-def test_a_short_body_is_seen_to_be_short(head: bytes) -> None:
-    with (
-        Bare(b"HTTP/1.1 200 OK\r\n" + head) as bare,
-        routed(bare.url) as router,
-        pytest.raises(http.client.IncompleteRead),
-    ):
-        router.ask("GET", "/x")
+def test_a_short_body_is_seen_to_be_short(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    from deepseek.serve.router import application
+
+    with Bare(b"HTTP/1.1 200 OK\r\n" + head) as bare, routed(bare.url) as router:
+        assert router.ask("GET", "/x").json["error"]["code"] == "no_replica", "nothing of it was passed on"
+        monkeypatch.setattr(application, "HELD", 2)
+        with pytest.raises(http.client.IncompleteRead):
+            router.ask("GET", "/x")
 
 
 def test_one_that_never_says_continue_is_asked_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +727,7 @@ def test_one_that_never_says_continue_is_asked_so_once(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "wrong", [{"urls": []}, {"urls": ["http://a:1", "a:1"]}, {"affinity": -1}, {"affinity_load": 0.5}, {"max_body": 0},
-              {"poll": 0.0}, {"ready_path": "ready"}]
+              {"poll": 0.0}, {"ready_path": "ready"}, {"retries": -1}, {"retry_burst": -1}, {"retry_share": 1.5}]
 )  # fmt: skip
 def test_what_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

@@ -5,8 +5,10 @@
                        Watch: /ready of every replica, once a second
 
 A replica that did not begin (no connection; 429; 503; closed before it took the body) costs the client nothing: the
-next one is asked, each once. From the moment a replica may have begun there is no second try, because a request that
-breaks one replica would break them all. An answer passes through as it comes and is never held; what breaks off in the
+next one is asked, each once. One that is lost with a request (killed, its machine gone) before a byte of its answer
+came costs the client time: requests that change nothing (``REPEATABLE``) are given to another one, ``retries`` times at
+most and while ``RetryBudget`` lasts, because a request that breaks one replica must not break them all. A client that
+has had a byte never gets a second answer. Streams pass through event by event as they come; what breaks off in the
 middle ends with an error that a client can see. Keys pass through: the replicas know them, the router does not. So one
 that other machines can reach gives nothing to a replica that asks for no key, unless it is told to.
 
@@ -32,17 +34,25 @@ from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.serve.router.affinity import prefix_key
 from deepseek.serve.router.call import Call, ClientGone, Pairs, Receive, Scope, Send
-from deepseek.serve.router.exchange import Exchange, ExchangeError
+from deepseek.serve.router.exchange import EVENT_ENDS, Exchange, ExchangeError, gathered, whole_events
 from deepseek.serve.router.metrics import RouterMetrics
 from deepseek.serve.router.replica import Address, Fleet, Replica
+from deepseek.serve.router.retry import RetryBudget
 from deepseek.serve.router.watch import Watch
 from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.keys import Keyring
 from deepseek.serve.server.metrics import CONTENT_TYPE
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  #: methods that may be tried again although a replica began
+#: Routes whose POST changes nothing, so that it may be tried again too; a replica may be another server with others.
+REPEATABLE = frozenset(
+    {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
+)
 BEGUN = "engine_unavailable"  #: the error code of a 503 that comes of work that broke, and not of none
 REFUSAL = 1 << 16  #: bytes of a refusal that are kept
+HELD = (
+    1 << 20
+)  #: bytes of an answer, or of an event, that are held until it is whole: it comes as a whole or not at all
 JSON = (b"content-type", b"application/json")
 
 log = logging.getLogger("deepseek.serve")
@@ -58,6 +68,9 @@ class RouterConfig:
         max_body: bytes of a request's body. max_inside: requests at once; one more is answered 429.
         body_seconds: for a body to arrive.
         silence: seconds that a replica may say nothing; above the replicas' own time limit.
+        retries: times that a request is given to another replica because one was lost with it; 0: never.
+        retry_burst: retries that all requests together may take at once; retry_share: of a retry, that every answer
+            gives back.
         stalled: seconds that a client may take nothing of its answer.
         poll, poll_seconds: every how many seconds a replica's readiness is asked, and how long it may take to answer.
         ready_path: what is asked.
@@ -74,6 +87,9 @@ class RouterConfig:
     max_inside: int = 4096
     body_seconds: float = 30.0
     silence: float = 660.0
+    retries: int = 2
+    retry_burst: int = 256
+    retry_share: float = 0.1
     stalled: float = 60.0
     poll: float = 1.0
     poll_seconds: float = 2.0
@@ -92,6 +108,9 @@ class RouterConfig:
         if min(self.max_body, self.max_inside) < 1 or min(self.linger, self.drain) < 0:
             raise ConfigError(f"max_body={self.max_body} and max_inside={self.max_inside} must be at least 1, "
                               f"linger={self.linger} and drain={self.drain} at least 0")  # fmt: skip
+        if min(self.retries, self.retry_burst) < 0 or not 0 <= self.retry_share <= 1:
+            raise ConfigError(f"retries={self.retries} and retry_burst={self.retry_burst} must be at least 0, "
+                              f"retry_share={self.retry_share} from 0 to 1")  # fmt: skip
         times = {
             k: getattr(self, k)
             for k in ("body_seconds", "silence", "stalled", "poll", "poll_seconds", "resolve")
@@ -104,12 +123,13 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class Refusal:
-    """How a replica declined: its answer, or no answer (status 0)."""
+    """How a replica declined: its answer, or no answer (status 0). ``lost``: it had begun, and is gone."""
 
     why: str
     status: int = 0
     headers: Pairs = ()
     body: bytes = b""
+    lost: bool = False
 
     @property
     def retry_after(self) -> float:
@@ -164,6 +184,7 @@ class Router:
         self.config = config = config or RouterConfig()
         self.keys, self.local, self.say = keys or Keyring(), local, say
         self.fleet, self.metrics, self.draining = Fleet(config.affinity_load), RouterMetrics(), False
+        self.budget = RetryBudget(config.retry_burst, config.retry_share)
         self.calls: set[Call] = set()
         self.beside = beside
         if beside is not None:
@@ -222,6 +243,7 @@ class Router:
         key = prefix_key(body, self.config.affinity)
         tried: list[Replica] = []
         refusals: list[Refusal] = []
+        lost = 0
         while (replica := self.fleet.choose(key, tried)) is not None:
             tried.append(replica)
             with replica.working(), contextlib.closing(Exchange(replica, self.config.silence)) as exchange:
@@ -229,17 +251,23 @@ class Router:
             if refusal is None:
                 return
             refusals.append(refusal)
-            self.metrics.refused(replica.name, refusal.why)
+            if not refusal.lost:
+                self.metrics.refused(replica.name, refusal.why)
+                continue
+            lost += 1
+            if lost > self.config.retries or not self.budget.take():
+                break
+            self.metrics.retried(replica.name)
         await self._refuse(call, refusals)
 
     async def _ask(self, call: Call, exchange: Exchange, body: bytes) -> Refusal | None:
-        """Pass on what the replica answers; or how it declined, if another one may be asked."""
+        """Pass on what the replica answers; or how it declined or was lost, if another one may be asked."""
         replica, began = exchange.replica, time.monotonic()
         try:
             head = await exchange.ask(call.method, call.target, call.headers(), body)
             self.metrics.answered(replica.name, head.status_code, time.monotonic() - began)
             if head.status_code not in (429, 503):
-                await self._stream(call, exchange, head)
+                await self._pass_answer(call, exchange, head)
                 return None
             refusal = await self._refusal(exchange, head)
         except ExchangeError as error:
@@ -247,11 +275,12 @@ class Router:
             if call.started:
                 await self._broken_off(call, error)
                 return None
-            if error.begun and call.method not in SAFE:
-                status = 504 if error.kind == "silence" else 502
-                raise ApiError("the replica that worked on this request gave no whole answer", status,
-                               code="replica_lost") from None  # fmt: skip
-            return Refusal(error.kind)
+            if not error.begun or call.method in SAFE:
+                return Refusal(error.kind)
+            if error.kind != "silence" and call.method == "POST" and call.path in REPEATABLE:
+                return Refusal(error.kind, lost=True)
+            raise ApiError("the replica that worked on this request gave no whole answer",
+                           504 if error.kind == "silence" else 502, code="replica_lost") from None  # fmt: skip
         if refusal.status == 503:
             replica.told(False, "answered 503")
             if BEGUN.encode() in refusal.body and exchange.begun and call.method not in SAFE:
@@ -259,17 +288,20 @@ class Router:
                 return None
         return refusal
 
-    async def _stream(self, call: Call, exchange: Exchange, head: Any) -> None:
-        """The answer, piece by piece."""
+    async def _pass_answer(self, call: Call, exchange: Exchange, head: Any) -> None:
+        """The answer as it comes. Its head waits for the first piece: until then another replica can take over."""
         events = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in head.headers)
+        pieces = (whole_events if events else gathered)(exchange.pieces(), HELD)
+        piece = await anext(pieces, b"")
         await call.start(head.status_code, head.headers)
-        call.between_events = events
-        async for piece in exchange.pieces():
+        while piece:
             await call.give(piece)
-            call.between_events = events and piece.endswith((b"\n\n", b"\r\n\r\n"))
+            call.between_events = events and piece.endswith(EVENT_ENDS)
+            piece = await anext(pieces, b"")
         await call.end()
         if head.status_code < 500:
             exchange.replica.succeeded()
+            self.budget.answered()
         else:
             self._count_failure(exchange.replica)
 
@@ -289,13 +321,17 @@ class Router:
         return Refusal(str(head.status_code), head.status_code, list(head.headers), bytes(body[:REFUSAL]))
 
     async def _refuse(self, call: Call, refusals: Sequence[Refusal]) -> None:
-        """Everybody declined: the 429 with the shortest wait, else a replica's own 503, else ours."""
+        """Nobody answered: the 429 with the shortest wait, else a replica's own 503, else ours."""
         for status in (429, 503):
             if found := [r for r in refusals if r.status == status]:
                 best = min(found, key=lambda r: r.retry_after)
                 return await call.answer(status, best.body, best.headers)
         self.metrics.nobody()
         known = len(self.fleet.replicas)
+        if lost := sum(r.lost for r in refusals):
+            raise ApiError(f"{lost} replica{'s' * (lost != 1)} ended while working on this request, and it is given to "
+                           "no other; try again in 1 s", 503, code="replica_lost",
+                           headers={"retry-after": "1"})  # fmt: skip
         raise ApiError(f"none of {known} replica{'s' * (known != 1)} can answer now; try again in 1 s", 503,
                        code="no_replica", headers={"retry-after": "1"})  # fmt: skip
 

@@ -112,9 +112,11 @@ class Call:
                 raise ClientGone
             working.result()
         finally:
-            for task in both:
-                task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
+            left: Iterable[asyncio.Task[None]] = both
+            while left:
+                for task in left:
+                    task.cancel()
+                _, left = await asyncio.wait(left, timeout=1.0)  # again: ``wait_for`` may lose one (Python 3.11)
 
     def cut(self) -> None:
         """Wait for this client no longer; its connection ends, whatever it has still to take."""

@@ -22,6 +22,7 @@ from deepseek.serve.router.replica import Replica
 PIECE = 1 << 16  #: bytes read at once
 PATIENCE = 5.0  #: seconds to wait for `100 Continue`
 CONNECTING = 2.0  #: seconds to wait for a connection, TLS included
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n")  #: an empty line, as servers write it
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -170,6 +171,36 @@ class Exchange:
             raise ExchangeError(
                 f"the answer is no HTTP or broke off: {error}", "broken", self.begun
             ) from None
+
+
+async def whole_events(pieces: AsyncIterator[bytes], most: int) -> AsyncIterator[bytes]:
+    """A stream of server-sent events, cut only between events (unless one has more than ``most`` bytes).
+
+    So it can be ended anywhere; and nothing is late by it, for a part of an event is of no use to a client.
+    """
+    held = b""
+    async for piece in pieces:
+        held += piece
+        end = max((at + len(mark) for mark in EVENT_ENDS if (at := held.rfind(mark)) >= 0), default=0)
+        if end or len(held) > most:
+            yield held[: end or None]
+            held = held[end:] if end else b""
+    if held:
+        yield held
+
+
+async def gathered(pieces: AsyncIterator[bytes], most: int) -> AsyncIterator[bytes]:
+    """``pieces`` as one, if they have ``most`` bytes at most together; else they come once there are more."""
+    found, whole = bytearray(), True
+    async for piece in pieces:
+        found += piece
+        if len(found) > most:
+            whole = False
+        if not whole:
+            yield bytes(found)
+            found.clear()
+    if found:
+        yield bytes(found)
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,6 +20,8 @@ class RouterMetrics:
         self._refusals = _counter("refusals", "Requests declined (429, 503, not begun), so that another replica was "
                                   "asked, if there was one.", "replica", "why")  # fmt: skip
         self._ejections = _counter("ejections", "Times that failures in a row ejected a replica.", "replica")
+        self._retries = _counter("retries", "Requests given to another replica because this one was lost with them.",
+                                 "replica")  # fmt: skip
         self._nobody = _counter("unanswered", "Requests that no replica was there for.")
         self._gone = _counter("clients_gone", "Clients that left before the end of their answer.")
         self._head = Family(
@@ -42,6 +44,9 @@ class RouterMetrics:
 
     def refused(self, replica: str, why: str) -> None:
         self._refusals.add(1, replica, why)
+
+    def retried(self, replica: str) -> None:
+        self._retries.add(1, replica)
 
     def ejected(self, replica: str) -> None:
         self._ejections.add(1, replica)

@@ -46,6 +46,7 @@ class Watch:
             yield
         finally:
             tasks = [looking, *self._asking.values()]
+            self._asking.clear()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -73,7 +74,7 @@ class Watch:
         self.fleet.replicas = list(found.values())
 
     async def _ask_again(self, replica: Replica) -> None:
-        while True:
+        while replica in self._asking:  # a cancellation is lost when an answer comes with it (``wait_for``, Python 3.11)
             await asyncio.sleep(self.every)
             await self._ask(replica)
 
