@@ -142,7 +142,7 @@ def _blended_pairs(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[f
 def rope_table(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling = PLAIN
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for ``positions [..., T]`` times ``scaling.magnitude``, fp32 ``[..., T, head_dim / 2]`` each."""
+    """Cosines and sines for ``positions [..., T]`` times ``magnitude``, fp32 ``[..., T, head_dim / 2]`` each."""
     angle = positions[..., None].float() * inverse_frequencies(head_dim, theta, scaling, positions.device)
     if scaling.magnitude == 1:
         return angle.cos(), angle.sin()

@@ -15,6 +15,7 @@ from deepseek.models import ModelConfig
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.weights.families import COMMON, FAMILIES, Family
+from deepseek.weights.hf_rope import rope_from_hf, rope_to_hf
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LIMITS = dict.fromkeys(("num_hidden_layers", "num_experts", "num_local_experts"), 10_000)
@@ -107,30 +108,6 @@ def _refuse_unsupported(values: dict[str, Any], keys: Keys) -> None:
         )
 
 
-def _theta(keys: Keys) -> float:
-    """The rotary base: ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
-    theta = keys.number("rope_theta")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = keys[key]
-        if not rope:
-            continue
-        if not isinstance(rope, dict) or not _is_plain_rope(rope):
-            raise WeightsError(
-                f"config.json: {key} {rope!r} is not supported; our layers have plain RoPE ('default')"
-            )
-        value = rope.get("rope_theta", theta)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise WeightsError(f"config.json: {key}.rope_theta is {value!r}; it must be a positive number")
-        return float(value)
-    return theta
-
-
-def _is_plain_rope(rope: dict[str, Any]) -> bool:
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    return plain and not set(rope) - known and rope.get("partial_rotary_factor") in (None, 1)
-
-
 def _kinds(keys: Keys, family: Family) -> str:
     """The attention letter of every layer: 'F', or 'L' where a sliding window is on."""
     layers = keys.whole("num_hidden_layers")
@@ -162,11 +139,13 @@ def _attention(keys: Keys, family: Family, kinds: str) -> AttentionConfig:
     if keys["head_dim"] is None and hidden % heads:
         raise WeightsError(f"config.json: num_attention_heads={heads} does not divide hidden_size={hidden}")
     biased = family.bias == "option" and keys.flag("attention_bias")
+    theta, scaling = rope_from_hf(keys)
     made = AttentionConfig(
         heads=heads,
         kv_heads=heads if keys["num_key_value_heads"] is None else keys.whole("num_key_value_heads"),
         head_dim=hidden // heads if keys["head_dim"] is None else keys.whole("head_dim"),
-        rope_theta=_theta(keys),
+        rope_theta=theta,
+        rope_scaling=scaling,
         qk_norm=family.qk_norm,
         bias=biased or family.bias == "qkv",
         output_bias=biased,
@@ -228,8 +207,7 @@ def to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": {"rope_theta": a.rope_theta, "rope_type": "default"},
-        "rope_theta": a.rope_theta,
+        **rope_to_hf(a.rope_theta, a.rope_scaling),
         "attention_dropout": 0.0,
         "use_cache": True,
     }
@@ -275,6 +253,8 @@ def obstacle(config: ModelConfig, family: Family) -> str:
         return f"{family.model_type} has no sliding window in {'some' if 'F' in kinds else 'all'} layers"
     if "F" in kinds and not a.full_rope:
         return "its full layers have no rotary embedding"
+    if a.rope_scaling.type == "factors":
+        return "its rotary frequencies are divided by a list of factors"
     if a.qk_norm != family.qk_norm:
         return f"{family.model_type} has {'no ' if a.qk_norm else ''}QK-norm"
     biases = {"none": [(False, False)], "qkv": [(True, False)], "option": [(False, False), (True, True)]}

@@ -302,7 +302,7 @@ class TestOurAuto:
         assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
 
     def test_the_rest_runs_on_transformers_and_says_why(self, tmp_path):
-        scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+        scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         reference = self.save("llama", tmp_path / "a", rope_parameters=scaled)
         model = ds_transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
         assert model.runs_on.startswith("transformers: config.json: rope_parameters")

@@ -127,10 +127,10 @@ def test_no_weights(directory):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("rope_parameters", "yes"),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "longrope", "factor": 2.0}),
         ("partial_rotary_factor", 0.25),
         ("hidden_act", "gelu"),
         ("quantization_config", {"quant_method": "fp8"}),
