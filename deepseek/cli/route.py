@@ -34,7 +34,6 @@ class Route:
         options = ("affinity", "ready_path", "resolve", "max_body", "silence", "linger", "drain", "open")
         config = RouterConfig(**{name: getattr(self, name) for name in options})
         keys = Keyring.load(self.keys_file or None, os.environ)
-        route(
+        return route(
             self.replicas, config, host=self.host, port=self.port, keys=keys or None, listening=print_address
         )
-        return 0

@@ -64,12 +64,11 @@ class Serve:
             name=name, max_running=self.max_running or _running(self.device), max_waiting=self.max_waiting,
             timeout=self.timeout, drain=self.drain, log=self.log,
         )  # fmt: skip
-        serve(
+        return serve(
             self.model, engine, config, host=self.host, port=self.port, keys_file=self.keys_file,
             supervision=Supervision(reload=self.reload, first_token=self.first_token),
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
-        return 0
 
     def _several(self) -> int:
         from deepseek.serve.router import RouterConfig
@@ -83,12 +82,11 @@ class Serve:
         arguments = [self.model, *as_arguments(self, ("model", "host", "port", "replicas"))]
         silence = self.timeout + 60 if self.timeout else 86_400.0
         keys = Keyring.load(self.keys_file or None, os.environ)
-        serve_replicas(
+        return serve_replicas(
             arguments, self.replicas, RouterConfig(drain=self.drain, silence=silence), host=self.host, port=self.port,
             keys=keys, device=self.device,
             say=lambda at: print(f"{self.model} is served at {at} once a replica is ready", flush=True),
         )  # fmt: skip
-        return 0
 
 
 def _adapters(given: Sequence[str]) -> dict[str, str]:

@@ -14,13 +14,20 @@ from deepseek.config import to_dict
 from deepseek.errors import EngineError
 from deepseek.serve.request import EngineStats, ModelInfo, Output, Request
 from deepseek.serve.step_process import StepLoop, StepProcess, StepThread
-from deepseek.serve.supervision import EngineBusy, EngineDraining, SupervisedClient, Supervision
+from deepseek.serve.supervision import (
+    EngineBusy,
+    EngineDraining,
+    EngineReloading,
+    SupervisedClient,
+    Supervision,
+)
 from deepseek.serve.worker import StepEngine
 
 if TYPE_CHECKING:
     from deepseek.serve.engine_config import EngineConfig
 
-__all__ = ["EngineBusy", "EngineClient", "EngineDraining", "LocalClient", "ProcessClient", "Supervision"]
+__all__ = ["EngineBusy", "EngineClient", "EngineDraining", "EngineReloading", "LocalClient", "ProcessClient",
+           "Supervision"]  # fmt: skip
 
 FACTORY = "deepseek.serve.worker:load_engine"
 
@@ -49,7 +56,7 @@ class EngineClient(Protocol):
 
     async def reload(self, path: str) -> ModelInfo:
         """New requests go to the model at ``path``, running ones finish on the old one. A model that cannot be
-        loaded raises what loading it raised, and the old one serves on."""
+        loaded raises what loading it raised, and the old one serves on. ``EngineReloading``: one reload at a time."""
 
     async def drain(self, seconds: float) -> None:
         """Refuses new requests and waits for the others; those that need longer end with ``finish='abort'``."""

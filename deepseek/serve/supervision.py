@@ -35,6 +35,10 @@ class EngineDraining(EngineError):
     """New requests are refused: the server is about to stop."""
 
 
+class EngineReloading(EngineError):
+    """A reload is refused: another one is under way."""
+
+
 class EngineBusy(EngineError):
     """The first token would come later than ``Supervision.first_token`` allows: about ``seconds`` from now."""
 
@@ -188,7 +192,7 @@ class SupervisedClient(ABC):
         if self._closed or self._draining:
             raise EngineDraining(f"no reload of {path}: the server is stopping")
         if self._reloading:
-            raise EngineError(f"{self._reloading} is being loaded: reload {path} when that is done")
+            raise EngineReloading(f"{self._reloading} is being loaded: reload {path} when that is done")
         self._reloading = path
         # Whoever asked may go away: a reload that has begun is finished.
         return await asyncio.shield(self._task(self._replace(path)))

@@ -3,8 +3,8 @@
     while: take messages · step · send what the step added · beat
 
 It exists so that tokenising, JSON and slow readers never take time from a step, and so that a crash of the engine
-leaves somebody to say so. ``StepProcess`` starts it. It ends with its parent, however that ends. It ignores SIGINT and
-SIGTERM, which a terminal or a service manager sends to every process of a group: the parent decides about the end.
+leaves somebody to say so. ``StepProcess`` starts it. It ends with its parent, however that ends. It ignores SIGINT,
+SIGTERM and SIGHUP, which a terminal or a service manager sends to every process of a group: the parent decides.
 """
 
 from __future__ import annotations
@@ -164,8 +164,9 @@ def main() -> None:
     fd, page, parent = map(int, sys.argv[1:4])
     for inherited in (fd, page):
         os.set_inheritable(inherited, False)  # a compiler that torch starts must not keep our end open
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)  # the front end asks for our stack before it ends a hung step
     faulthandler.enable()

@@ -107,29 +107,48 @@ def test_sigterm_drops_nobody(pair: tuple[FakeReplica, FakeReplica]) -> None:
     assert len(refused) == 1
 
 
+def events(body: bytes) -> list[Any]:
+    return [json.loads(event.removeprefix(b"data: ")) for event in body.strip().split(b"\n\n")]
+
+
 def test_the_drain_is_bounded(pair: tuple[FakeReplica, FakeReplica]) -> None:
     with router(pair[0].url, pair[1].url, "--drain", "1") as (process, port), ThreadPoolExecutor(2) as pool:
         endless = pool.submit(ask, port, prompt="x", stream=True, max_tokens=300, pause=0.1)
         wait_for_work(pair, 1)
+        time.sleep(0.3)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
         assert time.monotonic() - began < 8
-        assert isinstance(endless.exception(), (http.client.HTTPException, OSError)), (
-            "a cut answer is no whole one"
-        )
+        status, body = endless.result()
+        assert (status, events(body)[-1]["error"]["code"]) == (200, "aborted")
 
 
-def test_a_second_signal_ends_at_once(pair: tuple[FakeReplica, FakeReplica]) -> None:
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once_and_says_so(
+    pair: tuple[FakeReplica, FakeReplica], second: int, status: int
+) -> None:
     with router(pair[0].url, pair[1].url) as (process, port), ThreadPoolExecutor(2) as pool:
-        pool.submit(ask, port, prompt="x", stream=True, max_tokens=300, pause=0.1)
-        wait_for_work(pair, 1)
+        stream = pool.submit(ask, port, prompt="x", stream=True, max_tokens=300, pause=0.1)
+        whole = pool.submit(ask, port, prompt="x", max_tokens=300, pause=0.1)
+        wait_for_work(pair, 2)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        process.wait(15)
+        process.send_signal(second)
+        assert process.wait(15) == status
         assert time.monotonic() - began < 5
+        assert events(stream.result()[1])[-1]["error"]["code"] == "aborted"
+        got, body = whole.result()
+        assert (got, json.loads(body)["error"]["code"]) == (503, "aborted")
+        wait_until_idle(pair)
+
+
+def wait_until_idle(pair: tuple[FakeReplica, FakeReplica]) -> None:
+    end = time.monotonic() + 20
+    while pair[0].running + pair[1].running:
+        assert time.monotonic() < end, "a replica works for nobody"
+        time.sleep(0.01)
 
 
 class Mortal:

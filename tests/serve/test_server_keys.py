@@ -86,6 +86,51 @@ def test_a_file_and_the_environment_give_keys_together(tmp_path: Path) -> None:
     assert BOB not in repr(ring)
 
 
+def test_a_file_that_changes_is_read_once_it_has_settled(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[alice]\nkey = "{ALICE}"\ntokens_per_minute = 100\nconcurrent = 1\n')
+    ring = Keyring.load(file, {"DEEPSEEK_API_KEYS": "env=sk-env-0123456789ab"})
+    alice = ring.find(f"Bearer {ALICE}")
+    assert alice is not None
+    alice.enter()
+    alice.spend(70)
+    file.write_text(f'[alice]\nkey = "{ALICE}"\ntokens_per_minute = 200\n[bob]\nkey = "{BOB}"\n')
+    ring.look()
+    assert ring.find(f"Bearer {BOB}") is None, "it may be half written"
+    ring.look()
+    assert ring.find(f"Bearer {BOB}") is not None
+    assert ring.find(f"Bearer {ALICE}") is alice
+    assert ring.find("Bearer sk-env-0123456789ab") is not None
+    assert alice.tokens is not None
+    assert alice.tokens.level == pytest.approx(130, abs=1), "what was used stays used"
+    assert (alice.running, alice.concurrent) == (1, 0)
+
+
+def test_a_file_that_is_no_good_leaves_the_keys_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[alice]\nkey = "{ALICE}"\n')
+    ring = Keyring.load(file, {})
+    before = ring.keys
+    for text in ("", "[a", f'[alice]\nkey = "{ALICE}"\n[b]\nkey = "{ALICE}"', "\xff", f'key = "{ALICE}"'):
+        file.write_bytes(text.encode("latin-1"))
+        for _ in range(4):
+            ring.look()
+        assert ring.keys is before
+    file.unlink()
+    for _ in range(4):
+        ring.look()
+    assert ring.keys is before
+    assert len(caplog.messages) == 6, "each is told once"
+    assert ALICE not in caplog.text
+    file.mkdir()
+    ring.read_again()
+    assert ring.keys is before
+    Keyring().look()
+    Keyring().read_again()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -216,8 +216,7 @@ class Router:
                 return await own(call)
             return await self._pass_on(call)
         except ApiError as error:
-            if not call.started:
-                await call.refuse(error)
+            await (self._broken_off(call, error) if call.started else call.refuse(error))
         except ClientGone:
             self.metrics.gone()
         except Exception as error:
@@ -273,7 +272,8 @@ class Router:
         except ExchangeError as error:
             self._failed(replica, error)
             if call.started:
-                await self._broken_off(call, error)
+                told = ApiError(f"the answer broke off: {error}", 502, code="replica_lost")
+                await self._broken_off(call, told)
                 return None
             if not error.begun or call.method in SAFE:
                 return Refusal(error.kind)
@@ -305,10 +305,9 @@ class Router:
         else:
             self._count_failure(exchange.replica)
 
-    async def _broken_off(self, call: Call, error: ExchangeError) -> None:
+    async def _broken_off(self, call: Call, told: ApiError) -> None:
         """End an answer that has begun: as an event where that is possible, else by closing the connection."""
         if call.between_events:
-            told = ApiError(f"the answer broke off: {error}", 502, code="replica_lost")
             await call.give(b"data: " + told.encoded() + b"\n\n")
             await call.end()
 
@@ -349,6 +348,18 @@ class Router:
             rest = replica.ejected_until - time.monotonic()
             self.say(f"replica {replica.name} is ejected for {rest:.0f} s: its last answers failed")
 
+    async def emptied(self, seconds: float) -> None:
+        """Until nothing passes through any more, or so long."""
+        until = time.monotonic() + seconds
+        while self.calls and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+
+    async def end_all(self, seconds: float) -> None:
+        """Tell everybody who waits that it ends now; they have so long to take it."""
+        for call in self.calls:
+            call.end_now()
+        await self.emptied(seconds)
+
     async def _health(self, call: Call) -> None:
         await call.answer(200, b'{"status":"ok"}', [JSON])
 
@@ -367,7 +378,7 @@ class Router:
         await call.answer(200, text, [(b"content-type", CONTENT_TYPE.encode())])
 
     async def _live(self, receive: Receive, send: Send) -> None:
-        """ASGI's lifespan: replicas are watched, and clients that take nothing are cut."""
+        """ASGI's lifespan: replicas and the keys' file are watched, and clients that take nothing are cut."""
         await receive()
         async with self.beside.running() if self.beside else contextlib.nullcontext(), self._watch.running():
             cutting = asyncio.ensure_future(self._cut_stalled())
@@ -379,6 +390,7 @@ class Router:
     async def _cut_stalled(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self.config.stalled / 2))
+            self.keys.look()
             limit = time.monotonic() - self.config.stalled
             for call in self.calls:
                 if call.sending is not None and call.sending < limit:

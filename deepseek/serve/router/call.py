@@ -44,6 +44,7 @@ class Call:
         self.closing = False  # the connection ends with this answer
         self.sending: float | None = None
         self.between_events = False
+        self._ends = False
         self._leaving: asyncio.Task[None] | None = None
 
     @property
@@ -102,13 +103,19 @@ class Call:
         return bytes(data)
 
     async def while_there(self, work: Coroutine[Any, Any, None]) -> None:
-        """``work``, cancelled when the client leaves or is ``cut``. Raises what it raises, or ``ClientGone``."""
+        """``work``, cancelled when the client leaves, is ``cut``, or is to ``end_now``.
+
+        Raises what it raises; ``ClientGone``; ``ApiError`` 503 for the last.
+        """
         working = asyncio.create_task(work)
         self._leaving = asyncio.create_task(self._gone())
         both = (working, self._leaving)
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
+                if self._ends:
+                    raise ApiError("this router was told to end at once; ask again, it or another one will answer",
+                                   503, code="aborted", headers={"retry-after": "1"})  # fmt: skip
                 raise ClientGone
             working.result()
         finally:
@@ -116,7 +123,9 @@ class Call:
             while left:
                 for task in left:
                     task.cancel()
-                _, left = await asyncio.wait(left, timeout=1.0)  # again: ``wait_for`` may lose one (Python 3.11)
+                _, left = await asyncio.wait(
+                    left, timeout=1.0
+                )  # again: ``wait_for`` may lose one (Python 3.11)
 
     def cut(self) -> None:
         """Wait for this client no longer; its connection ends, whatever it has still to take."""
@@ -124,6 +133,12 @@ class Call:
             self._leaving.cancel()
         if abort := self.scope.get(ABORT):
             abort()
+
+    def end_now(self) -> None:
+        """The router ends: leave the replica, and tell the client."""
+        self._ends = self.closing = True
+        if self._leaving is not None:
+            self._leaving.cancel()
 
     async def _gone(self) -> None:
         """Until the client has left, or has its answer."""

@@ -108,8 +108,8 @@ class LocalReplicas:
 
 
 def serve_replicas(arguments: Sequence[str], count: int, config: RouterConfig, *, host: str, port: int, keys: Keyring,
-                   device: str = "auto", say: Callable[[str], None] | None = None) -> None:  # fmt: skip
-    """Run ``deepseek serve ARGUMENTS`` ``count`` times behind a router, until SIGTERM or SIGINT.
+                   device: str = "auto", say: Callable[[str], None] | None = None) -> int:  # fmt: skip
+    """Run ``deepseek serve ARGUMENTS`` ``count`` times behind a router, until SIGTERM or SIGINT; ``route``'s status.
 
     Args:
         arguments: of ``deepseek serve``, without ``--host`` and ``--port``.
@@ -130,7 +130,7 @@ def serve_replicas(arguments: Sequence[str], count: int, config: RouterConfig, *
         [*PROGRAM, "serve", *arguments], environments(count, gpus, os.environ), config.drain + KILL,
         lambda line: print(f"router: {line}", file=sys.stderr, flush=True),
     )  # fmt: skip
-    route(replicas.urls, config, host=host, port=port, keys=keys, listening=say, beside=replicas)
+    return route(replicas.urls, config, host=host, port=port, keys=keys, listening=say, beside=replicas)
 
 
 def environments(count: int, gpus: Sequence[str], environment: Mapping[str, str]) -> list[dict[str, str]]:

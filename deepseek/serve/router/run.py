@@ -1,14 +1,13 @@
 """``route``: the router under uvicorn, and how it stops.
 
 SIGTERM (or the first Ctrl-C): ``/ready`` says 503 and answers end their connections; after ``linger`` seconds nothing
-new is accepted; what is running has ``drain`` seconds. A second signal ends at once.
+new is accepted; what is running has ``drain`` seconds, then it ends with an error. A second signal ends it at once.
 """
 
 from __future__ import annotations
 
-import math
+import asyncio
 import sys
-import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -19,12 +18,15 @@ from deepseek.serve.router.application import Beside, Router, RouterConfig
 from deepseek.serve.server.keys import Keyring
 
 PORT = 8080
+LAST_WORDS = 1.0  #: seconds for running answers to say that they end
 
 
 def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str = "127.0.0.1", port: int = PORT,
           keys: Keyring | None = None, listening: Callable[[str], None] | None = None,
-          beside: Beside | None = None) -> None:  # fmt: skip
+          beside: Beside | None = None) -> int:  # fmt: skip
     """Serve a ``Router`` until SIGTERM or SIGINT.
+
+    Returns the exit status: 0, or 128 plus its number when a second signal ended it at once.
 
     Args:
         host: other machines can reach one that is no loopback address; then replicas must ask for keys, and
@@ -44,34 +46,53 @@ def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str 
     router = Router(urls, config, keys, local=is_loopback(host), beside=beside)
 
     class Server(uvicorn.Server):
-        """Drains before it closes, and says where it listens."""
+        """Drains before it closes, and says where it listens. ``killed``: the signal that ended it at once, or 0."""
 
-        closes = math.inf
+        killed = 0
+        _ending: asyncio.Task[None] | None = None
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if router.draining:
-                self.force_exit = self.should_exit = True
+            self._loop.call_soon_threadsafe(self._stop, sig)
+
+        def _stop(self, sig: int) -> None:
+            if self._ending is None:
+                self._ending = asyncio.create_task(self._drain())
+            elif not self.killed:
+                self.killed = sig
                 if beside is not None:
                     beside.patience = 1.0
-                return
+                self._ending.cancel()
+                self._ending = asyncio.create_task(self._kill())
+
+        async def _drain(self) -> None:
             router.draining = True
+            router.say(f"draining: {len(router.calls)} requests are passing through")
+            await asyncio.sleep(router.config.linger)
+            self.should_exit = True
+            await router.emptied(router.config.drain)
+            await router.end_all(LAST_WORDS)
+
+        async def _kill(self) -> None:
+            await router.end_all(LAST_WORDS)
+            self.should_exit = self.force_exit = True
 
         async def on_tick(self, counter: int) -> bool:
-            if router.draining and self.closes == math.inf:
-                self.closes = time.monotonic() + router.config.linger
-                router.say(f"draining: {len(router.calls)} requests are passing through")
-            self.should_exit |= time.monotonic() >= self.closes or bool(beside and beside.failed)
+            self.should_exit |= bool(beside and beside.failed)
             return await super().on_tick(counter)
 
         async def startup(self, sockets: Any = None) -> None:
+            self._loop = asyncio.get_running_loop()
+            router.keys.read_on_hangup()
             await super().startup(sockets)
             if listening is not None:
                 listening(url(bound))
 
     with bind(host, port) as bound:
-        Server(settings(router)).run([bound])
+        server = Server(settings(router))
+        server.run([bound])
     if beside is not None and beside.failed:
         raise EngineError(beside.failed)
+    return 128 + server.killed if server.killed else 0
 
 
 def settings(router: Router) -> Any:
@@ -84,7 +105,8 @@ def settings(router: Router) -> Any:
     return uvicorn.Config(
         router, lifespan="on", http=type("Protocol", (Protocol,), {"head_seconds": limits.body_seconds}), ws="none",
         access_log=False, log_level="critical", proxy_headers=False, server_header=False, date_header=False,
-        timeout_keep_alive=round(limits.keep_alive), timeout_graceful_shutdown=max(1, round(limits.drain)),
+        timeout_keep_alive=round(limits.keep_alive),
+        timeout_graceful_shutdown=round(limits.drain + 2 * LAST_WORDS),
     )  # fmt: skip
 
 

@@ -74,7 +74,9 @@ class Watch:
         self.fleet.replicas = list(found.values())
 
     async def _ask_again(self, replica: Replica) -> None:
-        while replica in self._asking:  # a cancellation is lost when an answer comes with it (``wait_for``, Python 3.11)
+        while (
+            replica in self._asking
+        ):  # a cancellation is lost when an answer comes with it (``wait_for``, Python 3.11)
             await asyncio.sleep(self.every)
             await self._ask(replica)
 

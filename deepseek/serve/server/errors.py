@@ -22,16 +22,16 @@ from deepseek.errors import (
     RunError,
     WeightsError,
 )
-from deepseek.serve.supervision import EngineBusy
+from deepseek.serve.supervision import EngineBusy, EngineReloading
 
 LONGEST = 300  #: characters of a client's own value in an error message
 CLIENT_GONE = 499  #: logged, never sent: the client closed the connection before its answer
 
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    405: "invalid_request_error", 408: "timeout_error", 411: "invalid_request_error", 413: "invalid_request_error",
-    415: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error",
-    504: "timeout_error",
+    405: "invalid_request_error", 408: "timeout_error", 409: "conflict_error", 411: "invalid_request_error",
+    413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error", 500: "server_error",
+    503: "service_unavailable_error", 504: "timeout_error",
 }  # fmt: skip
 
 
@@ -77,6 +77,8 @@ def translated(error: Exception) -> ApiError:
     if isinstance(error, EngineBusy):
         wait = str(max(1, math.ceil(error.seconds - error.limit)))
         return ApiError(str(error), 429, code="queue_full", headers={"retry-after": wait})
+    if isinstance(error, EngineReloading):
+        return ApiError(str(error), 409, code="reload_in_progress", headers={"retry-after": "2"})
     if isinstance(error, EngineError):
         return ApiError(str(error), 503, code="engine_unavailable", headers={"retry-after": "2"})
     if isinstance(error, (ConfigError, DataError)):

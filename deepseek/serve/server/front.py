@@ -76,9 +76,9 @@ class Front:
 
     async def reload(self, path: str) -> Served:
         """Serve the model at ``path`` from now on. Raises ``DeepseekError`` and serves on what it served."""
-        self._texts[path] = await anyio.to_thread.run_sync(self.load, path)
+        texts = self._texts[path] = await anyio.to_thread.run_sync(self.load, path)
         info = await self.client.reload(path)
-        self._texts.setdefault(info.path, self._texts[path])
+        self._texts[info.path] = texts
         return await self.served()
 
     @property
@@ -109,7 +109,8 @@ class Front:
             self.log.close()
 
     async def _tick(self) -> None:
-        """Once a second: cut streams that nobody reads, send a comment on those that are silent, count steps."""
+        """Once a second: cut streams that nobody reads, send a comment on those that are silent, count steps, look
+        whether the keys have changed."""
         while True:
             await asyncio.sleep(TICK)
             now = time.monotonic()
@@ -117,3 +118,4 @@ class Front:
                 stream.look(now, self.config.beat, self.config.stalled)
             if self._served is not None:
                 self.metrics.look(self._served.name, self.client.stats())
+            self.keys.look()

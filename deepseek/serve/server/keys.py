@@ -11,26 +11,33 @@ Keys are random, so a plain hash is enough (a password would need a slow one). T
     admin = true                  # may also reload the model
 
 or from the environment (``DEEPSEEK_API_KEYS="alice=sk-…,bob=sk-…"``, ``DEEPSEEK_ADMIN_KEYS`` alike), and never from the
-command line, which every user of a machine can read.
+command line, which every user of a machine can read. A file that changes is read again while the server runs.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
+import logging
 import math
 import re
+import signal
+import stat
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek.config import configclass, from_dict, load_toml
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, DeepseekError
 from deepseek.serve.server.errors import ApiError
 
 SHORTEST = 16  #: characters of a key
 VARIABLES = (("DEEPSEEK_API_KEYS", False), ("DEEPSEEK_ADMIN_KEYS", True))
+
+log = logging.getLogger("deepseek.serve")
 
 
 @configclass
@@ -88,10 +95,25 @@ class Key:
     """A client: its name, its limits, and how much of them is used."""
 
     def __init__(self, name: str, config: KeyConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name, self.digest, self.admin = name, config.digest, config.admin
-        self.concurrent, self.running = config.concurrent, 0
-        self.requests = Bucket(config.requests_per_minute, clock) if config.requests_per_minute else None
-        self.tokens = Bucket(config.tokens_per_minute, clock) if config.tokens_per_minute else None
+        self.name, self.digest, self.running = name, config.digest, 0
+        self._clock = clock
+        self.requests: Bucket | None = None
+        self.tokens: Bucket | None = None
+        self.limit(config)
+
+    def limit(self, config: KeyConfig) -> None:
+        """The limits of ``config`` from now on; what has been used stays used."""
+        self.admin, self.concurrent = config.admin, config.concurrent
+        self.requests = self._bucket(self.requests, config.requests_per_minute)
+        self.tokens = self._bucket(self.tokens, config.tokens_per_minute)
+
+    def _bucket(self, old: Bucket | None, per_minute: float) -> Bucket | None:
+        if old is not None and old.per_minute == per_minute:
+            return old
+        new = Bucket(per_minute, self._clock) if per_minute else None
+        if new is not None and old is not None:
+            new.take(old.per_minute - old.level)
+        return new
 
     def enter(self) -> None:
         """Count one more request. Raises ``ApiError`` 429 when a limit is reached."""
@@ -138,11 +160,19 @@ class Key:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Keyring:
-    """All keys of a server; an empty one lets everybody in, as nobody in particular."""
+    """All keys of a server; an empty one lets everybody in, as nobody in particular.
+
+    ``look`` once a second keeps it true to its file, ``read_again`` does so at once. A file that cannot be read, or
+    holds no usable keys, leaves those that are known in force, and is told in the log.
+    """
 
     keys: tuple[Key, ...] = ()
+    path: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    _read: tuple[int, ...] = field(default=(), repr=False)  # signature of the file that was read
+    _seen: tuple[int, ...] = field(default=(), repr=False)  # and of the one at the last look
 
     def __bool__(self) -> bool:
         return bool(self.keys)
@@ -160,27 +190,80 @@ class Keyring:
     @classmethod
     def load(cls, path: Path | str | None, environment: Mapping[str, str]) -> Keyring:
         """Keys of a file and of the environment. Raises ``ConfigError``."""
-        configs: dict[str, KeyConfig] = {}
-        for name, table in (load_toml(path) if path else {}).items():
-            if not isinstance(table, dict):
-                raise ConfigError(f"{path}: {name!r} must be a table: [{name}] and below it key = …")
-            configs[_name(name)] = from_dict(KeyConfig, table, f"{path}: {name}")
-        if path and not configs:
-            raise ConfigError(f"{path} holds no key; write [NAME] and below it key = …")
-        for variable, admin in VARIABLES:
-            for entry in filter(None, (e.strip() for e in environment.get(variable, "").split(","))):
-                name, separator, key = entry.rpartition("=") if "=" in entry.rstrip("=") else ("", "", entry)
-                name = _name(name if separator else ("admin" if admin else "default"))
-                if name in configs:
-                    raise ConfigError(
-                        f"{variable}: there are two keys named {name!r}; name them apart: a=…,b=…"
-                    )
-                configs[name] = KeyConfig(key=key, admin=admin)
-        owners: dict[bytes, str] = {}
+        file = Path(path) if path else None
+        signature = _signature(file)
+        keys = tuple(Key(name, config) for name, config in _configs(file, environment).items())
+        kept = {name: environment[name] for name, _ in VARIABLES if name in environment}
+        return cls(keys, file, kept, signature, signature)
+
+    def look(self) -> None:
+        """Read the file again if it has changed, once it looks the same at two looks: it may be half written."""
+        signature = _signature(self.path)
+        settled, self._seen = signature == self._seen, signature
+        if settled and signature != self._read:
+            self.read_again()
+
+    def read_on_hangup(self) -> None:
+        """From now on SIGHUP reads the file again. Call it in the event loop; nothing without a file, or off the main
+        thread."""
+        if self.path is not None and hasattr(signal, "SIGHUP"):
+            with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.read_again)
+
+    def read_again(self) -> None:
+        """Know the keys that the file holds now; those that stay keep what they have used."""
+        self._read = self._seen = _signature(self.path)
+        if self.path is None or (self.path.exists() and not self.path.is_file()):  # a pipe is read once
+            return
+        try:
+            configs = _configs(self.path, self.environment)
+        except (DeepseekError, OSError, ValueError) as error:
+            log.warning("the keys stay as they were: %s", error)
+            return
+        known = {(key.name, key.digest): key for key in self.keys}
+        keys = []
         for name, config in configs.items():
-            if (other := owners.setdefault(config.digest, name)) != name:
-                raise ConfigError(f"the keys {other!r} and {name!r} are the same")
-        return cls(tuple(Key(name, config) for name, config in configs.items()))
+            key = known.pop((name, config.digest), None)
+            if key is None:
+                key = Key(name, config)
+            else:
+                key.limit(config)
+            keys.append(key)
+        before, self.keys = {key.name for key in self.keys}, tuple(keys)
+        gone, new = sorted({name for name, _ in known}), sorted({key.name for key in keys} - before)
+        log.warning("%s was read again: %d keys; new: %s; gone or changed: %s", self.path, len(keys),
+                    ", ".join(new) or "none", ", ".join(gone) or "none")  # fmt: skip
+
+
+def _signature(path: Path | None) -> tuple[int, ...]:
+    """Changes when the file does; empty where there is none."""
+    with contextlib.suppress(OSError):
+        if path and stat.S_ISREG((found := path.stat()).st_mode):
+            return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+    return ()
+
+
+def _configs(path: Path | None, environment: Mapping[str, str]) -> dict[str, KeyConfig]:
+    """What the file and the environment say, by name. Raises ``ConfigError``."""
+    configs: dict[str, KeyConfig] = {}
+    for name, table in (load_toml(path) if path else {}).items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name!r} must be a table: [{name}] and below it key = …")
+        configs[_name(name)] = from_dict(KeyConfig, table, f"{path}: {name}")
+    if path and not configs:
+        raise ConfigError(f"{path} holds no key; write [NAME] and below it key = …")
+    for variable, admin in VARIABLES:
+        for entry in filter(None, (e.strip() for e in environment.get(variable, "").split(","))):
+            name, separator, key = entry.rpartition("=") if "=" in entry.rstrip("=") else ("", "", entry)
+            name = _name(name if separator else ("admin" if admin else "default"))
+            if name in configs:
+                raise ConfigError(f"{variable}: there are two keys named {name!r}; name them apart: a=…,b=…")
+            configs[name] = KeyConfig(key=key, admin=admin)
+    owners: dict[bytes, str] = {}
+    for name, config in configs.items():
+        if (other := owners.setdefault(config.digest, name)) != name:
+            raise ConfigError(f"the keys {other!r} and {name!r} are the same")
+    return configs
 
 
 def _name(name: str) -> str:

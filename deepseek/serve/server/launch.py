@@ -38,8 +38,10 @@ def serve(
     keys_file: str = "",
     supervision: Supervision | None = None,
     say: Callable[[str], None] = print,
-) -> None:
+) -> int:
     """Serve the model at ``path`` over HTTP until SIGTERM or SIGINT, and then until what runs is finished.
+
+    Returns the exit status: 0, or 128 plus its number when a second signal ended it at once.
 
     Keys come from ``keys_file`` and from the environment (``DEEPSEEK_API_KEYS``, ``DEEPSEEK_ADMIN_KEYS``).
 
@@ -60,7 +62,7 @@ def serve(
     with bind(host, port) as bound:
         client = ProcessClient(path, engine, supervision)
         address = url(bound)
-        asyncio.run(_serve(client, config, keys, bound, lambda: say(f"{path} is served at {address}")))
+        return asyncio.run(_serve(client, config, keys, bound, lambda: say(f"{path} is served at {address}")))
 
 
 async def _serve(
@@ -69,7 +71,7 @@ async def _serve(
     keys: Keyring,
     bound: socket.socket,
     ready: Callable[[], None],
-) -> None:
+) -> int:
     """HTTP answers from the start (``/health`` yes, ``/ready`` no); ``ready`` is called when the model is loaded."""
     from deepseek.serve.server.front import Front
     from deepseek.serve.server.serving import Server
@@ -91,6 +93,7 @@ async def _serve(
             await serving
             raise error
         await serving
+        return 128 + server.killed if server.killed else 0
     finally:
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)

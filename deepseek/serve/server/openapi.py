@@ -153,7 +153,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 MEANINGS = {
     200: "the answer", 400: "a field is wrong; `param` names it", 401: "no key, or an unknown one",
     403: "not with this key, or not from there", 404: "no such model or route", 405: "not with this method",
-    408: "the body did not arrive in time", 413: "the body is too large", 415: "the body is no plain JSON",
+    408: "the body did not arrive in time", 409: "a reload is under way", 413: "the body is too large",
+    415: "the body is no plain JSON",
     429: "the queue or a limit of the key is full; `Retry-After` says when to come back",
     500: "a fault of the server", 503: "not ready, or shutting down; `Retry-After` says when to come back",
     504: "the request's time is over",
@@ -184,6 +185,8 @@ def _described(operation: Operation, secured: bool, names: Sequence[str]) -> dic
         statuses += [503]
     if operation.body is not None:
         statuses += [400, 404, 408, 413, 415]
+    if operation.admin:
+        statuses += [409]
     if operation.generates:
         statuses += [429, 500, 504]
     if "{" in operation.path:

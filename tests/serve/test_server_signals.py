@@ -1,0 +1,144 @@
+"""`deepseek serve` as a process (its engine pretends): two signals, new keys, and reloads while requests come."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fake_client import ADMIN, KEY
+from fake_served import process
+
+ROOT = {"authorization": f"Bearer {ADMIN}"}
+
+
+def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.02)
+
+
+def complete(url: str, key: str = KEY, **more: Any) -> httpx2.Response:
+    body = {"prompt": [1, 2], "max_tokens": 5, **more}
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx2.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+
+
+def running(url: str) -> int:
+    text = httpx2.get(f"{url}/metrics").text
+    line = next(x for x in text.splitlines() if x.startswith("vllm:num_requests_admitted{"))
+    return int(float(line.rpartition(" ")[2]))
+
+
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once_and_says_so(tmp_path: Path, second: int, status: int) -> None:
+    with process(tmp_path, "fake:step=0.02", drain=60) as (server, url), ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(complete, url, max_tokens=4000, stream=True) for _ in range(2)]
+        whole = [pool.submit(complete, url, max_tokens=4000) for _ in range(2)]
+        until(lambda: running(url) == 4)
+        server.send_signal(signal.SIGTERM)
+        until(lambda: httpx2.get(f"{url}/ready").status_code == 503)
+        time.sleep(0.2)
+        began = time.monotonic()
+        server.send_signal(second)
+        assert server.wait(30) == status
+        assert time.monotonic() - began < 10
+        for answer in (s.result() for s in streams):
+            events = answer.text.strip().split("\n\n")
+            assert answer.status_code == 200
+            assert len(events) > 4
+            assert events[-1] == "data: [DONE]"
+            told = json.loads(events[-2].removeprefix("data: "))
+            assert told["error"]["code"] == "aborted"
+        for answer in (w.result() for w in whole):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json()["error"]["code"] == "aborted"
+
+
+def test_keys_change_while_the_server_runs(tmp_path: Path) -> None:
+    """By themselves within seconds, at once on SIGHUP; a file that is no good changes nothing, and is told."""
+    file, bob, carol = tmp_path / "keys.toml", "sk-bob-0123456789abc", "sk-carol-0123456789a"
+    file.write_text(f'[alice]\nkey = "{KEY}"\n')
+    with process(tmp_path, "fake:step=0.02", keys_file=file) as (server, url), ThreadPoolExecutor(1) as pool:
+        assert complete(url, KEY).status_code == 200
+        assert complete(url, bob).status_code == 401
+        long = pool.submit(complete, url, max_tokens=100)
+        until(
+            lambda: (
+                httpx2.get(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"}).text.count(
+                    "admitted"
+                )
+                > 0
+            )
+        )
+        time.sleep(0.2)
+        file.write_text(f'[bob]\nkey = "{bob}"\n')
+        until(lambda: complete(url, bob).status_code == 200)
+        assert complete(url, KEY).status_code == 401
+        assert long.result().status_code == 200, "what was let in is finished"
+        file.write_text("[carol")
+        server.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert complete(url, bob).status_code == 200
+        file.unlink()
+        time.sleep(2.5)
+        assert complete(url, bob).status_code == 200
+        new = tmp_path / "new.toml"
+        new.write_text(f'[bob]\nkey = "{bob}"\nrequests_per_minute = 1\n[carol]\nkey = "{carol}"\n')
+        new.replace(file)
+        server.send_signal(signal.SIGHUP)
+        until(lambda: complete(url, carol).status_code == 200, 1.5)
+        assert [complete(url, bob).status_code for _ in range(2)] == [200, 429]
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=30)
+        assert server.returncode == 0
+    assert "new: bob; gone or changed: alice" in said
+    assert "the keys stay as they were" in said
+    assert "no config file" in said
+    assert "new: carol; gone or changed: none" in said
+    assert not any(key in said for key in (KEY, bob, carol))
+
+
+@pytest.mark.parametrize("how", ["beside", "inplace"])
+def test_a_reload_is_one_at_a_time_and_drops_nobody(tmp_path: Path, how: str) -> None:
+    keys, new = tmp_path / "keys.toml", "fake:name=b,load=1.5,step=0.002"
+    keys.write_text(f'[root]\nkey = "{ADMIN}"\nadmin = true\n')
+    (tmp_path / new).touch()
+    with process(tmp_path, "fake:name=a,step=0.002", keys_file=keys, reload=how) as (_, url):
+
+        def reload(path: str) -> httpx2.Response:
+            return httpx2.post(f"{url}/admin/reload", json={"path": path}, headers=ROOT, timeout=60)
+
+        def flow() -> list[tuple[int, str]]:
+            seen = []
+            while not stop:
+                answer = complete(url, ADMIN, max_tokens=20)
+                seen.append((answer.status_code, answer.json().get("system_fingerprint", "")))
+            return seen
+
+        stop: list[bool] = []
+        with ThreadPoolExecutor(6) as pool:
+            flows = [pool.submit(flow) for _ in range(4)]
+            first = pool.submit(reload, new)
+            time.sleep(0.3)
+            refused = [reload(path) for path in (new, "fake:name=a,step=0.002")]
+            assert not first.done(), "they were not made to wait"
+            for answer in refused:
+                assert (answer.status_code, answer.headers["retry-after"]) == (409, "2")
+                assert answer.json()["error"]["code"] == "reload_in_progress"
+                assert f"{new} is being loaded" in answer.json()["error"]["message"]
+            assert httpx2.get(f"{url}/ready").status_code == (200 if how == "beside" else 503)
+            assert first.result().status_code == 200
+            time.sleep(0.2)
+            stop.append(True)
+            seen = [pair for f in flows for pair in f.result()]
+        assert {status for status, _ in seen} == {200}
+        assert len({fingerprint for _, fingerprint in seen}) == 2, "the old model, then the new one"
+        assert reload("fake:name=a,step=0.002").status_code == 200, "and again"
