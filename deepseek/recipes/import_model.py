@@ -32,6 +32,7 @@ from deepseek.recipes.pretrain import IMPORTED
 from deepseek.weights import checkpoint
 from deepseek.weights.convert import gguf_file, open_model
 from deepseek.weights.foreign import ForeignModel
+from deepseek.weights.gguf_parts import model_name, part_paths
 from deepseek.weights.gguf_tokenizer import load_gguf_tokenizer
 from deepseek.weights.hf_tokenizer import TOKENIZER_FILES
 from deepseek.weights.shards import Pending
@@ -67,7 +68,7 @@ def import_model(source: Path | str, run: Path | str = "", *, dtype: str = "kept
         raise WeightsError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     source, began = Path(source), time.perf_counter()
     file = gguf_file(source)
-    final = Path(run) if str(run) else Path("runs") / (file.stem if file else source.resolve().name)
+    final = Path(run) if str(run) else Path("runs") / (model_name(file) if file else source.resolve().name)
     _check_new(final)
     with open_model(source) as model:
         tensors = _pending(model, DTYPES[dtype])
@@ -148,7 +149,7 @@ def _write_tokenizer(source: Path, target: Path) -> bool:
 
 def _provenance(source: Path, file: Path | None, model: ForeignModel, dtype: str) -> dict[str, Any]:
     """Where the model came from: every file with weights, its size and time."""
-    files = [file] if file is not None else sorted(source.glob("*.safetensors"))
+    files = part_paths(file) if file is not None else sorted(source.glob("*.safetensors"))
     return {
         "source": str((file or source).absolute()),
         "format": "gguf" if file is not None else "hf",

@@ -25,6 +25,7 @@ from deepseek.weights.families import FAMILIES, Family, Slot, family_named, slot
 from deepseek.weights.family_config import from_hf, matching_family, obstacle, to_hf
 from deepseek.weights.foreign import KEPT_FLOAT32, ForeignModel, empty
 from deepseek.weights.gguf_model import GGUFTensors
+from deepseek.weights.gguf_parts import model_name
 from deepseek.weights.hf_files import (
     INDEX,
     SHARD,
@@ -93,7 +94,7 @@ def open_directory(directory: Path | str) -> ForeignModel:
 
 
 def open_gguf(path: Path | str) -> ForeignModel:
-    """The model in a GGUF file, to be read tensor by tensor; quantised tensors come out as fp32.
+    """The model in a GGUF file (or any of its parts), to be read tensor by tensor; quantised tensors come out as fp32.
 
     Raises:
         WeightsError: the file is damaged, a tensor missing, left over or misshapen, or our layers cannot express
@@ -113,7 +114,9 @@ def open_model(path: Path | str) -> ForeignModel:
 
 
 def gguf_file(path: Path | str) -> Path | None:
-    """The GGUF file that ``path`` is, or the only one in that directory without ``config.json``; else ``None``.
+    """The GGUF file that ``path`` is, or the only model in that directory without ``config.json``; else ``None``.
+
+    Of a model in parts it is one of them.
 
     Raises:
         WeightsError: a directory with several.
@@ -124,7 +127,7 @@ def gguf_file(path: Path | str) -> Path | None:
     if not path.is_dir() or any((path / name).exists() for name in ("config.json", "config.toml")):
         return None
     held = sorted(path.glob("*.gguf"))
-    if len(held) > 1:
+    if len({model_name(p) for p in held}) > 1:
         raise WeightsError(f"{path} holds {len(held)} GGUF files; name one: {listed(p.name for p in held)}")
     return held[0] if held else None
 

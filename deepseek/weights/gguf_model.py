@@ -22,7 +22,8 @@ from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.weights.families import Slot
 from deepseek.weights.family_config import NO_BALANCE
-from deepseek.weights.gguf import GGUFFile
+from deepseek.weights.gguf_parts import GGUFParts
+from deepseek.weights.gguf_rope import FREQUENCIES, rope_from_gguf
 from deepseek.weights.hf_files import listed
 
 
@@ -47,9 +48,9 @@ ARCHITECTURES = {
 }
 #: Keys whose mere use (any value but these) means what our layers do not do.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scale_linear": (1.0,),
-    "rope.scaling.factor": (1.0, 0.0),
+    "rope.scaling.alpha": (1.0, 0.0),
+    "rope.dimension_sections": (),
+    "rope.freq_base_swa": (),
     "use_parallel_residual": (False,),
     "logit_scale": (1.0, 0.0),
     "embedding_scale": (1.0, 0.0),
@@ -68,13 +69,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "leading_dense_block_count": (0,),
     "moe_every_n_layers": (0, 1),
 }
-IGNORED = ("rope_freqs.weight",)  # checked: all ones
 
 
 class Keys:
     """The metadata of one architecture; wrong types raise ``WeightsError`` with the key and its value."""
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFParts) -> None:
         self.file = file
         name = file.metadata.get("general.architecture")
         if name not in ARCHITECTURES:
@@ -109,7 +109,7 @@ class Keys:
         return float(f"{value:.7g}")
 
 
-def gguf_config(file: GGUFFile) -> ModelConfig:
+def gguf_config(file: GGUFParts) -> ModelConfig:
     """The shape of the model in ``file``.
 
     Raises:
@@ -145,17 +145,6 @@ def _refuse_unsupported(keys: Keys) -> None:
     for key, plain in PLAIN.items():
         if keys[key] is not None and keys[key] not in plain:
             raise keys.error(key, "our layers cannot express that")
-    split = keys.file.metadata.get("split.count", 1)
-    if split not in (0, 1):
-        raise WeightsError(
-            f"{keys.file.path} is one of {split} parts (split.count); join them: llama-gguf-split --merge"
-        )
-    name = "rope_freqs.weight"
-    if name in keys.file.places and not bool((keys.file.get(name) == 1).all()):
-        raise WeightsError(
-            f"{keys.file.path}: {name} holds factors other than 1 (the scaled RoPE of Llama 3.1 and later); "
-            "our layers have plain RoPE"
-        )
 
 
 def _attention(keys: Keys) -> AttentionConfig:
@@ -171,11 +160,13 @@ def _attention(keys: Keys) -> AttentionConfig:
         if keys[key] is not None and keys.whole(key) != size:
             raise keys.error(key, f"heads are {size} wide, and our layers have {why}")
     window, places = keys["attention.sliding_window"], keys.file.places
+    theta, scaling = rope_from_gguf(keys, size)
     return AttentionConfig(
         heads=heads,
         kv_heads=keys.whole("attention.head_count_kv", heads),
         head_dim=size,
-        rope_theta=keys.number("rope.freq_base", 10_000.0),
+        rope_theta=theta,
+        rope_scaling=scaling,
         qk_norm=ARCHITECTURES[keys.name].qk_norm,
         bias="blk.0.attn_q.bias" in places,
         output_bias="blk.0.attn_output.bias" in places,
@@ -247,12 +238,12 @@ def _expert_slots(moe: MoEConfig, apart: bool) -> dict[str, Slot]:
 
 
 class GGUFTensors:
-    """The tensors of a file with their rows in our order; as ``hf_files.TensorFiles``, a context manager."""
+    """The tensors of a model with their rows in our order; as ``hf_files.TensorFiles``, a context manager."""
 
     copies = True
 
     def __init__(self, path: Path) -> None:
-        self.file = GGUFFile(path)
+        self.file = GGUFParts(path)
         try:
             self.config = gguf_config(self.file)
         except BaseException:
@@ -268,7 +259,7 @@ class GGUFTensors:
 
     @property
     def names(self) -> list[str]:
-        return [name for name in self.file.names if name not in IGNORED]
+        return [name for name in self.file.names if name != FREQUENCIES]
 
     @property
     def slots(self) -> dict[str, Slot]:

@@ -24,6 +24,7 @@ from deepseek.data import Tokenizer
 from deepseek.data.foreign_text import MOST_TEMPLATE, ForeignText
 from deepseek.errors import WeightsError, did_you_mean
 from deepseek.weights.gguf import GGUFFile
+from deepseek.weights.gguf_parts import part_paths
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "\u2581"
@@ -245,6 +246,6 @@ def _sentencepiece(meta: _Meta, tokens: list[str], types: list[int]) -> tuple[to
 
 
 def load_gguf_tokenizer(path: Path | str) -> Tokenizer | None:
-    """``gguf_tokenizer`` of a file that is not open."""
-    with GGUFFile(path) as file:
+    """``gguf_tokenizer`` of a file that is not open, or of the first part where the model is in several."""
+    with GGUFFile(part_paths(Path(path))[0]) as file:
         return gguf_tokenizer(file)

@@ -97,10 +97,15 @@ def tensors(model) -> dict[str, np.ndarray]:
 
 
 def write(
-    path: Path, architecture: str, weights: dict[str, np.ndarray], fill=lambda writer: None, kind=None
+    path: Path,
+    architecture: str,
+    weights: dict[str, np.ndarray],
+    fill=lambda writer: None,
+    kind=None,
+    split=0,
 ) -> Path:
-    """One file; ``kind`` quantises every matrix whose rows allow it."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """One file; ``kind`` quantises every matrix whose rows allow it; ``split``: parts of so many tensors."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     fill(writer)
     for name, value in weights.items():
         if kind is not None and value.ndim > 1:
@@ -114,10 +119,10 @@ def write(
     return path
 
 
-def write_model(path: Path, model, fill=lambda writer: None, kind=None) -> Path:
+def write_model(path: Path, model, fill=lambda writer: None, kind=None, split=0) -> Path:
     def everything(writer):
         metadata(writer, model.config)
         fill(writer)
 
     name = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[model.config.model_type]]
-    return write(path, name, tensors(model), everything, kind)
+    return write(path, name, tensors(model), everything, kind, split)

@@ -13,7 +13,6 @@ from deepseek.serve.engine import Engine
 from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
-from deepseek.weights.convert import load_hf
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -41,9 +40,9 @@ def tokens(rows: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def compare(directory: Path, reference, length: int = 80, rows: int = 2, generated: int = 12) -> None:
+def compare(path: Path, reference, length: int = 80, rows: int = 2, generated: int = 12) -> None:
     """Logits to 1e-5 of the largest, and greedy tokens of the serving engine, after a prompt of ``length``."""
-    ours, ids = load_hf(directory), tokens(rows, length)
+    ours, ids = load(path).model, tokens(rows, length)
     theirs = reference(ids).logits
     scale = max(1.0, float(theirs.abs().max()))
     torch.testing.assert_close(ours.logits(ours(ids).hidden), theirs, rtol=0, atol=1e-5 * scale)
@@ -55,12 +54,12 @@ def compare(directory: Path, reference, length: int = 80, rows: int = 2, generat
             do_sample=False,
             pad_token_id=0,
         )
-        assert served(directory, ids.tolist(), generated) == wanted[:, length:].tolist()
+        assert served(path, ids.tolist(), generated) == wanted[:, length:].tolist()
 
 
-def served(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+def served(path: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
     """Greedy answers of the engine to all prompts at once."""
-    engine = Engine(load(directory), EngineConfig(precision="fp32", memory_gib=0.01, device="cpu"))
+    engine = Engine(load(path), EngineConfig(precision="fp32", memory_gib=0.01, device="cpu"))
     found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), tuple(prompt), SamplingConfig(temperature=0, max_tokens=count)))
