@@ -21,7 +21,7 @@ from deepseek.errors import CheckpointError, ConfigError, WeightsError
 from deepseek.events import emit
 from deepseek.files import staged
 from deepseek.models import ModelConfig, Transformer
-from deepseek.weights.families import FAMILIES, Family, Slot, family_named, slots
+from deepseek.weights.families import FAMILIES, Family, Slot, family_of, slots
 from deepseek.weights.family_config import from_hf, matching_family, obstacle, to_hf
 from deepseek.weights.foreign import KEPT_FLOAT32, ForeignModel, empty
 from deepseek.weights.gguf_model import GGUFTensors
@@ -187,7 +187,7 @@ def save_hf(
 def _read(directory: Path) -> tuple[Family | None, ModelConfig]:
     values = read_json(directory / "config.json")
     if values.get("model_type") != OURS:
-        family = family_named(values.get("model_type"))
+        family = family_of(values)
         return family, from_hf(values, family)
     shape = values.get("model")
     if not isinstance(shape, dict):

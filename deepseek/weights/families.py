@@ -111,6 +111,17 @@ FAMILIES: dict[str, Family] = {
             window="all",
         ),
         Family(
+            "ministral",
+            "MinistralForCausalLM",
+            {
+                "max_position_embeddings": 131_072,
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+                "layer_types": None,
+            },
+            window="layers",
+        ),
+        Family(
             "qwen2",
             "Qwen2ForCausalLM",
             {
@@ -181,8 +192,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_named(model_type: Any) -> Family:
-    """The row of the table. Raises ``WeightsError`` with the known ones."""
+def family_of(values: dict[str, Any]) -> Family:
+    """The row of the table for a ``config.json``. Raises ``WeightsError`` with the known ones."""
+    model_type = values.get("model_type")
+    if model_type == "mistral" and "layer_types" in values:
+        model_type = "ministral"  # AutoConfig does so too
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join((*FAMILIES, "deepseek_hybrid"))
         near = did_you_mean(str(model_type), FAMILIES)

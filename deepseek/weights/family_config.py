@@ -129,7 +129,8 @@ def _kinds(keys: Keys, family: Family) -> str:
         return "".join("L" if kind == SLIDING else "F" for kind in types)
     if window is None or family.window == "none":
         return "F" * layers
-    first = keys.whole("max_window_layers") if family.window == "layers" and keys["max_window_layers"] else 0
+    counted = "max_window_layers" in family.defaults and keys["max_window_layers"]
+    first = keys.whole("max_window_layers") if counted else 0
     return "".join("L" if i >= first else "F" for i in range(layers))
 
 
@@ -238,8 +239,9 @@ def _window_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     values: dict[str, Any] = {"sliding_window": config.attention.window if on else None}
     if "use_sliding_window" in family.defaults:
         values["use_sliding_window"] = on
-    if family.window == "layers":
+    if "max_window_layers" in family.defaults:
         values["max_window_layers"] = config.layers if not on else config.kinds.index("L")
+    if family.window == "layers":
         values["layer_types"] = [SLIDING if kind == "L" else FULL for kind in config.kinds]
     return values
 
@@ -251,6 +253,8 @@ def obstacle(config: ModelConfig, family: Family) -> str:
         return "it has hybrid attention"
     if "L" in kinds and (family.window == "none" or (family.window == "all" and "F" in kinds)):
         return f"{family.model_type} has no sliding window in {'some' if 'F' in kinds else 'all'} layers"
+    if family.model_type == "ministral" and "L" not in kinds:
+        return "ministral wants a sliding window in some layer"
     if "F" in kinds and not a.full_rope:
         return "its full layers have no rotary embedding"
     if a.rope_scaling.type == "factors":
