@@ -2,7 +2,7 @@
 
 tokenizer_config.json      bos_token, eos_token, add_bos_token, chat_template
 special_tokens_map.json    bos_token, eos_token (older directories)
-generation_config.json     eos_token_id: one id, or all that end an answer
+generation_config.json     eos_token_id: one id, or all that end an answer; config.json where there is no such file
 chat_template.jinja        the template named "default"; more in additional_chat_templates/NAME.jinja
 """
 
@@ -47,7 +47,7 @@ class ForeignText:
         if bos is None and prefix:
             bos = inner.id_to_token(prefix[0])
         add = bool(prefix) or config.get(BEGINS) is True
-        whole = end_ids(directory / "generation_config.json")
+        whole = end_ids(directory)
         named = config.get("tokenizer_class")
         kind = named if isinstance(named, str) else cls.tokenizer_class
         return cls(bos, add and bos is not None, whole, _templates(directory, config), kind)
@@ -66,9 +66,10 @@ class ForeignText:
             write_atomic(directory / "generation_config.json", json.dumps(ends) + "\n")
 
 
-def end_ids(path: Path) -> tuple[int, ...]:
-    """``eos_token_id`` of a ``generation_config.json``, one or a list; none where there is no such file."""
-    ends = read_object(path).get("eos_token_id")
+def end_ids(directory: Path) -> tuple[int, ...]:
+    """``eos_token_id``, one or a list, of ``generation_config.json`` or, where there is none, of ``config.json``."""
+    path = directory / "generation_config.json"
+    ends = read_object(path if path.exists() else directory / "config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     return tuple(i for i in ends if isinstance(i, int) and not isinstance(i, bool))
 

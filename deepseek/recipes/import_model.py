@@ -11,6 +11,7 @@ model's size. The run appears whole or not at all. ``resume`` goes on from it as
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 
 from deepseek.config import replace, to_dict, to_toml
 from deepseek.data import DataConfig
-from deepseek.data.foreign_text import MORE_TEMPLATES
+from deepseek.data.foreign_text import MORE_TEMPLATES, end_ids
 from deepseek.errors import CheckpointError, RunError, WeightsError
 from deepseek.events import Event, JsonlSink, emit
 from deepseek.files import clean, staged, write_file
@@ -141,6 +142,8 @@ def _write_tokenizer(source: Path, target: Path) -> bool:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if not (source / "generation_config.json").is_file() and (ends := end_ids(source)):
+        write_file(target / "generation_config.json", [json.dumps({"eos_token_id": list(ends)}).encode()])
     for path in (source / MORE_TEMPLATES).glob("*.jinja"):
         (target / MORE_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / MORE_TEMPLATES / path.name)

@@ -101,6 +101,10 @@ def _refuse_unsupported(values: dict[str, Any], keys: Keys) -> None:
         raise WeightsError(
             f"config.json: architectures {named!r} is not a causal language model (…ForCausalLM)"
         )
+    if values.get("is_causal") not in (None, True):
+        raise WeightsError(
+            f"config.json: is_causal {values['is_causal']!r} is not supported; our layers see earlier positions only"
+        )
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise WeightsError(
             f"config.json: partial_rotary_factor {values['partial_rotary_factor']!r} is not supported; "

@@ -89,7 +89,7 @@ def write_tokenizer(
         (target / MORE_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / MORE_TEMPLATES / path.name)
     bos, eos, pad = (added.get(name or "") for name in names.values())
-    ends = end_ids(source / "generation_config.json")
+    ends = end_ids(source)
     return TokenIds(bos, eos, pad, added.get(TURN_END) if _speaks(added) else None, ends)
 
 

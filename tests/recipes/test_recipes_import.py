@@ -41,6 +41,10 @@ SHAPE = {
     "vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 12,
+}  # fmt: skip
 IDS = torch.randint(0, 260, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -77,6 +81,7 @@ def logits(model) -> torch.Tensor:
     ("model_type", "options"),
     [
         ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": LLAMA3}),
         ("mixtral", {"num_local_experts": 4}),
         ("qwen3", {"head_dim": 16}),
     ],
@@ -119,6 +124,17 @@ def test_the_run_speaks_as_the_model_did(tmp_path):
     assert model.complete("hé", temperature=0) == replace_seconds(
         foreign.complete("hé", temperature=0), model.complete("hé", temperature=0)
     )
+
+
+def test_end_tokens_of_config_json_where_there_is_no_generation_config(tmp_path):
+    write_model(tmp_path / "hf")
+    (tmp_path / "hf/generation_config.json").unlink()
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [258, 259]}))
+    run = import_model(tmp_path / "hf", tmp_path / "a").run
+    out = export(run, tmp_path / "out")
+    for place in (tmp_path / "hf", run, out.path):
+        assert assemble.load_tokenizer(place).end_ids == {257, 258, 259}  # and the tokenizer's own
 
 
 def replace_seconds(done, like):

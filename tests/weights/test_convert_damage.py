@@ -132,6 +132,7 @@ def test_no_weights(directory):
         ("rope_parameters", "yes"),
         ("rope_scaling", {"type": "longrope", "factor": 2.0}),
         ("partial_rotary_factor", 0.25),
+        ("is_causal", False),
         ("hidden_act", "gelu"),
         ("quantization_config", {"quant_method": "fp8"}),
         ("architectures", ["LlamaForSequenceClassification"]),
