@@ -209,13 +209,17 @@ FORMATS: dict[int, Format] = {
 OTHERS = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 
 def format_of(number: int, where: str) -> Format:
-    """The row of ``FORMATS``. Raises ``WeightsError`` that names the type and those we read."""
+    """The row of ``FORMATS``. Raises ``WeightsError`` that names the tensor, its type, and what to do."""
     if number not in FORMATS:
         known = ", ".join(f.name for f in FORMATS.values())
         named = f"{OTHERS[number]} (type {number})" if number in OTHERS else f"of the unknown type {number}"
-        raise WeightsError(f"{where} is {named}, which we do not read; quantise the model as one of {known}")
+        raise WeightsError(
+            f"{where} is {named}, which we do not read; take a file of the model made of {known}, or make one: "
+            "llama-quantize --allow-requantize FILE NEW Q8_0"
+        )
     return FORMATS[number]

@@ -3,9 +3,11 @@
 import gguf
 import numpy as np
 import pytest
+from gguf_models import write
 
 from deepseek.errors import WeightsError
 from deepseek.weights import gguf_quants
+from deepseek.weights.gguf import GGUFFile
 from deepseek.weights.gguf_quants import FORMATS, OTHERS, dequantise, format_of
 
 TYPES = {number: gguf.GGMLQuantizationType(number) for number in FORMATS}
@@ -53,3 +55,19 @@ def test_known_types_that_we_do_not_read_are_named():
         format_of(16, "'x'")
     with pytest.raises(WeightsError, match="unknown type 9999"):
         format_of(9999, "'x'")
+
+
+@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
+def test_every_type_of_the_package_is_read_or_refused_by_name(kind, tmp_path):
+    """In a file: the message has the file, the tensor, the type and a way out."""
+    size, stored = gguf.GGML_QUANT_SIZES[kind]
+    raw, path = np.zeros((2, stored), np.uint8), tmp_path / "m.gguf"
+    write(path, "llama", {}, lambda writer: writer.add_tensor("blk.0.x", raw, raw_dtype=kind))
+    if int(kind) in FORMATS:
+        with GGUFFile(path) as file:
+            assert file.get("blk.0.x").shape == (2, size)
+        return
+    with pytest.raises(WeightsError) as caught:
+        GGUFFile(path)
+    for word in (str(path), "'blk.0.x'", f"{kind.name} (type {int(kind)})", "llama-quantize"):
+        assert word in str(caught.value)
