@@ -79,24 +79,66 @@ class Cap:
 
 
 class Wait:
-    """Refuses who would wait too long, by the backlog of prompt rows and the measured speed of computing them."""
+    """Refuses who would wait too long, by the backlog of prompt rows and the measured speed of computing them.
 
-    def __init__(self, slo: Slo, share: float = 0.8) -> None:
-        self.limit = slo.ttft * share
+    Args:
+        lenient: an engine without a backlog takes every prompt, also one that takes longer than allowed by itself.
+    """
+
+    def __init__(self, slo: Slo, share: float = 0.8, *, lenient: bool = False) -> None:
+        self.limit, self.lenient = slo.ttft * share, lenient
 
     def admits(self, prompt: int, waiting: int, backlog_rows: int, speed: float) -> bool:
-        return not speed or (backlog_rows + prompt) / speed <= self.limit
+        if not speed or (self.lenient and not backlog_rows):
+            return True
+        return (backlog_rows + prompt) / speed <= self.limit
 
 
 class Account(Wait):
-    """``Wait`` as a front end can do it, which sees neither rows nor steps: what ships (``serve.backlog``)."""
+    """``Wait`` as a front end can do it, which sees no step, only what the engine tells of it (``serve.backlog``).
+    What ships is the lenient one.
 
-    def __init__(self, slo: Slo, backlog: Backlog) -> None:
-        super().__init__(slo)
-        self.backlog = backlog
+    Args:
+        look: brings ``backlog`` up to date.
+    """
+
+    def __init__(self, slo: Slo, backlog: Backlog, look: Callable[[], None], *, lenient: bool) -> None:
+        super().__init__(slo, lenient=lenient)
+        self.backlog, self.look = backlog, look
 
     def admits(self, prompt: int, waiting: int, backlog_rows: int, speed: float) -> bool:
-        return self.backlog.wait(prompt) <= self.limit
+        self.look()
+        return super().admits(prompt, waiting, self.backlog.left, self.backlog.speed)
+
+
+class Whole(Wait):
+    """The account of a front end that is told nothing: whole prompts that have had no answer yet, and how fast prompts
+    began to be answered. What shipped before ``Account``."""
+
+    weight = 0.3
+
+    def __init__(self, slo: Slo, clock: Callable[[], float]) -> None:
+        super().__init__(slo)
+        self.tokens, self.speed = 0, 0.0
+        self._window, self._clock = slo.ttft / 4, clock
+        self._since, self._done = 0.0, 0
+
+    def enter(self, tokens: int) -> None:
+        if not self.tokens:
+            self._since, self._done = self._clock(), 0
+        self.tokens += tokens
+
+    def begin(self, tokens: int) -> None:
+        self.tokens -= tokens
+        self._done += tokens
+        span = self._clock() - self._since
+        if self.tokens and span >= self._window:
+            speed = self._done / span
+            self.speed += (self.weight if self.speed else 1.0) * (speed - self.speed)
+            self._since, self._done = self._clock(), 0
+
+    def admits(self, prompt: int, waiting: int, backlog_rows: int, speed: float) -> bool:
+        return not (self.tokens and self.speed) or (self.tokens + prompt) / self.speed <= self.limit
 
 
 class ForecastWait(Wait):

@@ -35,6 +35,7 @@ from scheduling_policies import (
     Slo,
     Static,
     Wait,
+    Whole,
 )
 
 from deepseek.serve.arrivals import Arrival, Forecast, TraceConfig, read_trace, synthetic
@@ -135,7 +136,9 @@ class Simulation:
         }
         self.running = profile.max_running
         self.budget = self._budget(budget, comings)
-        self.backlog = Backlog(profile.slo.ttft / 4, lambda: self.now)
+        self.backlog = Backlog(profile.slo.ttft / 20)
+        self.whole = Whole(profile.slo, lambda: self.now)
+        self.told = 0.0  # when the engine last said what it had done: at the end of a step
         self.gate = self._gate(admission, comings)
         shared = any(a.hash_ids for a in trace)
         self.scheduler = Scheduler(
@@ -166,7 +169,7 @@ class Simulation:
         if self.gate.admits(arrival.prompt, len(scheduler.waiting), backlog, self.speed):
             tokens = arrival.tokens((1 << 31) + index)
             request = Request(str(index), tokens, SAMPLING)
-            self.backlog.enter(arrival.prompt)
+            self.whole.enter(arrival.prompt)
             scheduler.add(Scheduled(request, list(tokens), arrival=arrival.time, engine=self.lives[index]))
         else:
             self.lives[index].refused = True
@@ -193,10 +196,16 @@ class Simulation:
             life.tokens, life.last = life.tokens + 1, self.now
             if life.first is None:
                 life.first = self.now
-                self.backlog.begin(life.arrival.prompt)
+                self.whole.begin(life.arrival.prompt)
             if life.tokens >= life.arrival.output:
                 self.scheduler.remove(sequence)
         self.budget.observe(seconds, int(found[1]), int(found[2]))
+        self.told = self.now
+        self._look()
+
+    def _look(self) -> None:
+        """As the front end looks: when a request comes, when an answer begins, and four times a second."""
+        self.backlog.look(self.told, self.scheduler.prompt_rows, self.scheduler.rows)
 
     def _result(self) -> dict[str, Any]:
         slo, lives = self.profile.slo, self.lives
@@ -223,7 +232,10 @@ class Simulation:
         if name.startswith("cap"):
             return Cap(int(name.split()[1]))
         slo = self.profile.slo
-        kinds = {"all": Everybody, "wait": lambda: Wait(slo), "account": lambda: Account(slo, self.backlog)}
+        kinds = {"all": Everybody, "wait": lambda: Wait(slo), "lenient wait": lambda: Wait(slo, lenient=True),
+                 "account": lambda: Account(slo, self.backlog, self._look, lenient=True),
+                 "strict account": lambda: Account(slo, self.backlog, self._look, lenient=False),
+                 "whole": lambda: self.whole}  # fmt: skip
         return kinds[name]() if name in kinds else ForecastWait(slo, comings[name])
 
 
@@ -355,7 +367,10 @@ def main() -> None:
         s: statistics.fmean(r["kept"] for k, v in found.items() if k[2] == s for r in v) for s in settings
     }
     best = max(settings, key=lambda s: means[s])
-    gates = [(best, a) for a in ("all", *(f"cap {n}" for n in CAPS), "account", "wait", "forecast", "oracle")]
+    gates = [
+        (best, a)
+        for a in ("all", *(f"cap {n}" for n in CAPS), "whole", "account", "wait", "forecast", "oracle")
+    ]
     found = study(profile, args, gates, [0.7, 1.0, 1.3, 2.0], out)
     print(f"Admission, with {best}; the same share:\n\n{table(found, 3)}\n")
     print(f"({time.monotonic() - began:.0f} s)")

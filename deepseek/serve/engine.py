@@ -203,7 +203,8 @@ class Engine:
         return EngineStats(
             running=len(scheduler.running), waiting=len(scheduler.waiting),
             pages_total=self.pages.total, pages_used=self.pages.used, preemptions=scheduler.preemptions,
-            prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits, **self._totals,
+            prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits,
+            prompt_rows=scheduler.prompt_rows, rows=scheduler.rows, **self._totals,
         )  # fmt: skip
 
     # --- one step -----------------------------------------------------------------------------------------------------

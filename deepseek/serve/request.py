@@ -116,6 +116,7 @@ class EngineStats:
     waiting: int = 0
     pages_total: int = 0
     pages_used: int = 0  # by running requests; cached pages that nobody uses count as free
+    prompt_rows: int = 0  # tokens of prompts that are left to compute, of waiting and running requests
     steps: int = 0  # counters
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -125,3 +126,4 @@ class EngineStats:
     drafted: int = 0  # tokens proposed by speculation
     accepted: int = 0
     step_seconds: float = 0.0
+    rows: int = 0  # tokens computed, of prompts and answers, and those that the prefix cache had

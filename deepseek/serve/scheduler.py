@@ -112,6 +112,8 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.prompt_rows = 0  #: rows of prompts that are left to compute, waiting and running
+        self.rows = 0  #: rows computed so far, and those that the prefix cache had
         self._arrivals = 0
         self._promised: dict[bytes, Scheduled] = {}  #: pages of prompts that somebody is computing now
 
@@ -122,6 +124,7 @@ class Scheduler:
     def add(self, sequence: Scheduled) -> None:
         """Let a sequence wait its turn."""
         sequence.order, self._arrivals = self._arrivals, self._arrivals + 1
+        self.prompt_rows += len(sequence.tokens)
         self._wait(sequence)
 
     def remove(self, sequence: Scheduled) -> None:
@@ -129,6 +132,8 @@ class Scheduler:
         for place in (self.running, self.waiting):
             if sequence in place:
                 place.remove(sequence)
+        if not sequence.decoding:
+            self.prompt_rows = max(0, self.prompt_rows - len(sequence.tokens) + sequence.computed)
         self._retire(sequence)
 
     def plan(self) -> Plan:
@@ -138,6 +143,7 @@ class Scheduler:
         decoding = [s for s in self.running if s.decoding]
         prompts = [s for s in self.running if not s.decoding]
         waiting_rows = sum(len(s.tokens) - s.computed for s in (*prompts, *self.waiting))
+        self.prompt_rows, hits = waiting_rows, self.prefix_hits
         left = max(self.budget.rows(len(decoding), waiting_rows), len(decoding), 1)
         for sequence in decoding:
             if sequence in preempted:
@@ -148,6 +154,7 @@ class Scheduler:
                 continue
             work.append(Work(sequence, sequence.computed, 1 + drafts, drafts))
             left -= 1 + drafts
+        answers = len(work)
         for sequence in prompts:
             if left <= 0:
                 break
@@ -156,12 +163,14 @@ class Scheduler:
         if not preempted:
             self._admit(left, work)
         gone = set(map(id, preempted))
+        self.prompt_rows -= sum(w.rows for w in work[answers:] if id(w.sequence) not in gone) + self.prefix_hits - hits
         return Plan([w for w in work if id(w.sequence) not in gone], preempted)
 
     def advance(self, work: Work, accepted: int) -> None:
         """``accepted`` of the work's rows are final: all of a prompt's, of drafts those that were right."""
         sequence = work.sequence
         sequence.computed, known = work.start + accepted, sequence.pages.named
+        self.rows += accepted
         self.pages.settle(sequence.pages, sequence.tokens, sequence.salt, sequence.computed)
         if self._promised:
             for key in sequence.pages.hashes[known : sequence.pages.named]:
@@ -251,6 +260,7 @@ class Scheduler:
         pages.grow(held, start + count)
         self.prefix_queries += len(sequence.tokens)
         self.prefix_hits += start
+        self.rows += start
         if sequence.preempted == 0:
             sequence.cached = start
             sequence.queued = time.monotonic() - sequence.arrival
@@ -270,6 +280,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Scheduled) -> None:
         self.running.remove(sequence)
+        self.prompt_rows += len(sequence.tokens) if sequence.decoding else sequence.computed
         self._retire(sequence)
         sequence.preempted += 1
         self.preemptions += 1

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,10 @@ class StepLoop(ABC):
         self.loaded: asyncio.Future[ModelInfo] = self.loop.create_future()
         self.loaded.add_done_callback(lambda f: f.cancelled() or f.exception())  # asked for or not
         self.streams: dict[str, Stream] = {}
+        self._sent: deque[tuple[int, int]] = (
+            deque()
+        )  # requests that the loop may not have read: number, tokens
+        self._sent_tokens = self._submitted = 0
         self.error: DeepseekError | None = None
         self.gone = self._stopping = self._writing = False
         page = Heartbeat.file()
@@ -86,9 +91,29 @@ class StepLoop(ABC):
     def stats(self) -> EngineStats:
         return self._last if self.gone else self.beat.stats()
 
+    @property
+    def on_the_way(self) -> int:
+        """Prompt tokens that were sent and that ``stats`` do not know of yet."""
+        self._forget_taken()
+        return self._sent_tokens
+
+    @property
+    def told(self) -> float:
+        """When ``stats`` were written, ``time.monotonic`` seconds."""
+        return 0.0 if self.gone else self.beat.written
+
+    def _forget_taken(self) -> None:
+        taken = self._submitted if self.gone else self.beat.taken
+        while self._sent and self._sent[0][0] <= taken:
+            self._sent_tokens -= self._sent.popleft()[1]
+
     def submit(self, stream: Stream) -> None:
         request = stream.attempt()
         self.streams[stream.wire_id] = stream
+        self._submitted += 1
+        self._sent.append((self._submitted, len(request.prompt)))
+        self._sent_tokens += len(request.prompt)
+        self._forget_taken()
         self._send((wire.ADD, wire.pack_request(request)))
 
     def abort(self, stream: Stream) -> None:

@@ -45,7 +45,6 @@ class Stream:
         attempts: how many step processes have been given it.
         started: something of the answer has arrived, so it cannot be given to another step process any more.
         ended: its last output, or its error, has arrived.
-        waits: it counts as waiting for its first output.
         settled: called when it has started, and when it has ended.
     """
 
@@ -53,7 +52,6 @@ class Stream:
         self.request, self.arrived = request, time.monotonic()
         self.wire_id, self.attempts = "", 0
         self.started = self.ended = False
-        self.waits = True
         self.settled: Callable[[], None] = lambda: None
         self._held: list[Output] = []
         self._error: BaseException | None = None

@@ -28,7 +28,7 @@ from deepseek.serve.stream import Stream
 
 WARM = 16  #: steps after which nothing is compiled or captured any more
 PROMISED = 0.8  #: share of ``first_token`` that the expected wait may take: it is only expected
-GAUGES = ("running", "waiting", "pages_total", "pages_used")
+GAUGES = ("running", "waiting", "pages_total", "pages_used", "prompt_rows")
 
 
 class EngineDraining(EngineError):
@@ -102,7 +102,7 @@ class SupervisedClient(ABC):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._recovery: asyncio.Task[None] | None = None
         self._crashes: deque[float] = deque()
-        self._backlog = Backlog(window=max(0.1, supervision.first_token / 4))
+        self._backlog = Backlog(window=max(0.05, supervision.first_token / 20))
         self._past = EngineStats()  # of loops that are gone
         self._info: ModelInfo | None = None
         self._state = ""
@@ -151,13 +151,13 @@ class SupervisedClient(ABC):
             raise self._failed or EngineError("the engine was closed" if self._closed else "start() it first")
         if self._draining:
             raise EngineDraining("the server is stopping and takes no new requests")
-        size, limit = len(request.prompt), self._rules.first_token
-        if limit and (wait := self._backlog.wait(size)) > PROMISED * limit:
+        limit = self._rules.first_token
+        self._look()
+        if limit and (wait := self._backlog.wait(len(request.prompt))) > PROMISED * limit:
             raise EngineBusy(wait, limit)
         stream = Stream(request)
         stream.settled = functools.partial(self._settled, stream)
         self._streams.add(stream)
-        self._backlog.enter(size)
         self._queue.append(stream)
         self._pump()
         try:
@@ -234,17 +234,22 @@ class SupervisedClient(ABC):
 
     def _settled(self, stream: Stream) -> None:
         """It has begun, or ended."""
-        if stream.waits:
-            stream.waits = False
-            (self._backlog.begin if stream.started else self._backlog.leave)(len(stream.request.prompt))
+        self._look()
         self._pump()
+
+    def _look(self) -> None:
+        """Keep the account of waiting prompts."""
+        if not self._rules.first_token:
+            return
+        stats = self.stats()
+        left = stats.prompt_rows + sum(loop.on_the_way for loop in self._loops)
+        left += sum(len(stream.request.prompt) for stream in self._queue)
+        told = max((loop.told for loop in self._loops), default=0.0)
+        self._backlog.look(told, left, stats.rows)
 
     def _leave(self, stream: Stream) -> None:
         """Its consumer has all of it, or has gone."""
         self._streams.discard(stream)
-        if stream.waits:
-            stream.waits = False
-            self._backlog.leave(len(stream.request.prompt))
         if not stream.ended:
             self._forget(stream)
 
@@ -423,6 +428,7 @@ class SupervisedClient(ABC):
             for stream in [s for s in self._queue if (left := s.time_left()) is not None and left <= 0]:
                 self._end(stream, "timeout")
             self._pump()
+            self._look()
 
 
 def _added(first: EngineStats, *others: EngineStats) -> EngineStats:

@@ -7,8 +7,8 @@ the same source, so no field needs a name.
     to the engine   ADD request · ABORT id · STOP
     from it         READY info · OUT outputs of one step · REFUSED id, error · FAILED error (then it exits)
 
-The heartbeat needs no message: the step loop writes the time and its ``EngineStats`` into a page of memory that
-both processes map, so a reader sees the newest values even while the other side hangs.
+The heartbeat needs no message: the step loop writes the time, how many requests it has taken, and its ``EngineStats``
+into a page of memory that both processes map, so a reader sees the newest values even while the other side hangs.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ _stats_of = attrgetter(*(name for name, _ in _STATS))
 
 
 class Heartbeat:
-    """A page of memory that the step loop writes and the front end reads: time, steps done, ``EngineStats``.
+    """A page of memory that the step loop writes and the front end reads: times, counts, ``EngineStats``.
 
     Numbers are doubles (counts are exact up to 2^53). A reader may see some counters of one step and some of the next.
     """
 
-    _LAYOUT = struct.Struct(f"<{2 + len(_STATS)}d")
+    _LAYOUT = struct.Struct(f"<{4 + len(_STATS)}d")
 
     def __init__(self, fd: int) -> None:
         self._page = mmap.mmap(fd, mmap.PAGESIZE)
@@ -146,8 +146,10 @@ class Heartbeat:
         os.ftruncate(fd, mmap.PAGESIZE)
         return fd
 
-    def write(self, steps: int, stats: EngineStats) -> None:
-        self._LAYOUT.pack_into(self._page, 0, time.monotonic(), steps, *_stats_of(stats))
+    def write(self, steps: int, stats: EngineStats, taken: int = 0) -> None:
+        """After a step, or while idle: ``steps`` done, ``taken`` requests read from the socket, both so far."""
+        now = time.monotonic()
+        self._LAYOUT.pack_into(self._page, 0, now, steps, now, taken, *_stats_of(stats))
 
     def touch(self) -> None:
         """The loop is alive, but has nothing new to tell."""
@@ -163,8 +165,18 @@ class Heartbeat:
     def steps(self) -> int:
         return int(struct.unpack_from("<d", self._page, 8)[0])
 
+    @property
+    def written(self) -> float:
+        """When ``stats`` were written, ``time.monotonic`` seconds of any process of this machine; 0: not yet."""
+        return float(struct.unpack_from("<d", self._page, 16)[0])
+
+    @property
+    def taken(self) -> int:
+        """Requests that ``stats`` know of."""
+        return int(struct.unpack_from("<d", self._page, 24)[0])
+
     def stats(self) -> EngineStats:
-        _, _, *values = self._LAYOUT.unpack_from(self._page, 0)
+        _, _, _, _, *values = self._LAYOUT.unpack_from(self._page, 0)
         return EngineStats(**{name: kind(v) for (name, kind), v in zip(_STATS, values)})
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ def load_engine(path: str, options: dict[str, Any]) -> StepEngine:
 
 def run(engine: StepEngine, channel: Channel, beat: Heartbeat) -> None:
     """Steps ``engine`` until it is told to stop or the front end is gone. Raises what ``engine.step`` raises."""
-    steps, preparing = 0, Preparing(engine)
+    steps, taken, preparing = 0, 0, Preparing(engine)
     beat.write(steps, engine.stats())
     channel.send((wire.READY, wire.pack_info(engine.info)))
     while not channel.closed:
@@ -75,6 +75,7 @@ def run(engine: StepEngine, channel: Channel, beat: Heartbeat) -> None:
             channel.wait(SOON if preparing else IDLE)
         for message in channel.receive():
             if message[0] == wire.ADD:
+                taken += 1
                 preparing.put(wire.unpack_request(message[1]))
             elif message[0] == wire.ABORT:
                 preparing.drop(message[1])
@@ -85,7 +86,7 @@ def run(engine: StepEngine, channel: Channel, beat: Heartbeat) -> None:
             _add(engine, channel, request)
         outputs = engine.step() if (working := engine.has_work) else []
         steps += working
-        beat.write(steps, engine.stats())  # before the outputs: who has an answer finds it counted
+        beat.write(steps, engine.stats(), taken)  # before the outputs: who has an answer finds it counted
         if outputs:
             channel.send((wire.OUT, [wire.pack_output(o) for o in outputs]))
         channel.flush()

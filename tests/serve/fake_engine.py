@@ -38,7 +38,7 @@ class FakeEngine:
         self.info = ModelInfo(name, f"fake:{name}", 4096, 1000, 64, 12345, experts=4, expert_layers=(1,))
         self.seconds, self.die_at, self.slots = step, die_at, slots
         self.live: dict[str, tuple[Request, int]] = {}
-        self.steps = self.tokens = 0
+        self.steps = self.tokens = self.rows = 0
 
     @property
     def has_work(self) -> bool:
@@ -85,6 +85,7 @@ class FakeEngine:
                        prompt_tokens=len(request.prompt))
             )  # fmt: skip
             self.tokens += 1
+            self.rows += 1 if done else len(request.prompt)
             if last:
                 del self.live[id]
             else:
@@ -94,6 +95,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         used = sum(-(-(len(r.prompt) + n) // PAGE) for r, n in self.live.values())
         return EngineStats(
+            prompt_rows=sum(len(r.prompt) for r, done in self.live.values() if not done), rows=self.rows,
             running=len(self.live), pages_total=1000, pages_used=used, steps=self.steps,
             generated_tokens=self.tokens, step_seconds=self.steps * 0.5,
         )  # fmt: skip

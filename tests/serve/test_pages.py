@@ -91,6 +91,8 @@ def serve(
                 for _ in range(chance.randint(0, drafts)):
                     truth.append(sum(truth) % 7 if chance.random() < 0.7 else 99)
                 sequence.draft = truth[len(sequence.tokens) :]
+        unread = [s for s in (*scheduler.running, *scheduler.waiting) if not s.decoding]
+        assert scheduler.prompt_rows == sum(len(s.tokens) - s.computed for s in unread)
     assert not scheduler.has_work
     assert scheduler.pages.used == 0
     for sequence in left:

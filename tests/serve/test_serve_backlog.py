@@ -7,56 +7,40 @@ import pytest
 from deepseek.serve.backlog import Backlog
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_the_wait_is_what_is_ahead_over_the_speed() -> None:
-    clock = Clock()
-    backlog = Backlog(0.5, clock)
-    assert backlog.wait(1000) == 0.0
-    for _ in range(50):
-        backlog.enter(100)
+def test_the_wait_is_what_is_left_over_the_speed() -> None:
+    backlog, at, rows = Backlog(0.5), 100.0, 0
+    backlog.look(at, 5000, rows)
     assert backlog.wait(1000) == 0.0  # no speed yet
     for _ in range(30):
-        clock.now += 0.1
-        backlog.begin(100)
-    assert backlog.speed == pytest.approx(1000, rel=0.01)
-    assert backlog.wait(500) == pytest.approx((20 * 100 + 500) / 1000, rel=0.01)
-    backlog.leave(1000)
-    assert backlog.wait(500) == pytest.approx(1.5, rel=0.01)
+        at, rows = at + 0.1, rows + 110  # 100 rows of prompts and 10 of answers a step
+        backlog.look(at, 5000 - rows * 10 // 11, rows)
+    assert backlog.speed == pytest.approx(1100, rel=0.01)
+    assert backlog.wait(500) == pytest.approx((2000 + 500) / 1100, rel=0.01)
+    backlog.look(at, 3500, rows)  # others came, within the same step
+    assert backlog.wait(500) == pytest.approx(4000 / 1100, rel=0.01)
 
 
 def test_a_prompt_alone_says_nothing_about_the_speed_and_is_never_refused() -> None:
-    clock = Clock()
-    backlog = Backlog(0.5, clock)
-    for _ in range(20):
-        backlog.enter(5)
-        clock.now += 2.0
-        backlog.begin(5)
+    backlog, at = Backlog(0.5), 100.0
+    for number in range(20):
+        backlog.look(at, 5, 5 * number)
+        at += 2.0
+        backlog.look(at, 0, 5 * number + 5)
     assert backlog.speed == 0.0
-    assert backlog.tokens == 0
     assert backlog.wait(10**6) == 0.0
 
 
 def test_the_speed_follows_the_engine() -> None:
-    clock = Clock()
-    backlog = Backlog(0.5, clock)
+    backlog, at, rows = Backlog(0.5), 0.0, 0
     for step in (0.1, 0.4):
         for _ in range(100):
-            backlog.enter(100)
-            backlog.enter(100)
-            clock.now += step
-            backlog.begin(100)
-            clock.now += step
-            backlog.leave(100)
-    assert backlog.tokens == 0
-    for _ in range(40):
-        backlog.enter(100)
-    for _ in range(39):
-        clock.now += 0.4
-        backlog.begin(100)
-    assert backlog.speed == pytest.approx(250, rel=0.05)
+            at, rows = at + step, rows + 100
+            backlog.look(at, 1000, rows)
+    assert backlog.speed == pytest.approx(250, rel=0.01)
+
+
+def test_an_engine_that_begins_anew_is_measured_anew() -> None:
+    backlog = Backlog(0.5)
+    for at, rows in ((1.0, 0), (2.0, 100), (3.0, 200), (4.0, 10), (4.2, 30), (3.0, 40)):
+        backlog.look(at, 50, rows)
+    assert backlog.speed == 100.0

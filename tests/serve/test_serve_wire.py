@@ -160,9 +160,14 @@ def test_the_heartbeat_is_seen_by_another_mapping(tmp_path: Path) -> None:
     os.close(fd)
     assert theirs.age == math.inf
     stats = EngineStats(running=3, waiting=2, generated_tokens=2**40 + 1, step_seconds=1.25)
-    ours.write(17, stats)
+    assert theirs.written == 0
+    ours.write(17, stats, 5)
     assert theirs.stats() == stats
     assert theirs.steps == 17
+    assert theirs.taken == 5
+    written = theirs.written
+    ours.touch()
+    assert theirs.written == written > 0
     assert 0 <= theirs.age < 5
     ours.close()
     theirs.close()
