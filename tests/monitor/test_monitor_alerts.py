@@ -206,7 +206,7 @@ def test_training_never_waits_for_a_receiver(tmp_path: Path) -> None:
 
     class Blocked(Keeper):
         def send(self, data: bytes) -> None:
-            gate.wait(30)
+            gate.wait(120)
             super().send(data)
 
     keeper = Blocked()

@@ -25,7 +25,7 @@ from deepseek.monitor.background import BackgroundDashboard
 from deepseek.monitor.dashboard import NO_PAGE, Page, application, bind, url
 from deepseek.monitor.terminal import TerminalSink
 
-PATIENCE = 60.0  #: seconds; a process that imports torch needs some on a busy machine
+PATIENCE = 120.0  #: seconds; a process that imports torch needs some on a busy machine
 
 
 def start(*args: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:

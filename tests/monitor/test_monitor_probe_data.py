@@ -93,7 +93,7 @@ def test_a_thread_that_is_behind_passes_batches_over(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(QualityMonitor, "update", lambda self, delivery: go.wait(30) and None)
+    monkeypatch.setattr(QualityMonitor, "update", lambda self, delivery: go.wait(120) and None)
     with corpus.loader(rows=4, length=32) as loader:
         probe = DataProbe(loader, None, tmp_path, lambda *found: None, lambda error: None, QUICK)
         next(loader)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,19 @@ def trainer() -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def run_of(path: Path, pid: int, done: bool = False) -> Path:
+def run_of(path: Path, pid: int) -> Path:
     with SeriesWriter(path / "monitor") as writer:
         writer.log(4120, {"train/loss": 2.0})
-    events = [{"event": "run", "step": 0, "pid": pid, "total_steps": 5000, "time": time.time()}]
-    events += [{"event": "done", "step": 4120, "time": time.time()}] if done else []
-    (path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    event = {"event": "run", "step": 0, "pid": pid, "total_steps": 5000, "time": time.time()}
+    (path / "events.jsonl").write_text(json.dumps(event) + "\n")
     return path
+
+
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 class Keeper(Receiver):
@@ -68,7 +74,8 @@ def test_a_run_that_ends_well_is_not_told(tmp_path: Path, trainer: subprocess.Po
     run = run_of(tmp_path / "mine", trainer.pid)
     sentinel = Sentinel(Library(tmp_path), [])
     sentinel.look()
-    run_of(run, trainer.pid, done=True)
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "done", "step": 4120, "time": time.time()}) + "\n")
     trainer.kill()
     trainer.wait()
     time.sleep(0.15)
@@ -92,9 +99,9 @@ def test_silence_and_then_death(tmp_path: Path, trainer: subprocess.Popen[str]) 
 def test_the_thread_delivers(tmp_path: Path, trainer: subprocess.Popen[str]) -> None:
     run_of(tmp_path / "mine", trainer.pid)
     keeper = Keeper()
-    with Sentinel(Library(tmp_path), [keeper], interval=0.02):
-        time.sleep(0.3)
+    with Sentinel(Library(tmp_path), [keeper], interval=0.02) as sentinel:
+        until(lambda: sentinel._known == {"mine": "running"})
         trainer.kill()
         trainer.wait()
-        assert keeper.told.wait(30)
+        assert keeper.told.wait(60)
     assert [told["kind"] for told in keeper.got] == ["crashed"]

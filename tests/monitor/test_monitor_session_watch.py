@@ -57,7 +57,7 @@ def test_of_several_processes_one_watches(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with claimed(tmp_path / "run" / ".watching"):
         second = SessionWatch(tmp_path / "run", seconds=0.01)
-        second._thread.join(30)
+        second._thread.join(120)
         assert not second._thread.is_alive()
 
 

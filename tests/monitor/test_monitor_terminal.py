@@ -258,9 +258,10 @@ def test_attached_sink_closes_on_exceptions() -> None:
 
 
 PROGRAM = """
-import time
+import signal, time
 from deepseek.events import attached, emit
 from deepseek.monitor.terminal import TerminalSink
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 with attached(TerminalSink()):
     for step in range(10_000):
         emit("train", step, loss=1.0)

@@ -30,7 +30,7 @@ class Asks(MemorySink):
                 self.ids.append(request(self.run, action, arguments, by="test"))
 
     def answers(self) -> list[Any]:
-        return [wait(self.run, number, 1.0) for number in self.ids]
+        return [wait(self.run, number, 60.0) for number in self.ids]
 
 
 def with_actions(config: PretrainConfig, run: Path, asked: Mapping[Any, Any], resume: bool = False) -> Asks:

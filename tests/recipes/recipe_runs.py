@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,19 @@ def write_corpus(root: Path, documents: int = 40, seed: int = 0) -> Path:
         lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 12))) for _ in range(draw.randint(5, 30))]
         (root / f"{i:03}.txt").write_text("\n".join(lines), encoding="utf-8")
     return root
+
+
+def free_port() -> str:
+    """A port for ``MASTER_PORT``, which a rank binds seconds later: one that the system gives to nobody by itself."""
+    dice = random.SystemRandom()
+    while True:
+        port = dice.randrange(20_000, 32_000)
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return str(port)
 
 
 def smallest(corpus: Path, **changes: Any) -> PretrainConfig:

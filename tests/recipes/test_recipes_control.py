@@ -247,10 +247,10 @@ def test_pause_continue_checkpoint_and_stop(config: PretrainConfig, straight: Pa
     seen: dict[str, Any] = {}
 
     def person() -> None:
-        paused.wait(30)
-        seen["checkpoint"] = wait(run, request(run, "checkpoint"), 20)
+        paused.wait(120)
+        seen["checkpoint"] = wait(run, request(run, "checkpoint"), 120)
         seen["told"] = len(sink.told)
-        seen["continue"] = wait(run, request(run, "continue"), 20)
+        seen["continue"] = wait(run, request(run, "continue"), 120)
 
     class Paused(Asks):
         def write(self, event: Event) -> None:
@@ -325,10 +325,10 @@ def test_a_run_that_has_ended_says_so_with_the_way_out(straight: Path, tmp_path:
 def test_a_replay_of_a_run_that_has_ended_is_done_all_the_same(straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight, run)
-    answer = wait(run, request(run, "replay", {"step": 8}, by="me"), 60)
+    answer = wait(run, request(run, "replay", {"step": 8}, by="me"), 120)
     assert answer.status == "done", answer.result
     assert answer.result["loss"] == pytest.approx(replay_run(run, 8).loss, rel=1e-6)
-    failed = wait(run, request(run, "replay", {"step": 2}), 60)
+    failed = wait(run, request(run, "replay", {"step": 2}), 120)
     assert "no checkpoint before step 2" in failed.result["error"]
 
 

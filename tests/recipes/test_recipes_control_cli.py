@@ -74,7 +74,7 @@ def test_a_person_finds_the_sample_and_gets_rid_of_it(
     assert main(["act", str(run), "rollback_skip", "--skip", "1:1"]) == 1
     assert "no checkpoint before step 1" in capsys.readouterr().err
     assert main(["act", str(run), "stop"]) == 0
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert out.split()[1] == "False"
     assert main(["act", str(run), "pause"]) == 1
     assert f"Go on with: deepseek resume {run}" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from recipe_runs import (
     checkpointed,
     events,
+    free_port,
     identical,
     largest_difference,
     losses,
@@ -91,14 +91,11 @@ def two(folder: Path, config: PretrainConfig) -> list[dict[str, Any]]:
     write_config(config, folder / "config.toml")
     pretrain(config, folder / "straight")
     shutil.copytree(folder / "straight", folder / "offline")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     here = Path(__file__).parent
     ranks = [start(RANK, folder, here, env={"RANK": str(r), "LOCAL_RANK": str(r), **group}) for r in range(2)]
     try:
-        told = [p.communicate(timeout=120) for p in ranks]
+        told = [p.communicate(timeout=300) for p in ranks]
     finally:
         for p in ranks:
             p.kill()

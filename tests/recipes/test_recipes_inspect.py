@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import socket
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import checkpointed, smallest, start, write_config, write_corpus
+from recipe_runs import checkpointed, free_port, smallest, start, write_config, write_corpus
 from rich.console import Console
 
 from deepseek import assemble, cli
@@ -289,9 +288,7 @@ def test_waiting_for_a_slow_rank_is_communication(tmp_path: Path) -> None:
     """Real ranks over gloo: rank 1 is slow, and rank 0's trace says that it waits in the exchange."""
     config = smallest(write_corpus(tmp_path / "text"))
     written = write_config(replace(config, train=replace(config.train, steps=5)), tmp_path / "c.toml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     ranks = [
         start(RANK, written, tmp_path / "run", env={
             "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
-from recipe_runs import identical, smallest, start, tensors, write_config, write_corpus
+from recipe_runs import free_port, identical, smallest, start, tensors, write_config, write_corpus
 
 from deepseek.config import replace
 from deepseek.monitor.config import MonitorConfig
@@ -67,13 +66,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     config = smallest(write_corpus(folder / "corpus"), data={"cache": str(folder / "cache")})
     write_config(replace(config, monitor=MonitorConfig(every=2, samples=64)), folder / "on.toml")
     write_config(replace(config, monitor=MonitorConfig(enabled=False)), folder / "off.toml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [start(RANK, folder, env={"RANK": str(r), "LOCAL_RANK": str(r), **group}) for r in range(2)]
     try:
-        told = [p.communicate(timeout=120) for p in processes]
+        told = [p.communicate(timeout=300) for p in processes]
     finally:
         for p in processes:
             p.kill()

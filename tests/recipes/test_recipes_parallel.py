@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from recipe_runs import (
     checkpointed,
     events,
+    free_port,
     largest_difference,
     losses,
     smallest,
@@ -120,13 +120,10 @@ class _StopAt(MemorySink):
 def ranks(folder: Path, configs: dict[str, PretrainConfig]) -> list[dict[str, Any]]:
     stop = Stop()
     assert pretrain(configs["floor"], folder / "one-then-two", sinks=[_StopAt(stop)], stop=stop).step == HALF
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [start(RANK, folder, env={"RANK": str(r), "LOCAL_RANK": str(r), **group}) for r in range(2)]
     try:
-        told = [p.communicate(timeout=180) for p in processes]
+        told = [p.communicate(timeout=300) for p in processes]
     finally:
         for p in processes:
             p.kill()

@@ -202,7 +202,7 @@ def test_a_signal_saves_and_ends_cleanly_and_another_process_goes_on(
     while process.stdout.readline().strip() != "3":
         assert process.poll() is None
     process.send_signal(number)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     stopped_at = int(out.split("end ")[1].split()[0])
     assert out.strip().endswith("False")
@@ -210,7 +210,7 @@ def test_a_signal_saves_and_ends_cleanly_and_another_process_goes_on(
     assert [p.name for p in checkpoint.list_checkpoints(run)] == [f"step-{stopped_at:06d}"]
     assert [e["signal"] for e in events(run) if e["event"] == "interrupted"] == [number.name]
     process = start(TRAIN, toml, run, 0)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     assert out.strip().endswith(f"end {STEPS} True")
     assert identical(tensors(run), tensors(straight))
@@ -269,7 +269,7 @@ def test_a_run_killed_again_and_again_ends_where_an_undisturbed_one_ends(
     config = replace(checkpointed(config, 2), train=replace(config.train, steps=40))
     pretrain(config, tmp_path / "whole")
     process = start(FORKED, write_config(config, tmp_path / "c.toml"), tmp_path / "run", 12)
-    out, errors = process.communicate(timeout=240)
+    out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert int(out) >= 5
     assert identical(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))

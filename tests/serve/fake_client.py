@@ -58,6 +58,7 @@ class FakeClient:
     text: str | Callable[[Request], str] = TEXT
     delay: float = 0.0  # before every token
     prefill: float = 0.0  # before the first
+    hold_at: int | None = None  # tokens after which an answer waits, until this is None again
     fail_after: int | None = None  # tokens, then EngineError
     refuse: str = ""  # RequestError with this text
     finish: str = ""  # instead of 'stop'
@@ -114,6 +115,8 @@ class FakeClient:
                 await asyncio.sleep(self.delay)
             else:
                 await asyncio.sleep(0)
+            while self.hold_at is not None and place >= self.hold_at and time.monotonic() < end:
+                await asyncio.sleep(0.005)
             if time.monotonic() > end:
                 yield Output(request.id, finish="timeout", **sizes)
                 return
@@ -191,7 +194,7 @@ class Served:
         self.call(self.server.stop)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), 10)
+        return socket.create_connection(("127.0.0.1", self.port), 60)
 
 
 @contextlib.contextmanager
@@ -210,7 +213,7 @@ def serving(
         port = bound.getsockname()[1]
         thread = threading.Thread(target=lambda: server.run(sockets=[bound]), daemon=True)
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
         served = Served(f"http://127.0.0.1:{port}", port, client, front, server, thread)
         try:
             yield served
@@ -220,5 +223,5 @@ def serving(
                     served.stop()
                     if client.running:
                         served.stop()
-            thread.join(15)
+            thread.join(60)
             assert not thread.is_alive()

@@ -33,11 +33,13 @@ from deepseek.serve.request import Output, Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.stream import join
 
-QUICK = {"backoff": 0.05, "beat_limit": 0.4, "first_limit": 0.4, "kill_after": 30.0}
+#: Nobody is taken for hung only because this machine is busy; tests of hung processes are quicker to.
+PATIENT = {"backoff": 0.05, "beat_limit": 60.0, "first_limit": 60.0, "kill_after": 600.0}
+QUICK = {"beat_limit": 0.4, "first_limit": 0.4}
 
 
 def client(path: str = "fake:", **rules: Any) -> ProcessClient:
-    return ProcessClient(path, supervision=Supervision(**{**QUICK, **rules}), factory=FACTORY)
+    return ProcessClient(path, supervision=Supervision(**{**PATIENT, **rules}), factory=FACTORY)
 
 
 def request(id: str, n: int = 5, first: int = 1, **options: Any) -> Request:
@@ -57,12 +59,18 @@ async def collect(c: Any, r: Request) -> Output:
     return join(outputs)
 
 
-async def until(true: Callable[[], object], seconds: float = 10.0) -> float:
-    began = time.monotonic()
+async def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() - began < seconds, "waited in vain"
+        assert time.monotonic() < end, "waited in vain"
         await asyncio.sleep(0.005)
-    return time.monotonic() - began
+
+
+async def unready(c: Any) -> str:
+    """Why it is not ready, once it is not."""
+    told: list[str] = []
+    await until(lambda: told or told.extend(why for ready, why in [c.readiness()] if not ready))
+    return told[0]
 
 
 def held() -> tuple[set[str], int, list[str]]:
@@ -79,7 +87,7 @@ def run(test: Coroutine[Any, Any, Any]) -> Any:
     before = held()
 
     async def guarded() -> Any:
-        found = await asyncio.wait_for(test, 60)
+        found = await asyncio.wait_for(test, 300)
         left = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
         assert not left, f"tasks left behind: {left}"
         return found
@@ -213,15 +221,17 @@ def test_a_front_end_that_stops_reading_holds_the_loop_instead_of_filling_memory
 def test_a_drain_refuses_the_new_and_waits_for_the_old(where: Any) -> None:
     async def test(c: Any) -> None:
         short = asyncio.create_task(collect(c, request("short", 50)))
-        endless = asyncio.create_task(collect(c, request("endless", 100_000)))
-        await until(lambda: c.stats().running == 2)
-        drain = asyncio.create_task(c.drain(0.5))
-        await asyncio.sleep(0.01)
+        endless = asyncio.create_task(collect(c, request("endless", 10**6)))
+        await until(lambda: len(c._streams) == 2)
+        drain = asyncio.create_task(c.drain(600))
+        await until(lambda: not c.readiness()[0])
         assert c.readiness() == (False, "draining")
         with pytest.raises(EngineDraining):
             await collect(c, request("late"))
-        await drain
         assert (await short).tokens == want(request("short", 50))
+        assert not drain.done()
+        drain.cancel()
+        await c.drain(0.1)
         assert (await endless).finish == "abort"
         await until(lambda: c.stats().running == 0)
 
@@ -238,6 +248,7 @@ def test_who_would_wait_too_long_for_a_first_token_is_refused_and_nobody_else() 
             while not c._backlog.speed:
                 asked = [asyncio.create_task(collect(c, request(f"r{i}", 2))) for i in range(20)]
                 await asyncio.gather(*asked)
+            c._backlog.speed = 75.0  # tokens a second, on the machine of this test's numbers
             assert (await collect(c, Request("alone", (1,) * 4000, SamplingConfig(max_tokens=1)))).finish
             asked = [asyncio.create_task(collect(c, request(f"s{i}", 2))) for i in range(200)]
             found = await asyncio.gather(*asked, return_exceptions=True)
@@ -313,7 +324,7 @@ def test_closing_in_the_middle_of_anything_leaves_nothing(after: float) -> None:
 
         c = client("fake:load=0.1,step=0.01")
         await c.start()
-        asked = [asyncio.create_task(collect(c, request(f"r{i}", 1000))) for i in range(5)]
+        asked = [asyncio.create_task(collect(c, request(f"r{i}", 100_000))) for i in range(5)]
         await until(lambda: c.stats().running == 5)
         reload = asyncio.create_task(c.reload("fake:load=0.2"))
         await asyncio.sleep(0)
@@ -347,10 +358,10 @@ def test_requests_that_come_while_the_model_loads_wait_for_it() -> None:
         with pytest.raises(EngineError, match="start"):
             await collect(c, request("early"))
         start = asyncio.create_task(c.start())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
+        assert c.readiness() == (False, "loading fake:load=0.5")
         with pytest.raises(EngineError, match="no model is loaded yet: loading"):
             _ = c.info
-        assert c.readiness() == (False, "loading fake:load=0.5")
         expired = asyncio.create_task(collect(c, request("expired", deadline=0.01)))
         assert (await collect(c, request("a"))).tokens == want(request("a"))
         assert (await expired).finish in ("timeout", "length")
@@ -362,12 +373,10 @@ def test_requests_that_come_while_the_model_loads_wait_for_it() -> None:
 
 def test_a_deadline_passes_for_those_that_wait_too() -> None:
     async def test() -> None:
-        c = client("fake:load=2.0")
+        c = client("fake:load=3600")
         start = asyncio.create_task(c.start())
         await asyncio.sleep(0)
-        began = time.monotonic()
         assert (await collect(c, request("a", deadline=0.1))).finish == "timeout"
-        assert time.monotonic() - began < 1.5
         start.cancel()
         await asyncio.gather(start, return_exceptions=True)
         await c.close()
@@ -420,9 +429,11 @@ def test_a_factory_that_is_not_there_and_a_load_that_takes_too_long() -> None:
 
 
 def test_kill_9_is_seen_at_once_and_nothing_that_had_not_begun_is_lost() -> None:
+    """At once: by the process's end, long before its silence would tell."""
+
     async def test() -> None:
         async with client("fake:step=0.05,load=0.3") as c:
-            begun = [asyncio.create_task(collect(c, request(f"b{i}", 1000))) for i in range(4)]
+            begun = [asyncio.create_task(collect(c, request(f"b{i}", 100_000))) for i in range(4)]
             await until(lambda: all(s.started for s in c._streams) and len(c._streams) == 4)
             order: list[str] = []
 
@@ -437,13 +448,10 @@ def test_kill_9_is_seen_at_once_and_nothing_that_had_not_begun_is_lost() -> None
             await asyncio.sleep(0)
             first_pid = c.pid
             os.kill(first_pid, signal.SIGKILL)
-            assert await until(lambda: not c.readiness()[0]) < 1.0
-            began = time.monotonic()
+            assert "SIGKILL" in await unready(c)
             for task in begun:
                 with pytest.raises(EngineError, match=r"SIGKILL.*after part of the answer was sent"):
                     await task
-            assert time.monotonic() - began < 1.0
-            assert "SIGKILL" in c.readiness()[1]
             for r, output in zip(asked, await asyncio.gather(*waiting)):
                 assert output.tokens == want(r)
             assert order == [r.id for r in asked]
@@ -456,7 +464,7 @@ def test_kill_9_is_seen_at_once_and_nothing_that_had_not_begun_is_lost() -> None
 def test_an_error_of_the_engine_itself_ends_its_process_with_the_reason() -> None:
     async def test() -> None:
         async with client("fake:step=0.02") as c:
-            other = asyncio.create_task(collect(c, request("other", 1000)))
+            other = asyncio.create_task(collect(c, request("other", 100_000)))
             await until(lambda: c.stats().running == 1)
             with pytest.raises(EngineError, match=r"logits are not finite.*so did 1 before it"):
                 await collect(c, request("bad", first=RAISE))
@@ -512,13 +520,12 @@ def test_processes_that_keep_dying_are_given_up_with_the_reason() -> None:
 
 def test_a_hung_step_is_not_ready_and_may_come_back() -> None:
     async def test() -> None:
-        async with client("fake:step=0.001") as c:
+        async with client("fake:step=0.001", **QUICK) as c:
             task = asyncio.create_task(collect(c, request("x", 2000)))
             await until(lambda: c.stats().steps > 20)
             os.kill(c.pid, signal.SIGSTOP)
             try:
-                assert 0.2 < await until(lambda: not c.readiness()[0]) < 2.0
-                assert "no sign of life" in c.readiness()[1]
+                assert "no sign of life" in await unready(c)
             finally:
                 os.kill(c.pid, signal.SIGCONT)
             await until(lambda: c.readiness()[0])
@@ -529,8 +536,8 @@ def test_a_hung_step_is_not_ready_and_may_come_back() -> None:
 
 def test_a_step_that_hangs_for_good_is_replaced(capfd: pytest.CaptureFixture[str]) -> None:
     async def test() -> None:
-        async with client(kill_after=1.0) as c:
-            with pytest.raises(EngineError, match="no sign of life for 1 s"):
+        async with client(kill_after=3.0, **QUICK) as c:
+            with pytest.raises(EngineError, match="no sign of life for 3 s"):
                 await collect(c, request("h", first=HANG))
             assert (await collect(c, request("next"))).finish == "length"
 
@@ -541,7 +548,10 @@ def test_a_step_that_hangs_for_good_is_replaced(capfd: pytest.CaptureFixture[str
 def test_a_process_that_idles_stays_ready() -> None:
     async def test() -> None:
         async with client() as c:
-            await asyncio.sleep(1.0)
+            for _ in range(3):  # it goes on saying so
+                silence = c._current.silence
+                await until(lambda: silence() < 0.1)  # noqa: B023
+                await until(lambda: silence() > 0.1)  # noqa: B023
             assert c.readiness() == (True, "ready")
 
     run(test())
@@ -563,7 +573,7 @@ async def main():
             task = asyncio.create_task(stream.__anext__())
             await asyncio.sleep(0.5)
         print(c.pid, flush=True)
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
 asyncio.run(main())
 """
@@ -594,9 +604,9 @@ def test_a_step_process_ends_with_its_parent(first: int) -> None:
     finally:
         parent.kill()
         parent.communicate()
-    began = time.monotonic()
+    end = time.monotonic() + 60
     while alive(child):
-        assert time.monotonic() - began < 5
+        assert time.monotonic() < end
         time.sleep(0.02)
 
 

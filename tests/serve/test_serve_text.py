@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deepseek.data import Tokenizer
 from deepseek.data.tokenizer import train_tokenizer
 from deepseek.serve import SamplingConfig
-from deepseek.serve.text import TextStream, begins_text
+from deepseek.serve.text import TextStream, _Automaton, begins_text
 
 END, OTHER_END = 0, 5  # <|endoftext|>, <|end|>
 
@@ -218,16 +218,41 @@ def test_an_answer_begins_the_text_where_its_prompt_has_none() -> None:
     assert not begins_text(tokenizer, [1, 262])
 
 
-def test_a_long_answer_costs_the_same_per_token() -> None:
-    """Doubling the answer doubles the time; a new scan of the text per token would make it four times."""
+def test_a_long_answer_costs_the_same_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each character of the answer meets the stop texts once, and what is looked at for a token is bounded."""
     pieces = Pieces([b"ab", b"a"])
     config = SamplingConfig(stop=("a" * 200 + "!", "b" * 50), max_tokens=1_000_000)
+    stream = TextStream(pieces, config)  # type: ignore[arg-type]
+    steps, longest, step, take = 0, 0, _Automaton.step, TextStream._take
 
-    def seconds(count: int) -> float:
-        stream = TextStream(pieces, config)  # type: ignore[arg-type]
-        began = time.process_time()
-        for i in range(count):
-            stream.push(1 + i % 2)
-        return time.process_time() - began
+    class Links(list[int]):
+        """The automaton's failure links, and how many were followed."""
 
-    assert min(seconds(80_000) for _ in range(3)) < 3 * min(seconds(40_000) for _ in range(3))
+        followed = 0
+
+        def __getitem__(self, node: Any) -> Any:
+            self.followed += 1
+            return super().__getitem__(node)
+
+    assert stream._stops is not None
+    links = Links(stream._stops._fail)
+    monkeypatch.setattr(stream._stops, "_fail", links)
+
+    def counted(self: _Automaton, node: int, character: str) -> int:
+        nonlocal steps
+        steps += 1
+        return step(self, node, character)
+
+    def measured(self: TextStream, new: str) -> str:
+        nonlocal longest
+        longest = max(longest, len(self._held) + len(new))
+        return take(self, new)
+
+    monkeypatch.setattr(_Automaton, "step", counted)
+    monkeypatch.setattr(TextStream, "_take", measured)
+    count = 40_000
+    shown = sum(len(stream.push(1 + i % 2)) for i in range(count))
+    assert steps == 3 * count // 2  # the characters of "ab" and "a"
+    assert 0 < links.followed <= steps
+    assert longest <= 200 + 2
+    assert shown > steps - 200

@@ -50,9 +50,9 @@ def answer(output: Output) -> list[int]:
 
 
 async def nothing_used(c: LocalClient | ProcessClient) -> None:
-    began = time.monotonic()
+    end = time.monotonic() + 60
     while c.stats().running or c.stats().waiting or c.stats().pages_used:
-        assert time.monotonic() - began < 20, c.stats()
+        assert time.monotonic() < end, c.stats()
         await asyncio.sleep(0.01)
 
 

@@ -16,11 +16,18 @@ AUTHORIZED = f"Authorization: Bearer {KEY}\r\n"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with serving(keys=keyring(), max_body=100_000, body_seconds=1.0, max_sequences=64) as found:
+    with serving(keys=keyring(), max_body=100_000, body_seconds=60.0, max_sequences=64) as found:
         yield found
 
 
-def talk(server: Served, data: bytes, seconds: float = 5.0) -> bytes:
+@pytest.fixture
+def hurried() -> Iterator[Served]:
+    """A server that gives a request a second to come in."""
+    with serving(keys=keyring(), body_seconds=1.0) as found:
+        yield found
+
+
+def talk(server: Served, data: bytes, seconds: float = 120.0) -> bytes:
     """What the server says to ``data`` until it closes or falls silent."""
     answer = b""
     with server.connect() as link:
@@ -192,26 +199,23 @@ def test_what_is_no_http_is_a_400_in_the_usual_shape(server: Served, data: bytes
     assert alive(server)
 
 
-def test_a_body_that_comes_too_slowly_is_408(server: Served) -> None:
+def test_a_body_that_comes_too_slowly_is_408(hurried: Served) -> None:
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{AUTHORIZED}{JSON}Content-Length: 99\r\n\r\n"
-    began = time.monotonic()
-    assert read(talk(server, head.encode() + b"{"))[0] == 408
-    assert 0.9 < time.monotonic() - began < 4
+    assert read(talk(hurried, head.encode() + b"{"))[0] == 408
 
 
-def test_a_sender_of_single_bytes_is_cut_off_all_the_same(server: Served) -> None:
-    with server.connect() as link:
-        began = time.monotonic()
-        with contextlib.suppress(OSError):
-            for byte in b"GET / HTTP/1.1\r\nHost: " + b"x" * 1000:
-                link.sendall(bytes([byte]))
+def test_a_sender_of_single_bytes_is_cut_off_all_the_same(hurried: Served) -> None:
+    with hurried.connect() as link:
+        link.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        with pytest.raises(OSError):  # noqa: PT012 - at whichever byte it is cut off
+            for _ in range(10_000):
+                link.sendall(b"x")
                 time.sleep(0.05)
-        assert 0.9 < time.monotonic() - began < 10
 
 
-def test_a_connection_that_says_nothing_is_closed(server: Served) -> None:
-    with server.connect() as link:
-        link.settimeout(5)
+def test_a_connection_that_says_nothing_is_closed(hurried: Served) -> None:
+    with hurried.connect() as link:
+        link.settimeout(60)
         with contextlib.suppress(ConnectionResetError):
             assert link.recv(1) == b""
 
@@ -220,7 +224,7 @@ def test_pipelined_requests_are_answered_in_order(server: Served) -> None:
     one = f"GET /v1/models/{{}} HTTP/1.1\r\nHost: x\r\n{AUTHORIZED}\r\n"
     with server.connect() as link:
         link.sendall((one.format("fake") + one.format("polite") + one.format("none")).encode())
-        link.settimeout(3)
+        link.settimeout(60)
         answer = b""
         with contextlib.suppress(TimeoutError):
             while answer.count(b"HTTP/1.1 ") < 3 or not answer.endswith(b"}"):
@@ -280,5 +284,7 @@ def test_a_port_scan_does_no_harm(server: Served) -> None:
     for _ in range(50):
         socket.create_connection(("127.0.0.1", server.port)).close()
     assert alive(server)
-    assert server.front.admission.inside == 0
-    assert server.client.running == set()
+    end = time.monotonic() + 60
+    while server.front.admission.inside or server.client.running:
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -48,12 +48,12 @@ def process(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
     try:
         assert running.stdout is not None
         line = running.stdout.readline()
-        assert "is served at http://127.0.0.1:" in line, running.communicate(timeout=30)
+        assert "is served at http://127.0.0.1:" in line, running.communicate(timeout=120)
         yield running, line.split()[-1]
     finally:
         if running.poll() is None:
             running.kill()
-        running.communicate(timeout=30)
+        running.communicate(timeout=120)
 
 
 @pytest.mark.slow
@@ -97,11 +97,11 @@ def test_a_real_model_is_served_and_ends_politely(model: Path) -> None:
                 model="tiny", prompt="x", extra_body={"structured_outputs": {"regex": "(("}}
             )
         request = urllib.request.Request(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             assert 'vllm:kv_cache_usage_perc{model_name="tiny"} 0\n' in answer.read().decode()
         client.close()
         running.send_signal(signal.SIGTERM)
-        _, log = running.communicate(timeout=60)
+        _, log = running.communicate(timeout=120)
         assert running.returncode == 0, log
         lines = [json.loads(line) for line in log.splitlines()]
         assert {line["key"] for line in lines} == {"alice"}
@@ -132,7 +132,7 @@ def test_a_reload_drops_nothing(model: Path) -> None:
             client.post(f"{url}/admin/reload", body={"path": "/nowhere"}, cast_to=object)
         client.close()
         running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 0
+        assert running.wait(120) == 0
 
 
 @pytest.mark.parametrize(

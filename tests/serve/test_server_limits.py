@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from fake_client import KEY, TEXT, FakeClient, Served, keyring, serving
+from fake_client import INFO, KEY, TEXT, FakeClient, Served, keyring, serving
 
 from deepseek.address import bind, is_loopback
 from deepseek.errors import ConfigError
@@ -22,7 +22,7 @@ from deepseek.serve.server.guard import hostname
 JSON = {"content-type": "application/json"}
 
 
-def until(true: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen"
@@ -31,7 +31,14 @@ def until(true: Callable[[], bool], seconds: float = 5.0) -> None:
 
 def ask(server: Served, path: str = "/v1/completions", key: str = "", **body: Any) -> httpx2.Response:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx2.post(f"{server.url}{path}", json={"prompt": "x", **body}, headers=headers, timeout=30)
+    return httpx2.post(f"{server.url}{path}", json={"prompt": "x", **body}, headers=headers, timeout=120)
+
+
+def still(count: Callable[[], int]) -> bool:
+    """Whether nothing is added for a while: a writer whose reader takes nothing."""
+    before = count()
+    time.sleep(0.2)
+    return count() == before
 
 
 @contextmanager
@@ -43,7 +50,7 @@ def asking(server: Served, count: int, **body: Any) -> Iterator[list[httpx2.Resp
         thread.start()
     yield answers
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -58,21 +65,29 @@ def raw(server: Served, body: dict[str, Any], path: str = "/v1/completions") -> 
     return link
 
 
-def test_a_full_queue_is_429_at_once_and_the_others_are_answered() -> None:
-    client = FakeClient(prefill=60)
+def tokenised(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that the server gives the tokenizer from now on."""
+    told: list[str] = []
+    plain = client.tokenizer.prompt
+    monkeypatch.setattr(client.tokenizer, "prompt", lambda text: told.append(text) or plain(text))
+    return told
+
+
+def test_a_full_queue_is_429_at_once_and_the_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused costs no tokenising; how long it takes is for benchmarks/robust_serve.py."""
+    client = FakeClient(hold_at=0)
     with serving(client, max_running=2, max_waiting=3) as server:
         with asking(server, 5, max_tokens=1) as answers:
-            until(lambda: server.front.admission.inside == 5)
-            times = []
+            until(lambda: len(client.running) == 5)
+            read = tokenised(client, monkeypatch)
             for _ in range(30):
-                began = time.perf_counter()
                 refused = ask(server, prompt="word " * 10_000)
-                times.append(time.perf_counter() - began)
                 assert refused.status_code == 429
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert refused.json()["error"]["code"] == "queue_full"
-            assert sorted(times)[15] < 0.25  # the figure is for benchmarks/robust_serve.py
-            client.prefill = 0.0
+            assert len(client.seen) == 5
+            assert read == []
+            client.hold_at = None
         assert [a.status_code for a in answers] == [200] * 5
         assert ask(server, max_tokens=1).status_code == 200
 
@@ -81,7 +96,7 @@ def test_a_full_queue_is_429_at_once_and_the_others_are_answered() -> None:
 def test_a_client_that_goes_frees_its_place_at_once(stream: bool) -> None:
     client = FakeClient(delay=0.05)
     with serving(client) as server:
-        link = raw(server, {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": stream, "n": 2})
+        link = raw(server, {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": stream, "n": 2})
         until(lambda: len(client.running) == 2)
         link.close()
         until(lambda: not client.running)
@@ -101,17 +116,23 @@ def test_a_client_that_goes_while_its_prompt_waits_is_forgotten() -> None:
 
 
 def test_a_silent_stream_gets_comments_and_then_its_answer() -> None:
-    with serving(FakeClient(prefill=3.2), beat=0.5) as server:
+    client = FakeClient(hold_at=0)
+    with serving(client, beat=0.5) as server:
+        lines, beats = [], 0
         with httpx2.stream(
-            "POST", f"{server.url}/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 2}, timeout=20
+            "POST", f"{server.url}/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 2}, timeout=60
         ) as answer:  # fmt: skip
-            lines = list(answer.iter_lines())
-        assert sum(line.startswith(":") for line in lines) >= 2
+            for line in answer.iter_lines():
+                lines.append(line)
+                beats += line.startswith(":")
+                if beats == 2:
+                    client.hold_at = None
+        assert beats >= 2
         assert lines[-2] == "data: [DONE]"
 
 
 def test_a_deadline_ends_a_request_with_504() -> None:
-    with serving(FakeClient(delay=0.05)) as server:
+    with serving(FakeClient(hold_at=2)) as server:
         answer = ask(server, timeout=1, max_tokens=500, ignore_eos=True)
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "deadline_exceeded"
@@ -120,27 +141,31 @@ def test_a_deadline_ends_a_request_with_504() -> None:
         events = [line for line in streamed.text.splitlines() if line.startswith("data: ")]
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
         assert events[-1] == "data: [DONE]"
-        assert server.front.admission.inside == 0
+        until(lambda: server.front.admission.inside == 0)
 
 
 def test_a_hung_engine_does_not_hold_a_request_beyond_its_time() -> None:
-    with serving(FakeClient(prefill=60)) as server:
-        began = time.monotonic()
+    with serving(FakeClient(prefill=3600)) as server:
         assert ask(server, timeout=1).status_code == 504
-        assert time.monotonic() - began < 5
 
 
 def test_a_reader_that_stalls_is_cut_and_others_are_not_slowed() -> None:
-    client = FakeClient(text="x" * 2000)
-    client.info = client.info.__class__("fake", "/m", 100_000_000, 320, 8, 1)
-    with serving(client, stalled=1.0) as server:
-        link = raw(server, {"prompt": "x", "stream": True, "max_tokens": 1_000_000, "ignore_eos": True})
-        until(lambda: len(client.running) == 1)
-        began = time.perf_counter()
+    info = INFO.__class__("fake", "/m", 100_000_000, 320, 8, 1)
+    endless = {"prompt": "x", "stream": True, "max_tokens": 1_000_000, "ignore_eos": True}
+    client = FakeClient(text="x" * 2000, info=info)
+    with serving(client, stalled=3600.0) as server:
+        link = raw(server, endless)
+        until(lambda: client.generated > 100 and still(lambda: client.generated))
         assert ask(server, max_tokens=3).status_code == 200
-        assert time.perf_counter() - began < 5
-        until(lambda: not client.running, 15)
-        link.settimeout(10)
+        assert len(client.running) == 1
+        link.close()
+        until(lambda: not client.running)
+    client = FakeClient(text="x" * 2000, info=info)
+    with serving(client, stalled=1.0) as server:
+        link = raw(server, endless)
+        until(lambda: len(client.running) == 1)
+        until(lambda: not client.running)
+        link.settimeout(60)
         tail = b""
         with contextlib.suppress(ConnectionResetError):
             while piece := link.recv(1 << 16):
@@ -190,16 +215,17 @@ def test_tokens_are_paid_when_they_are_known() -> None:
 
 
 def test_concurrent_requests_of_a_key() -> None:
-    with serving(FakeClient(prefill=0.5), keys=keyring(concurrent=1)) as server:
+    with serving(FakeClient(hold_at=0), keys=keyring(concurrent=1)) as server:
         with asking(server, 1, key=KEY, max_tokens=1) as answers:
             until(lambda: len(server.client.running) == 1)
             assert ask(server, key=KEY).status_code == 429
+            server.client.hold_at = None
         assert answers[0].status_code == 200
 
 
 def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
-    client = FakeClient(delay=0.03)
-    with serving(client, drain=20) as server:
+    client = FakeClient(hold_at=20)
+    with serving(client, drain=600) as server:
         with asking(server, 6, max_tokens=40, ignore_eos=True, stream=True) as answers:
             until(lambda: len(client.running) == 6)
             server.stop()
@@ -212,7 +238,8 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
             assert ready.status_code == 503
             assert "draining" in ready.json()["reason"]
             assert httpx2.get(f"{server.url}/health").status_code == 200
-        server.thread.join(10)
+            client.hold_at = None
+        server.thread.join(60)
         assert not server.thread.is_alive()
     for answer in answers:
         assert answer.status_code == 200
@@ -223,8 +250,8 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
 
 
 def test_a_drain_has_an_end_and_a_second_signal_ends_it_at_once() -> None:
-    for seconds, again in ((0.5, False), (60.0, True)):
-        client = FakeClient(delay=0.05)
+    for seconds, again in ((0.5, False), (3600.0, True)):
+        client = FakeClient(hold_at=3)
         with serving(client, drain=seconds) as server:
             link = raw(server, {"prompt": "x", "max_tokens": 5000, "ignore_eos": True, "stream": True})
             until(lambda: len(client.running) == 1)  # noqa: B023
@@ -232,7 +259,7 @@ def test_a_drain_has_an_end_and_a_second_signal_ends_it_at_once() -> None:
             if again:
                 until(lambda: server.front.admission.draining)
                 server.stop()
-            server.thread.join(10)
+            server.thread.join(60)
             assert not server.thread.is_alive()
             link.close()
 
@@ -246,32 +273,31 @@ def test_readiness_is_the_clients_word() -> None:
         assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
-def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+def test_a_long_prompt_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer is made to need as long as the test wants; meanwhile the server answers others."""
     client = FakeClient()
     client.info = client.info.__class__("fake", "/m", 10_000_000, 320, 8, 1)
     text = " ".join(f"{i}é{i * i}" for i in range(20_000))
-    with serving(client) as server:
+    begun, go_on, plain = threading.Event(), threading.Event(), client.tokenizer.prompt
 
-        async def work() -> tuple[float, float]:
-            async with httpx2.AsyncClient(timeout=60) as http:
-                began = time.perf_counter()
-                body = {"prompt": text, "max_tokens": 1}
-                long = asyncio.ensure_future(http.post(f"{server.url}/v1/completions", json=body))
-                await asyncio.sleep(0.05)
-                slowest = 0.0
-                while not long.done():
-                    start = time.perf_counter()
-                    await http.get(f"{server.url}/health")
-                    slowest = max(slowest, time.perf_counter() - start)
-                assert (await long).status_code == 200
-                return time.perf_counter() - began, slowest
+    def prompt(given: str) -> list[int]:
+        if given == text:
+            begun.set()
+            assert go_on.wait(60)
+        return plain(given)
 
-        whole, slowest = asyncio.run(work())
-        assert slowest < max(0.5 * whole, 0.3)
+    monkeypatch.setattr(client.tokenizer, "prompt", prompt)
+    with serving(client) as server, asking(server, 1, prompt=text, max_tokens=1) as answers:
+        assert begun.wait(60)
+        assert httpx2.get(f"{server.url}/health", timeout=60).status_code == 200
+        assert httpx2.get(f"{server.url}/v1/models", timeout=60).status_code == 200
+        assert answers == []
+        go_on.set()
+    assert answers[0].status_code == 200
 
 
 def test_a_reload_while_requests_run_drops_none(tmp_path: Any) -> None:
-    client = FakeClient(delay=0.01)
+    client = FakeClient(hold_at=10)
     with serving(client, keys=keyring()) as server:
         from fake_client import ADMIN
 
@@ -284,6 +310,7 @@ def test_a_reload_while_requests_run_drops_none(tmp_path: Any) -> None:
                     headers={"authorization": f"Bearer {ADMIN}"},
                 )
                 assert told.status_code == 200
+            client.hold_at = None
         assert [a.status_code for a in answers] == [200] * 8
 
 

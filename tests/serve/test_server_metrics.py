@@ -32,7 +32,7 @@ VLLM = {
 
 def fetch(url: str, key: str = "") -> bytes:
     request = urllib.request.Request(url, headers={"authorization": f"Bearer {key}"} if key else {})
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return bytes(answer.read())
 
 

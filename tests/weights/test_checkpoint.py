@@ -93,7 +93,7 @@ def test_a_background_save_is_a_snapshot(tmp_path: Path, monkeypatch: pytest.Mon
     gate, write = threading.Event(), module.write_group
 
     def slow(*args: Any) -> Any:
-        assert gate.wait(30)
+        assert gate.wait(120)
         return write(*args)
 
     monkeypatch.setattr(module, "write_group", slow)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+PATIENCE = 60.0  #: seconds; what is waited for takes a fraction of one on a machine with nothing else to do
 
 LOADING = """[...document.querySelectorAll('.loading')].some((e) => {
   const b = e.getBoundingClientRect();
@@ -28,7 +30,9 @@ def chromium() -> Iterator[Any]:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with sync.sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=arguments, timeout=3000 * PATIENCE
+        )
         try:
             yield browser
         finally:
@@ -36,12 +40,12 @@ def chromium() -> Iterator[Any]:
 
 
 def expect(of: Any) -> Any:
-    """Playwright's assertions about a page or locator: they wait, up to 15 seconds, until they hold.
+    """Playwright's assertions about a page or locator: they wait, up to a minute, until they hold.
 
     What a page shows follows an action a moment later, so never compare what ``count`` or ``inner_text`` says at once.
     """
     sync = pytest.importorskip("playwright.sync_api")
-    sync.expect.set_options(timeout=15_000)
+    sync.expect.set_options(timeout=1000 * PATIENCE)
     return sync.expect(of)
 
 
@@ -51,6 +55,7 @@ class Watched:
     def __init__(self, browser: Any, **options: Any) -> None:
         shape = {"viewport": {"width": 1280, "height": 900}, "locale": "en-US", "reduced_motion": "reduce"}
         self.context = browser.new_context(**{**shape, **options})
+        self.context.set_default_timeout(1000 * PATIENCE)
         self.page = self.context.new_page()
         self.troubles: list[str] = []
         self.foreign: list[str] = []
@@ -72,19 +77,32 @@ class Watched:
 
     def settle(self) -> None:
         """Until nothing in sight is loading; panels below the window wait until somebody scrolls there."""
-        until = time.monotonic() + 20
-        while self.page.evaluate(LOADING):
-            assert time.monotonic() < until, "something on the page is loading since 20 seconds"
-            self.page.wait_for_timeout(20)
+        self.true(lambda: not self.page.evaluate(LOADING), "something on the page is loading")
         self.page.wait_for_timeout(60)
 
     def until(self, script: str) -> Any:
         """What ``script`` gives, once it is true; ``wait_for_function`` cannot: the page's policy forbids its eval."""
-        until = time.monotonic() + 20
-        while not (found := self.page.evaluate(script)):
-            assert time.monotonic() < until, f"not true within 20 seconds: {script}"
+        return self.true(lambda: self.page.evaluate(script), f"not true: {script}")
+
+    def true(self, what: Callable[[], Any], why: str = "it did not come true") -> Any:
+        """What ``what`` gives, once it is true: of the page, or of the server behind it."""
+        until = time.monotonic() + PATIENCE
+        while not (found := what()):
+            assert time.monotonic() < until, f"{why}, after {PATIENCE:g} seconds"
             self.page.wait_for_timeout(20)
         return found
+
+    def still(self, script: str) -> Any:
+        """What ``script`` gives, once it has given the same for a while: after a scrolling that is drawn as motion."""
+        last: list[Any] = [self.page.evaluate(script)]
+
+        def same() -> bool:
+            self.page.wait_for_timeout(150)
+            last.append(self.page.evaluate(script))
+            return len(last) > 3 and last[-3:] == last[-1:] * 3
+
+        self.true(same, f"still changing: {script}")
+        return last[-1]
 
     def close(self) -> None:
         self.context.close()

@@ -129,6 +129,7 @@ def test_quarantine_sends_the_chosen_documents(server: FakeServer, window: Watch
     page.click("[data-action=quarantine]")
     page.click("[data-confirm]")
     page.wait_for_selector("dialog", state="detached")
+    window.true(lambda: server.state.posted)
     [sent] = server.state.posted
     assert [(d["path"], d["offset"]) for d in sent["arguments"]["documents"]] == [
         ("corpus/web/shard-00417.jsonl", 88_231_004),
@@ -159,7 +160,8 @@ def test_drag_reads_full_resolution_and_double_click_resets(server: FakeServer, 
 def test_robust_scale_says_what_it_hides(server: FakeServer, window: Watched) -> None:
     page = window.open(f"{server.url}#/run/{RUN}?from=20000&to=40000")
     panel = page.locator(".panel").first
-    assert panel.locator(".note").count() == 0, "nothing is hidden by default"
+    expect(panel.locator("canvas").first).to_be_visible()
+    expect(panel.locator(".note")).to_have_count(0)  # nothing is hidden by default
     panel.get_by_role("button", name="Robust scale").click()
     expect(panel.locator(".note")).to_have_text(re.compile("^1 points lie outside"), use_inner_text=True)
 
@@ -254,8 +256,10 @@ def test_speedscope_opens_a_trace_of_this_server(server: FakeServer, window: Wat
     with window.context.expect_page() as opened:
         page.click(".trace-list a")
     viewer = opened.value
-    viewer.wait_for_selector("canvas", timeout=15_000)
-    assert f"/api/runs/{RUN}/traces/step-049210" in server.state.asked
+    viewer.wait_for_selector("canvas")
+    window.true(
+        lambda: f"/api/runs/{RUN}/traces/step-049210" in server.state.asked, "the trace is not fetched"
+    )
     assert window.foreign == []
 
 

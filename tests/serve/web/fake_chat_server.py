@@ -79,6 +79,7 @@ class State:
         self.asked: list[dict[str, Any]] = []
         self.stopped = 0  # streams that the client left
         self.busy = 1  # how often ``busy`` is answered with 429
+        self.retry_after = 3  # seconds, told with it
         self.pause = 0.002  # seconds between two tokens
         self.template, self.tells = True, True  # whether the model has a chat template, and the list says so
 
@@ -177,7 +178,8 @@ class Routes:
         word, _, rest = asked.partition(": ")
         if asked == "busy" and self.state.busy > 0:
             self.state.busy -= 1
-            return error(429, "12 requests wait already", "rate_limit_error", **{"Retry-After": "3"})
+            wait = {"Retry-After": str(self.state.retry_after)}
+            return error(429, "12 requests wait already", "rate_limit_error", **wait)
         if asked in ("fail", "bad"):
             status = 500 if asked == "fail" else 400
             return error(status, f"asked to {asked}: <b>no markup</b>")
@@ -292,7 +294,7 @@ def fake_chat_server() -> Iterator[FakeChatServer]:
         yield server
     finally:
         server.server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         server.socket.close()
 
 

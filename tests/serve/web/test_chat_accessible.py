@@ -150,7 +150,7 @@ def test_phone_has_drawers_and_no_sideways_scroll(server: Any, browser: Any) -> 
 
 def test_everything_by_keys(server: Any, window: Any) -> None:
     page = opened(window, server)
-    assert page.evaluate("document.activeElement.id") == "composer"
+    expect(page.locator("#composer")).to_be_focused()
     page.keyboard.type("say: one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
@@ -179,7 +179,7 @@ def test_everything_by_keys(server: Any, window: Any) -> None:
     page.keyboard.press("s")
     expect(page.locator(".side")).to_have_count(0)
     page.keyboard.press("t")
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    window.until("document.documentElement.dataset.theme === 'dark'")
     page.keyboard.press("i")
     expect(page.locator("#composer")).to_be_focused()
 
