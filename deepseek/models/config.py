@@ -3,7 +3,7 @@
 ``pattern`` gives each layer its attention, one letter a layer, repeated to the depth: ``F`` full, ``L`` local
 window, ``H`` hybrid (window + pooled blocks + gate). ``"LLLF"`` makes every fourth layer full: close to full
 attention everywhere for less than half of its attention FLOPs (LOG.md). ``ffn_pattern`` does the same for the
-feed-forward: ``D`` dense, ``E`` experts.
+feed-forward: ``D`` dense, ``E`` experts; ``rope_pattern`` takes the rotary embedding from some full layers (``N``).
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class ModelConfig:
     ffn: int = 704  # inner size of a dense feed-forward layer
     pattern: str = "LLLF"
     ffn_pattern: str = ""  # empty: 'E' when there are experts, else 'D'
+    rope_pattern: str = (
+        ""  # 'R' rotary embedding, 'N' none (full layers only); empty: as attention.full_rope says
+    )
     max_length: int = 2048  # positions the model is meant for; generation stops there
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
@@ -38,7 +41,7 @@ class ModelConfig:
     moe: MoEConfig = MoEConfig()
 
     def check(self) -> None:
-        for name, letters in (("pattern", "FLH"), ("ffn_pattern", "DE")):
+        for name, letters in (("pattern", "FLH"), ("ffn_pattern", "DE"), ("rope_pattern", "RN")):
             value = getattr(self, name)
             wrong = sorted(set(value) - set(letters))
             if wrong or (name == "pattern" and not value):
@@ -54,6 +57,20 @@ class ModelConfig:
             raise ConfigError(
                 f"norm_eps={self.norm_eps} must be positive and init_std={self.init_std} not negative"
             )
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        if self.rope_pattern and not self.attention.full_rope:
+            raise ConfigError(
+                f"rope_pattern={self.rope_pattern!r} and attention.full_rope=false both say which layers have rotary "
+                "embedding; leave one of them out"
+            )
+        for index, (kind, rope) in enumerate(zip(self.kinds, self.rope_kinds)):
+            if kind != "F" and rope == "N":
+                raise ConfigError(
+                    f"rope_pattern={self.rope_pattern!r} gives layer {index} no rotary embedding, but pattern="
+                    f"{self.pattern!r} makes it {kind!r}: only full layers ('F') can do without"
+                )
 
     @property
     def kinds(self) -> str:
@@ -65,6 +82,15 @@ class ModelConfig:
         """The feed-forward letter of every layer."""
         pattern = self.ffn_pattern or ("E" if self.moe.experts else "D")
         return (pattern * self.layers)[: self.layers]
+
+    @property
+    def rope_kinds(self) -> str:
+        """'R' for every layer with rotary embedding, 'N' for every layer without."""
+        if not self.rope_pattern:
+            return "".join(
+                "N" if kind == "F" and not self.attention.full_rope else "R" for kind in self.kinds
+            )
+        return (self.rope_pattern * self.layers)[: self.layers]
 
 
 def tiny(**changes: Any) -> ModelConfig:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.config import replace
 from deepseek.errors import ConfigError
 from deepseek.models.config import ModelConfig
 from deepseek.nn.attention import Attention, Context, FullAttention, WindowAttention
@@ -82,20 +83,24 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = _embedding(config.vocab_size, config.hidden)
         self.blocks = nn.ModuleList(
-            self._block(config, attention, ffn) for attention, ffn in zip(config.kinds, config.ffn_kinds)
+            self._block(config, *letters)
+            for letters in zip(config.kinds, config.ffn_kinds, config.rope_kinds)
         )
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @staticmethod
-    def _block(config: ModelConfig, attention: str, ffn: str) -> Block:
+    def _block(config: ModelConfig, attention: str, ffn: str, rope: str) -> Block:
         inner = (
             MoE(config.hidden, config.moe)
             if ffn == "E"
             else SwiGLU(config.hidden, config.ffn, config.ffn_bias)
         )
-        mixer = ATTENTION[attention](config.hidden, config.attention, config.norm_eps)
+        options = config.attention
+        if rope == "N" and options.full_rope:
+            options = replace(options, full_rope=False)
+        mixer = ATTENTION[attention](config.hidden, options, config.norm_eps)
         return Block(config.hidden, config.norm_eps, mixer, inner)
 
     @torch.no_grad()

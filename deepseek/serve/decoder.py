@@ -103,7 +103,7 @@ class DecoderLayer:
         dtype, a = compute_dtype(format, device), config.attention
         self.index, self.kind, self.config, self.exact = index, kind, a, exact
         self.pooling: Tensor | None = None
-        self.rotated = kind != "F" or a.full_rope
+        self.rotated = kind != "F" or attention.config.full_rope
 
         def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
             return pack_linear(

@@ -68,6 +68,7 @@ class Family:
         defaults: what a missing key of ``config.json`` means.
         bias: attention biases: none; query, key and value; or ``attention_bias``: those and output.
         window: sliding windows: none, one for every layer, or by layer.
+        nope: ``no_rope_layers`` says which layers have no rotary embedding.
         experts: spellings of the expert tensors, the one to write first; empty for a dense family.
         tokenizer: the class ``AutoTokenizer`` takes whatever the directory says, with text rules of its own.
     """
@@ -79,6 +80,7 @@ class Family:
     bias: Literal["none", "qkv", "option"] = "none"
     ffn_bias: bool = False
     window: Literal["none", "all", "layers"] = "none"
+    nope: bool = False
     experts: tuple[Experts, ...] = ()
     tokenizer: str = ""
 
@@ -152,6 +154,26 @@ FAMILIES: dict[str, Family] = {
             qk_norm=True,
             bias="option",
             window="layers",
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            {
+                "max_position_embeddings": 32_768,
+                "num_key_value_heads": 4,
+                "rope_theta": 2e6,
+                "tie_word_embeddings": True,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "use_sliding_window": False,
+                "no_rope_layers": None,
+                "no_rope_layer_interval": 4,
+                "layer_types": None,
+            },
+            bias="option",
+            ffn_bias=True,
+            window="layers",
+            nope=True,
         ),
         Family(
             "mixtral",

@@ -74,6 +74,7 @@ def from_hf(values: dict[str, Any], family: Family) -> ModelConfig:
             ffn=keys.whole("intermediate_size"),
             pattern=kinds if len(set(kinds)) > 1 else kinds[0],
             ffn_pattern=_ffn_kinds(keys, family),
+            rope_pattern=_rope_pattern(keys, family),
             max_length=keys.whole("max_position_embeddings"),
             norm_eps=keys.number("rms_norm_eps"),
             tie_embeddings=keys.flag("tie_word_embeddings"),
@@ -133,9 +134,35 @@ def _kinds(keys: Keys, family: Family) -> str:
         return "".join("L" if kind == SLIDING else "F" for kind in types)
     if window is None or family.window == "none":
         return "F" * layers
+    if family.nope:  # windows where there is no rotary embedding, which our window layers have
+        return "".join("L" if rope == "N" else "F" for rope in _rope_kinds(keys, layers))
     counted = "max_window_layers" in family.defaults and keys["max_window_layers"]
     first = keys.whole("max_window_layers") if counted else 0
     return "".join("L" if i >= first else "F" for i in range(layers))
+
+
+def _rope_kinds(keys: Keys, layers: int) -> str:
+    """'R' or 'N' for every layer, from ``no_rope_layers``, in which 1 means that there *is* rotary embedding."""
+    listed = keys["no_rope_layers"]
+    if listed is None:
+        every = keys.whole("no_rope_layer_interval")
+        return "".join("R" if (i + 1) % every else "N" for i in range(layers))
+    if not isinstance(listed, list) or len(listed) < layers or any(n not in (0, 1) for n in listed):
+        raise WeightsError(
+            f"config.json: no_rope_layers {listed!r} must hold 0 or 1 for each of {layers} layers"
+        )
+    return "".join("R" if n else "N" for n in listed[:layers])
+
+
+def _rope_pattern(keys: Keys, family: Family) -> str:
+    """The shortest pattern that gives every layer its letter; empty where all have rotary embedding."""
+    if not family.nope:
+        return ""
+    layers = keys.whole("num_hidden_layers")
+    kinds = _rope_kinds(keys, layers)
+    if "N" not in kinds:
+        return ""
+    return next(kinds[:n] for n in range(1, layers + 1) if (kinds[:n] * layers)[:layers] == kinds)
 
 
 def _attention(keys: Keys, family: Family, kinds: str) -> AttentionConfig:
@@ -221,6 +248,8 @@ def to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.ffn_bias:
         values["mlp_bias"] = config.ffn_bias
     values |= _window_keys(config, family)
+    if family.nope:
+        values["no_rope_layers"] = [int(rope == "R") for rope in config.rope_kinds]
     if family.experts:
         values["num_experts_per_tok"] = m.top_k
         if family.model_type == "mixtral":
@@ -259,8 +288,8 @@ def obstacle(config: ModelConfig, family: Family) -> str:
         return f"{family.model_type} has no sliding window in {'some' if 'F' in kinds else 'all'} layers"
     if family.model_type == "ministral" and "L" not in kinds:
         return "ministral wants a sliding window in some layer"
-    if "F" in kinds and not a.full_rope:
-        return "its full layers have no rotary embedding"
+    if "N" in config.rope_kinds and not family.nope:
+        return f"{family.model_type} has rotary embedding in every layer"
     if a.rope_scaling.type == "factors":
         return "its rotary frequencies are divided by a list of factors"
     if a.qk_norm != family.qk_norm:

@@ -1,7 +1,7 @@
 """The model in a GGUF file: metadata → ``ModelConfig``, tensor names → ``Slot``.
 
-Architectures: ``llama`` (Llama 1 to 3, SmolLM2, Mistral; Mixtral, which has experts), ``qwen2``, ``qwen3``,
-``qwen3moe``. What a file says by its tensors (biases, experts, a tied head) is read from their names.
+Architectures: ``llama`` (Llama 1 to 3, SmolLM2, Mistral; Mixtral, which has experts), ``smollm3``, ``qwen2``,
+``qwen3``, ``qwen3moe``. What a file says by its tensors (biases, experts, a tied head) is read from their names.
 
 ``llama`` files hold the rows of query and key in another order: their reader turns neighbouring pairs
 (2i, 2i+1) of a head, we and Hugging Face turn (i, i + head_dim/2). ``GGUFTensors`` puts the rows back.
@@ -33,15 +33,18 @@ class Architecture(NamedTuple):
     Attributes:
         paired: the rows of query and key are in the order of neighbouring pairs.
         experts_in: the key with the inner size of an expert.
+        rope_pattern: of ``ModelConfig``; no key says which layers have no rotary embedding.
     """
 
     paired: bool = False
     qk_norm: bool = False
     experts_in: str = "expert_feed_forward_length"
+    rope_pattern: str = ""
 
 
 ARCHITECTURES = {
     "llama": Architecture(paired=True, experts_in="feed_forward_length"),
+    "smollm3": Architecture(paired=True, rope_pattern="RRRN"),
     "qwen2": Architecture(),
     "qwen3": Architecture(qk_norm=True),
     "qwen3moe": Architecture(qk_norm=True),
@@ -130,6 +133,7 @@ def gguf_config(file: GGUFParts) -> ModelConfig:
             ffn=keys.whole("feed_forward_length"),
             pattern="L" if window else "F",
             ffn_pattern=kinds if len(set(kinds)) > 1 else "",
+            rope_pattern=ARCHITECTURES[keys.name].rope_pattern if layers > 3 else "",
             max_length=keys.whole("context_length"),
             norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
             tie_embeddings="output.weight" not in places,

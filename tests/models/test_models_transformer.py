@@ -208,3 +208,48 @@ def test_a_preset_changes_in_part() -> None:
     made = model_config({"preset": "tiny", "layers": 6, "moe": {"experts": 8}})
     assert (made.layers, made.moe.experts, made.moe.expert_ffn) == (6, 8, 64)
     assert made.kinds == "LLHLLH"
+
+
+def test_rope_pattern_is_a_letter_a_layer():
+    """'N' layers compute what they compute with ``full_rope = false``; the others what they always did."""
+    heads = AttentionConfig(heads=2, kv_heads=1, head_dim=16, window=5)
+    base = ModelConfig(vocab_size=31, hidden=32, layers=3, ffn=48, pattern="F", attention=heads)
+    torch.manual_seed(0)
+    model = Transformer(replace(base, rope_pattern="RN")).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert model.config.rope_kinds == "RNR"
+    assert [block.attention.config.full_rope for block in model.blocks] == [True, False, True]
+
+    def hidden(config):
+        other = Transformer(config).eval()
+        other.load_state_dict(model.state_dict())
+        return other
+
+    plain, none = hidden(base), hidden(replace(base, attention=replace(heads, full_rope=False)))
+    assert (plain.config.rope_kinds, none.config.rope_kinds) == ("RRR", "NNN")
+    ids = torch.randint(31, (1, 12))
+    with torch.no_grad():
+        assert torch.equal(hidden(replace(base, rope_pattern="R"))(ids).hidden, plain(ids).hidden)
+        assert torch.equal(hidden(replace(base, rope_pattern="N"))(ids).hidden, none(ids).hidden)
+        plain.blocks[1], cache = none.blocks[1], model.new_cache()
+        assert torch.equal(plain(ids).hidden, model(ids).hidden)
+        steps = torch.cat([model(ids[:, i : i + 1], cache=cache).hidden for i in range(12)], 1)
+        torch.testing.assert_close(steps, model(ids).hidden, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rope_pattern": "RX"}, "rope_pattern='RX' may hold the letters R, N only"),
+        (
+            {"rope_pattern": "RN", "pattern": "FL"},
+            "gives layer 1 no rotary embedding, but pattern='FL' makes it 'L'",
+        ),
+        ({"rope_pattern": "R", "attention": AttentionConfig(full_rope=False)}, "leave one of them out"),
+    ],
+)
+def test_rope_patterns_that_cannot_be(options, words):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**{"pattern": "F", **options})
+    assert words in str(caught.value)

@@ -17,6 +17,7 @@ SHAPE = {
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA, "mixtral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3, "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def tensors(model) -> dict[str, np.ndarray]:
     """The weights under their GGUF names, rows in GGUF order, experts stacked."""
     config = model.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
-    paired = ARCHITECTURES[config.model_type] == gguf.MODEL_ARCH.LLAMA
+    paired = ARCHITECTURES[config.model_type] in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.SMOLLM3)
     found: dict[str, np.ndarray] = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach().numpy()

@@ -26,6 +26,8 @@ CASES = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", QWEN),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "smollm3 untied, three layers": ("smollm3", {"num_hidden_layers": 3, "tie_word_embeddings": False}),
 }
 IDS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
 

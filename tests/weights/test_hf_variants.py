@@ -12,11 +12,15 @@ pytest.importorskip("transformers")
 import transformers
 from hf_models import MIXTRAL, QWEN_MOE, compare, make, tokens
 
+from deepseek.errors import WeightsError
+from deepseek.models import ModelConfig, Transformer
+from deepseek.nn.attention import AttentionConfig
 from deepseek.weights.convert import load_hf, read_config, save_hf
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ON = {"use_sliding_window": True, "sliding_window": 7}
 LAYERS = {"num_hidden_layers": 3}
+NOPE = {"num_hidden_layers": 5, "use_sliding_window": False}
 MIXED = {**LAYERS, "layer_types": [FULL, SLIDING, FULL]}
 BIASES = {"attention_bias": True}
 #: family, options, our attention letters
@@ -47,6 +51,17 @@ CASES = {
         }.items()
         for word in ("tied", "untied")
     },
+    "smollm3": ("smollm3", NOPE, "FFFFF"),
+    "smollm3 untied": ("smollm3", {**NOPE, "tie_word_embeddings": False}, "FFFFF"),
+    "smollm3 every second": ("smollm3", {**NOPE, "no_rope_layer_interval": 2}, "FFFFF"),
+    "smollm3 listed": ("smollm3", {**NOPE, "no_rope_layers": [0, 1, 1, 0, 0]}, "FFFFF"),
+    "smollm3 none": ("smollm3", {**NOPE, "no_rope_layers": [0] * 5}, "FFFFF"),
+    "smollm3 all": ("smollm3", {**NOPE, "no_rope_layers": [1] * 5}, "FFFFF"),
+    "smollm3 biases": ("smollm3", {**NOPE, **BIASES, "mlp_bias": True}, "FFFFF"),
+    "smollm3 yarn": ("smollm3", {**NOPE, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 5e6, "factor": 4.0, "original_max_position_embeddings": 16}}, "FFFFF"),
+    "smollm3 windows": ("smollm3", {
+        "num_hidden_layers": 4, **ON, "layer_types": [SLIDING, SLIDING, FULL, FULL]}, "LLFF"),
     "llama attention bias": ("llama", BIASES, "FF"),
     "llama mlp bias": ("llama", {"mlp_bias": True}, "FF"),
     "llama both biases": ("llama", {**BIASES, "mlp_bias": True}, "FF"),
@@ -97,3 +112,37 @@ def test_mistral_with_layer_types_is_ministral(tmp_path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert type(reference).__name__ == "MinistralForCausalLM"
     compare(tmp_path, reference, length=40, generated=6)
+
+
+REFUSED = {
+    "windows without rotary embedding": ({**NOPE, **ON}, "gives layer 3 no rotary embedding"),
+    "too few": ({**NOPE, "no_rope_layers": [1, 0]}, "must hold 0 or 1 for each of 5 layers"),
+    "no list": ({**NOPE, "no_rope_layers": 3}, "no_rope_layers 3 must hold"),
+    "interval": ({**NOPE, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_smollm3_refused(name, tmp_path):
+    options, words = REFUSED[name]
+    make("smollm3", **NOPE).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["no_rope_layers"], values["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps({**values, **options}))
+    with pytest.raises(WeightsError) as caught:
+        read_config(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_a_model_of_ours_with_windows_and_plain_full_layers_goes_out_as_smollm3(tmp_path):
+    """``full_rope = false`` with windows in between: position from the windows alone."""
+    torch.manual_seed(0)
+    heads = AttentionConfig(heads=4, kv_heads=2, head_dim=8, window=7, full_rope=False)
+    ours = Transformer(
+        ModelConfig(vocab_size=61, hidden=32, layers=4, ffn=48, pattern="LLLF", attention=heads)
+    )
+    for parameter in ours.eval().parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert save_hf(ours, tmp_path / "out").model_type == "smollm3"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    compare(tmp_path / "out", theirs, length=40, generated=6)
