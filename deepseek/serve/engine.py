@@ -6,8 +6,9 @@
         for output in engine.step():
             print(output.text, end="")
 
-``step`` schedules, runs the model over the scheduled rows, samples, and tells what each request gained. It owns no
-thread and no socket; ``serve.worker`` puts it in a process of its own.
+``step`` schedules, runs the model over the scheduled rows, samples, and tells what each request gained. Where the next
+step can be launched before this one's tokens are known, it is (``serve.ahead``), and stays in flight between two calls.
+The engine owns no thread and no socket; ``serve.worker`` puts it in a process of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
+from deepseek.serve.ahead import DrawnTokens, InFlight, Readback, Tokens
 from deepseek.serve.budget import FeedbackBudget
 from deepseek.serve.decoder import Decoder, RowAdapters, Traced, cache_dtype, compute_dtype
 from deepseek.serve.engine_config import EngineConfig, default_running
@@ -48,7 +50,7 @@ from deepseek.serve.request import (
     TokenTrace,
 )
 from deepseek.serve.sampler import SamplingConfig
-from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs, sample_drafts
+from deepseek.serve.sampling import Drawing, Sampled, SamplingState, prompt_logprobs
 from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
 from deepseek.serve.speculative import NgramProposer, Proposer
 from deepseek.serve.text import TextStream, begins_text
@@ -68,6 +70,11 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     embedding: Tensor | None = None
     told: bool = False  #: its first output, which carries what is said once, is out
+
+    @property
+    def ending(self) -> bool:
+        """Whether the next token is the last, whatever it is."""
+        return len(self.state.tokens) + 1 >= self.state.config.max_tokens
 
 
 class Engine:
@@ -107,6 +114,10 @@ class Engine:
         most = Size(running, self.decoder.tables.width)
         captured = config.graphs and self.device.type == "cuda"
         self.graphs = DecodeGraphs(self.decoder, most) if captured else None
+        self.ahead = captured if config.ahead is None else config.ahead
+        self._readback = Readback(self.device)
+        self._flight: InFlight | None = None
+        self._read_at = 0.0  #: when the last step was read
         self.vocabulary = min(
             loaded.tokenizer.vocab_size if loaded.tokenizer else shape.vocab_size, shape.vocab_size
         )
@@ -115,6 +126,7 @@ class Engine:
         self.bank = AdapterBank(adapters, kept, self.device, exact=config.deterministic)
         self.grammars = Grammars(self._tokenizer, self.vocabulary) if self._tokenizer else None
         self._live: dict[str, Scheduled] = {}
+        self._timed: dict[str, Scheduled] = {}  #: those of them that have a deadline
         self._totals: dict[str, Any] = defaultdict(int)
 
     @classmethod
@@ -175,6 +187,8 @@ class Engine:
         salt = b"" if request.adapter is None else request.adapter.encode()
         sequence = Scheduled(request, list(request.prompt), salt=salt, engine=answer)
         self._live[request.id] = sequence
+        if request.deadline is not None:
+            self._timed[request.id] = sequence
         self.scheduler.add(sequence)
 
     def prepared(self, request: Request) -> bool:
@@ -196,7 +210,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether ``step`` has something to do, if only to read what is in flight."""
+        return self._flight is not None or self.scheduler.has_work
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
@@ -210,21 +225,18 @@ class Engine:
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
-        """Schedule, run, sample. A request that goes wrong ends with ``finish='error'`` and hurts nobody else."""
-        began = time.perf_counter()
+        """Schedule, run, sample; what the step adds that was read. Running ahead, another one is in flight by then.
+
+        A request that goes wrong ends with ``finish='error'`` and hurts nobody else.
+        """
         outputs = self._expire()
-        self._propose()
-        plan = self.scheduler.plan()
-        for sequence in plan.preempted:
-            self.decoder.tables.leave(sequence)
-        if plan.work:
-            work = sorted(plan.work, key=lambda w: w.rows != 1)
-            outputs += self._sample(work, *self._run(work))
-        seconds = time.perf_counter() - began
-        if self.feedback is not None:
-            answers = sum(w.rows for w in plan.work if w.start >= w.sequence.prompt_length)
-            self.feedback.observe(seconds, answers, rows_of(plan.work) - answers)
-        self._count(steps=1, step_seconds=seconds)
+        flight = self._flight or self._start()
+        if flight is None:
+            return outputs
+        self._flight = self._follow(flight) if self.ahead else None
+        outputs += self._read(flight)
+        if self.ahead and self._flight is None:
+            self._flight = self._start()  # planning it took the tokens; what is done with them can wait
         return outputs
 
     def generate(
@@ -236,7 +248,7 @@ class Engine:
             RequestError: a prompt can never be served; then none is. EngineError: others' requests are on their way,
                 whose outputs would be lost, or an answer failed.
         """
-        if self.has_work:
+        if self._live:
             raise EngineError(f"{len(self._live)} requests are on their way: step until has_work is false")
         done: dict[str, list[Output]] = {}
         began = time.perf_counter()
@@ -250,12 +262,9 @@ class Engine:
             for name in done:
                 self.abort(name)
             raise
-        left = set(done)
-        while left:
+        while self.has_work:
             for output in self.step():
                 done[output.id].append(output)
-                if output.finish:
-                    left.discard(output.id)
         seconds = time.perf_counter() - began
         for outputs in done.values():
             if outputs[-1].finish == "error":
@@ -264,87 +273,138 @@ class Engine:
 
     # --- parts of a step ----------------------------------------------------------------------------------------------
 
-    def _run(self, work: list[Work]) -> tuple[Tensor, Tensor | None, Traced | None]:
+    def _start(self) -> InFlight | None:
+        """Plan a step from all that is known, and launch it."""
+        began = time.perf_counter()
+        self._propose()
+        plan = self.scheduler.plan()
+        for sequence in plan.preempted:
+            self.decoder.tables.leave(sequence)
+        if not plan.work:
+            return None
+        return self._launch(sorted(plan.work, key=lambda w: w.rows != 1), None, began)
+
+    def _follow(self, flight: InFlight) -> InFlight | None:
+        """Launch the step after ``flight``, whose tokens nobody has seen, as if all went on but for the ends in sight.
+
+        ``None`` where that takes the host: see ``InFlight.follows`` and ``Scheduler.follow``.
+        """
+        began = time.perf_counter()
+        going = flight.going()
+        if len(going) != len(self.scheduler.running):
+            return None
+        work = self.scheduler.follow([w for w in going if not w.sequence.engine.ending])
+        return self._launch(work, flight, began) if work else None
+
+    def _launch(self, work: list[Work], before: InFlight | None, began: float) -> InFlight:
+        """Queue a step on the device: the model over the rows, and a token for every sequence that is at its end."""
+        if before is None:
+            tokens: Tokens = [t for w in work for t in _row_tokens(w)]
+            samples = [w.samples and not w.sequence.request.embed for w in work]
+        else:
+            tokens, samples = before.hand_on(w.sequence for w in work), [True] * len(work)
+        hidden, logits, traced = self._run(work, tokens)
+        flight = InFlight(work, samples, hidden, traced, began)
+        if rows := flight.rows():
+            if logits is None or len(rows) < len(hidden):
+                logits = self.decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+            pairs = [(w.sequence.engine.state, w.sequence.draft[: w.drafts]) for w in flight.sampling]
+            ahead = 0 if before is None else 1
+            flight.drawing = Drawing(logits[:, : self.vocabulary], pairs, ahead=ahead, fetch=self._readback)
+        flight.follows = before is not None or (
+            all(samples) and len(work) == len(self.scheduler.running) and all(map(_foreseeable, work))
+        )
+        return flight
+
+    def _run(self, work: list[Work], tokens: Tokens) -> tuple[Tensor, Tensor | None, Traced | None]:
         """Hidden states of all rows; their logits too when the step was captured; what the layers did, if asked."""
-        tokens = [t for w in work for t in _row_tokens(w)]
         host, adapters = self.decoder.host_rows(work), self._row_adapters(work)
         traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
         if self.graphs is not None and adapters is None and traced is None:
             done = self.graphs.run(tokens, host)
             if done is not None:
                 return *done, None
-        tokens_N = torch.tensor(tokens, device=self.device)
+        if isinstance(tokens, DrawnTokens):
+            tokens_N = tokens.gather()
+        else:
+            tokens_N = torch.tensor(tokens, device=self.device)
         return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, traced
 
-    def _sample(
-        self, work: list[Work], hidden: Tensor, ready: Tensor | None, traced: Traced | None
-    ) -> list[Output]:
-        """Logits where they are needed, tokens where a sequence is at its end, and what follows from them."""
-        first, wanted, firsts = 0, list[Work](), list[int]()
-        outputs: list[Output] = []
-        for w in work:
+    def _read(self, flight: InFlight) -> list[Output]:
+        """Wait for a step's tokens; what follows from them, and from its prompts."""
+        outputs, drawn = list[Output](), iter(flight.read())
+        for sequence in flight.redrawn:
+            self._discard(sequence)
+        traces = _Traces(flight.traced) if flight.traced is not None else None
+        end = 0
+        for w, samples in zip(flight.work, flight.samples):
+            first, end = end, end + w.rows
+            sampled = next(drawn) if samples else None
+            if not flight.counts(w):
+                continue
             answer: Answer = w.sequence.engine
             if w.sequence.request.embed:
                 self.scheduler.advance(w, w.rows)  # before its end, which gives its pages back
-                outputs += self._embed(w, hidden[first : first + w.rows])
-            elif answer.prompt_logprobs is not None and w.start < w.sequence.prompt_length:
-                self._read_prompt(w, hidden[first : first + w.rows])
-            if w.samples and not w.sequence.request.embed:
-                wanted.append(w)
-                firsts.append(first + w.rows - w.drafts - 1)
-            elif not w.sequence.request.embed:
+                outputs += self._embed(w, flight.hidden[first:end])
+                continue
+            if answer.prompt_logprobs is not None and w.start < w.sequence.prompt_length:
+                self._read_prompt(w, flight.hidden[first:end])
+            if sampled is None:
                 self.scheduler.advance(w, w.rows)
-            first += w.rows
-        rows = [row for w, at in zip(wanted, firsts) for row in range(at, at + w.drafts + 1)]
-        if not rows:
-            return outputs
-        if ready is None or len(rows) < hidden.shape[0]:
-            index = torch.tensor(rows, device=hidden.device)
-            ready = self.decoder.logits(hidden.index_select(0, index))
-        pairs = [(w.sequence.engine.state, w.sequence.draft[: w.drafts]) for w in wanted]
-        found = sample_drafts(ready[:, : self.vocabulary], pairs)
-        traces = _Traces(traced) if traced is not None else None
-        for w, at, tokens in zip(wanted, firsts, found):
-            outputs.append(self._extend(w, tokens, traces, at))
+            else:
+                outputs.append(self._extend(w, sampled, traces, end - w.drafts - 1))
+        self._time(flight)
         return outputs
 
     def _extend(self, work: Work, sampled: list[Sampled], traces: _Traces | None, row: int) -> Output:
         """Append what was sampled, as far as the answer goes on, and say so."""
-        sequence, answer = work.sequence, work.sequence.engine
-        text, kept, stream = "", list[Sampled](), answer.text
-        for s in sampled:
-            if s.token < 0:
+        sequence, answer, totals = work.sequence, work.sequence.engine, self._totals
+        text, kept, stream = "", list[int](), answer.text
+        for token, _, _ in sampled:
+            if token < 0:
                 break
-            kept.append(s)
-            answer.state.accept(s.token)
-            text += stream.push(s.token)
+            kept.append(token)
+            answer.state.accept(token)
+            text += stream.push(token)
             if stream.finish:
                 break
         if not kept:
             return self._end(sequence, "error", error=f"{sampled[0].error}; {self._advice()}")
-        sequence.tokens += [s.token for s in kept]
+        sequence.tokens += kept
         sequence.draft = []
-        self._count(generated_tokens=len(kept), drafted=work.drafts, accepted=len(kept) - 1)
+        totals["generated_tokens"] += len(kept)
+        totals["drafted"] += work.drafts
+        totals["accepted"] += len(kept) - 1
         # Rows whose token came out as drafted are final; the token sampled last has not been computed.
         self.scheduler.advance(work, work.rows - work.drafts + len(kept) - 1)
         if answer.proposer is not None:
-            answer.proposer.extend([s.token for s in kept])
+            answer.proposer.extend(kept)
             if work.drafts:
                 answer.proposer.learn(work.drafts, len(kept) - 1)
         request = sequence.request
         output = Output(
-            request.id, text, tuple(s.token for s in kept),
-            tuple(s.logprobs for s in kept if s.logprobs is not None) if request.sampling.logprobs is not None else (),
+            request.id, text, tuple(kept),
+            () if request.sampling.logprobs is None else tuple(s.logprobs for s in sampled[: len(kept)] if s.logprobs),
             None if answer.told or answer.prompt_logprobs is None else tuple(answer.prompt_logprobs),
             tuple(traces.at(row + i) for i in range(len(kept))) if traces is not None and request.trace else (),
             None, stream.finish, stream.stop, sequence.prompt_length, sequence.cached, queued=sequence.queued,
         )  # fmt: skip
         if not answer.told:
             answer.told = True
-            self._count(prompt_tokens=sequence.prompt_length)
+            totals["prompt_tokens"] += sequence.prompt_length
         if stream.finish:
             self._drop(sequence)
         return output
+
+    def _time(self, flight: InFlight) -> None:
+        """The seconds that a step took: from its beginning, or from the end of the step before, to now."""
+        now = time.perf_counter()
+        seconds = now - max(flight.began, self._read_at)
+        self._read_at = now
+        self._count(steps=1, step_seconds=seconds)
+        if self.feedback is not None:
+            answers = sum(w.rows for w in flight.work if w.start >= w.sequence.prompt_length)
+            self.feedback.observe(seconds, answers, rows_of(flight.work) - answers)
 
     def _embed(self, work: Work, hidden_NC: Tensor) -> list[Output]:
         """Add up a chunk's hidden states; at the end of the prompt, their mean at length one."""
@@ -386,8 +446,10 @@ class Engine:
 
     def _expire(self) -> list[Output]:
         """End what is past its deadline."""
+        if not self._timed:
+            return []
         now, late = time.monotonic(), list[Scheduled]()
-        for sequence in self._live.values():
+        for sequence in self._timed.values():
             deadline = sequence.request.deadline
             if deadline is not None and now - sequence.arrival > deadline:
                 late.append(sequence)
@@ -404,9 +466,19 @@ class Engine:
         )  # fmt: skip
 
     def _drop(self, sequence: Scheduled) -> None:
+        """Forget a sequence."""
         self._live.pop(sequence.request.id, None)
+        self._timed.pop(sequence.request.id, None)
+        self._discard(sequence)
         self.scheduler.remove(sequence)
         self.decoder.tables.leave(sequence)
+
+    def _discard(self, sequence: Scheduled) -> None:
+        """What is in flight for a sequence counts for nothing."""
+        if self._flight is not None:
+            self._flight.drop(sequence)
+            if not self._flight.alive:
+                self._flight = None
 
     def _advice(self) -> str:
         return (
@@ -487,6 +559,15 @@ def _completion(outputs: Sequence[Output], seconds: float) -> Completion:
     if isinstance(last.stop, int):
         tokens.pop()
     return Completion("".join(o.text for o in outputs), tokens, last.finish or "", seconds)
+
+
+def _foreseeable(work: Work) -> bool:
+    """Whether a sequence's next step needs nothing of what this one finds but its token."""
+    answer: Answer = work.sequence.engine
+    reads = answer.prompt_logprobs is not None and work.start < work.sequence.prompt_length
+    return (
+        answer.state.foreseeable and answer.proposer is None and not reads and not work.sequence.request.trace
+    )
 
 
 def _row_tokens(work: Work) -> list[int]:

@@ -26,6 +26,8 @@ class EngineConfig:
         page: positions per page of the cache; 0: derived.
         speculate: tokens proposed at most by looking back in the text (n-gram speculation); 0: off. Changes no answer.
         max_length: positions a request may take, prompt and answer; 0: the model's own.
+        ahead: launch the next decoding step before the host has read the last one's tokens (``serve.ahead``). ``None``:
+            where steps are captured as CUDA graphs. Changes no answer.
         deterministic: every request's numbers are bit-identical whatever runs beside it, however its prompt is cut,
             cached or preempted (fp32 on a CPU); costs speed.
         adapters: LoRA adapters by name, directories as PEFT writes them.
@@ -43,6 +45,7 @@ class EngineConfig:
     max_length: int = 0
     deterministic: bool = False
     graphs: bool = True
+    ahead: bool | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     name: str = ""  # what clients call the model; its directory's name unless told
 

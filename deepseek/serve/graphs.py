@@ -2,14 +2,19 @@
 
 A graph is for one *size*: so many sequences, tables so wide. A step of fewer sequences is filled up with rows that read
 and write the trash page, and takes the smallest graph that holds it. What changes from step to step (tokens, positions,
-slots, tables) lies in buffers that are written before a replay, all of it in two copies.
+slots, tables) lies in one buffer that is written before a replay, in one copy; the tables only when they have changed.
+
+All of it is queued on one stream, so a step's buffer is written after the replay that read it before, and what a replay
+leaves (graphs share their memory) is read by the sampling that was queued before the next one. What is not in the
+stream's order is the host's side of the copy: two sets of pinned memory in turn, each with an event that says when it
+has been copied.
 
 Shape letters: S sequences, P pages of a table, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.paged_attention import StepRows
+from deepseek.serve.ahead import DrawnTokens, Tokens
 from deepseek.serve.decoder import Decoder, HostRows
 
 SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -30,46 +36,93 @@ class Size(NamedTuple):
     width: int
 
 
+class _Side:
+    """One copy of a step's buffer, as the parts that it has: on the device, or one of the host's two.
+
+    The first ``small`` numbers are what changes at every step; the tables follow.
+    """
+
+    def __init__(self, size: Size, ints: Tensor) -> None:
+        S, P = size
+        self.ints, self.small = ints, 11 * S
+        self.long = ints[: 10 * S].view(torch.int64).view(5, S)
+        self.length_S = ints[10 * S : 11 * S]
+        self.global_SP, self.window_SP = ints[11 * S :].view(2, S, P).unbind()
+
+
+class _HostSide:
+    """The host's numbers of a step, in memory that the device copies from while the host goes on.
+
+    Attributes:
+        stamp_S: which tables it holds (``PageTables.stamps``; 0: none).
+    """
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        S, P = size
+        cuda = device.type == "cuda"
+        side = _Side(size, torch.zeros(S * (11 + 2 * P), dtype=torch.int32, pin_memory=cuda))
+        self.ints, self.stamp_S = side.ints, np.zeros(S, np.int64)
+        self.long, self.length_S = side.long.numpy(), side.length_S.numpy()
+        self.length_S[:] = 1
+        self._tables = side.global_SP.numpy(), side.window_SP.numpy()
+        self._copied = torch.cuda.Event() if cuda else None
+
+    def write(self, host: HostRows) -> None:
+        """A step but for its tokens; what is left pads. Only table rows that are not there already are written."""
+        if self._copied is not None:
+            self._copied.synchronize()  # long since, as a rule: the other side has been in between
+        n, tables = len(host.rows), host.tables
+        self.long[:, n:], self.length_S[n:] = 0, 1
+        self.long[1, :n], self.long[2, :n] = host.position_N, host.global_slot_N
+        self.long[3, :n], self.length_S[:n] = host.window_slot_N, host.length_S
+        stamp_S = np.zeros_like(self.stamp_S)
+        stamp_S[:n] = tables.stamps[host.place_S]
+        for row in np.flatnonzero(stamp_S != self.stamp_S).tolist():
+            for mine, theirs in zip(self._tables, (tables.globals, tables.windows)):
+                mine[row] = theirs[host.place_S[row], : mine.shape[1]] if row < n else 0
+        self.stamp_S = stamp_S
+
+    def send(self, to: Tensor, count: int) -> None:
+        """Queue the copy of the first ``count`` numbers."""
+        to[:count].copy_(self.ints[:count], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
 class StepBuffers:
     """What a captured step reads, and the ``StepRows`` over it."""
 
     def __init__(self, size: Size, page: int, device: torch.device, exact: bool = False) -> None:
-        S, P = self.size = size
-        self._long = torch.zeros(4, S, dtype=torch.int64, device=device)
-        self._int = torch.zeros(S * (1 + 2 * P), dtype=torch.int32, device=device)
-        self._host_long, self._host_int = self._long.cpu(), self._int.cpu()
-        if device.type == "cuda":
-            self._host_long, self._host_int = self._host_long.pin_memory(), self._host_int.pin_memory()
-        self.tokens, position, global_slot, window_slot = self._long.unbind()
-        length, global_table, window_table = self._parts(self._int)
+        S, P = size
+        self._hosts = [_HostSide(size, device) for _ in range(2)]
+        self._turn = 0
+        side = self._device = _Side(size, self._hosts[0].ints.to(device, copy=True))
+        self._tables_there = self._hosts[0].stamp_S  #: on the device
+        self.tokens, position, global_slot, window_slot, self._source = side.long.unbind()
         self.rows = StepRows(
             position_N=position, ends_S=torch.arange(S + 1, dtype=torch.int32, device=device),
-            length_S=length, global_SP=global_table, window_SP=window_table,
+            length_S=side.length_S, global_SP=side.global_SP, window_SP=side.window_SP,
             global_slot_N=global_slot, window_slot_N=window_slot, page=page,
             rows=(1,) * S, lengths=(P * page,) * S, decodes=S, exact=exact, static=True,
         )  # fmt: skip
-        self.fill([], None)
 
-    def _parts(self, ints: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Lengths ``[S]`` and both tables ``[S, P]``."""
-        S, P = self.size
-        length, global_table, window_table = ints.split((S, S * P, S * P))
-        return length, global_table.view(S, P), window_table.view(S, P)
-
-    def fill(self, tokens: Sequence[int], host: HostRows | None) -> None:
+    def fill(self, tokens: Tokens, host: HostRows) -> None:
         """Write a step into the buffers; what is left of them pads."""
-        n, longs = len(tokens), self._host_long.numpy()
-        length, *tables = (part.numpy() for part in self._parts(self._host_int))
-        longs[:, n:], length[n:] = 0, 1
-        for table in tables:
-            table[:] = 0
-        if host is not None:
-            longs[:, :n] = np.stack((tokens, host.position_N, host.global_slot_N, host.window_slot_N))
-            length[:n] = host.length_S
-            for table, given in zip(tables, (host.global_SP, host.window_SP)):
-                table[:n, : given.shape[1]] = given
-        self._long.copy_(self._host_long, non_blocking=True)
-        self._int.copy_(self._host_int, non_blocking=True)
+        self._turn ^= 1
+        side = self._hosts[self._turn]
+        side.write(host)
+        drawn = tokens if isinstance(tokens, DrawnTokens) else None
+        count = len(host.rows)
+        side.long[0 if drawn is None else 4, :count] = tokens if drawn is None else drawn.row_S
+        same = np.array_equal(side.stamp_S, self._tables_there)
+        self._tables_there = side.stamp_S
+        side.send(self._device.ints, self._device.small if same else len(side.ints))
+        if drawn is not None:
+            self._take(drawn.token_R, count)
+
+    def _take(self, token_R: Tensor, count: int) -> None:
+        """The step's tokens from where the last one's sampling left them."""
+        torch.index_select(token_R, 0, self._source[:count], out=self.tokens[:count])
 
 
 class CudaCapture:
@@ -121,13 +174,13 @@ class DecodeGraphs:
             next(s for s in self._sequences if s >= sequences), next(w for w in self._widths if w >= width)
         )
 
-    def run(self, tokens: Sequence[int], host: HostRows) -> tuple[Tensor, Tensor] | None:
+    def run(self, tokens: Tokens, host: HostRows) -> tuple[Tensor, Tensor] | None:
         """Hidden states ``[S, C]`` and logits ``[S, V]`` of a step in which every sequence has one row, else ``None``.
 
         They are overwritten by the next step.
         """
-        n = len(tokens)
-        size = self.size_for(n, host.global_SP.shape[1]) if host.decodes == len(host.rows) else None
+        n = len(host.rows)
+        size = self.size_for(n, host.width) if host.decodes == n else None
         if size is None:
             return None
         if size not in self._made:

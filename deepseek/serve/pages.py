@@ -242,7 +242,7 @@ class Pages:
 
     def settle(self, held: SequencePages, tokens: Sequence[int], salt: bytes, computed: int) -> None:
         """``computed`` positions are final: name the full pages, give back those behind the window."""
-        if self.prefix_cache:
+        if self.prefix_cache and (held.named + 1) * self.layout.page <= computed:
             self.hash_pages(held, tokens, salt, computed)
             for index in range(held.named, computed // self.layout.page):
                 for group, pool, _ in self._groups(held):
@@ -250,11 +250,13 @@ class Pages:
                         pool.name(group[index], held.hashes[index])
                 held.named = index + 1
         if self.layout.window_bytes:
-            first = min(self.layout.first_needed(computed), len(held.windows))
-            for index in range(held.dropped, first):
-                self.windows.release(held.windows[index])
-                held.windows[index] = 0
-            held.dropped = max(held.dropped, first)
+            first = self.layout.first_needed(computed)
+            if first > held.dropped:
+                first = min(first, len(held.windows))
+                for index in range(held.dropped, first):
+                    self.windows.release(held.windows[index])
+                    held.windows[index] = 0
+                held.dropped = max(held.dropped, first)
 
     def release(self, held: SequencePages) -> None:
         """Give everything back; the end of the text becomes the oldest, so that beginnings stay longest."""

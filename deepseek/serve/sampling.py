@@ -3,7 +3,8 @@
 ``sample`` sorts the rows of a step into three groups: greedy ones cost one maximum for all of them, random ones
 without top-k and top-p one running sum, the others a bounded ``topk`` (and a full sort for the few rows whose
 nucleus is larger). Penalties, biases and grammars change a few numbers of the rows that have them. Everything a
-step yields crosses to the host in one transfer, and once more for each wider look.
+step yields crosses to the host in one transfer, and once more for each wider look. A ``Drawing`` is queued when it is
+made and read later, so that the device can go on meanwhile.
 
 A token depends on the request's seed, its place in the answer (``SamplingState.uniform``) and the row's logits, not
 on batching, preemption or speculation; ``sample_drafts`` keeps a drafted token where ``sample`` would have drawn the
@@ -14,7 +15,7 @@ Shape letters: R rows, N rows of several requests' drafts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from deepseek.serve.distribution import Filters, best_tokens, draw_all, draw_best, parts
 from deepseek.serve.request import TokenLogprobs
-from deepseek.serve.sampling_config import SamplingConfig
 from deepseek.serve.sampling_state import Numbers, SamplingState, Updates
 
-__all__ = ["Sampled", "SamplingState", "prompt_logprobs", "sample", "sample_drafts"]
+__all__ = ["Drawing", "Sampled", "SamplingState", "prompt_logprobs", "sample", "sample_drafts"]
+
+#: Begins to bring a tensor to the host; what it returns waits for it, and gives it.
+Fetch = Callable[[Tensor], Callable[[], Tensor]]
 
 #: How many of the most likely tokens are looked at first, and next, before a row is sorted in full. A second look
 #: costs a CPU what the work is, a GPU a wait: it looks at more at once.
@@ -69,47 +72,88 @@ def sample(
     """
     if places is None:
         places = [len(state.tokens) for state in rows]
-    return _sample(logits_RV, [_row(state, place) for state, place in zip(rows, places, strict=True)])
+    drawn = _Draw(logits_RV, [_row(state, place) for state, place in zip(rows, places, strict=True)])
+    return drawn.read()
 
 
 def sample_drafts(
     logits_NV: Tensor, requests: Sequence[tuple[SamplingState, Sequence[int]]]
 ) -> list[list[Sampled]]:
+    """The tokens that several requests' drafts earn: ``Drawing``, read at once."""
+    return Drawing(logits_NV, requests).read()
+
+
+class Drawing:
     """The tokens that several requests' drafts earn: those ``sample`` would have given, one after the other.
+
+    Everything is queued on the device when a drawing is made; ``read`` waits.
 
     Args:
         logits_NV: each request's ``1 + len(draft)`` rows, one request after the other: the logits after its
             answer so far, then after each token of its draft.
         requests: states (left as they are) and drafts, which may be empty.
+        ahead: tokens of each answer that have been drawn and that its state does not know yet; above 0 for
+            ``foreseeable`` states only.
+        fetch: how the result comes to the host.
 
-    Returns:
-        For each request its drafted tokens as far as they are right, then one more token that is not of the
-        draft. An end token, or a row without a token (``Sampled.error``), comes last.
+    Attributes:
+        redrawn: after ``read``, the rows whose token is not the one that the device had first.
     """
-    rows: list[_Row] = []
-    used: list[int] = []  # rows of the logits; those after a token that the grammar forbids are not needed
-    first = 0
-    lengths = []
-    for state, draft in requests:
-        planned = _draft_rows(state, draft)
-        rows += planned
-        used += range(first, first + len(planned))
-        lengths.append(len(planned))
-        first += 1 + len(draft)
-    assert first == logits_NV.shape[0], f"{first} rows of drafts, {logits_NV.shape[0]} rows of logits"
-    if len(used) < first:
-        logits_NV = logits_NV[torch.tensor(used, device=logits_NV.device)]
-    found, at, answers = _sample(logits_NV, rows), 0, []
-    for (state, draft), length in zip(requests, lengths):
-        answer: list[Sampled] = []
-        for here, sampled in enumerate(found[at : at + length]):
-            answer.append(sampled)
-            wrong = here >= len(draft) or sampled.token != draft[here]
-            if wrong or sampled.token in state.ends:
-                break
-        answers.append(answer)
-        at += length
-    return answers
+
+    def __init__(
+        self,
+        logits_NV: Tensor,
+        requests: Sequence[tuple[SamplingState, Sequence[int]]],
+        *,
+        ahead: int = 0,
+        fetch: Fetch = lambda x: x.cpu,
+    ) -> None:
+        rows: list[_Row] = []
+        used: list[
+            int
+        ] = []  # rows of the logits; those after a token that the grammar forbids are not needed
+        first = 0
+        self._requests, self._lengths = requests, list[int]()
+        for state, draft in requests:
+            planned = _draft_rows(state, draft) if draft else [_row(state, len(state.tokens) + ahead)]
+            rows += planned
+            used += range(first, first + len(planned))
+            self._lengths.append(len(planned))
+            first += 1 + len(draft)
+        assert first == logits_NV.shape[0], f"{first} rows of drafts, {logits_NV.shape[0]} rows of logits"
+        if len(used) < first:
+            logits_NV = logits_NV[torch.tensor(used, device=logits_NV.device)]
+        self._drawn = _Draw(logits_NV, rows, fetch)
+
+    @property
+    def token_N(self) -> Tensor:
+        """What the device has drawn, int64, to go on from; a row may still be drawn anew by ``read``."""
+        return self._drawn.packed[:, 0]
+
+    @property
+    def redrawn(self) -> list[int]:
+        return self._drawn.redrawn
+
+    def keep(self) -> None:
+        """The logits will be overwritten before ``read``: keep of them what it may need."""
+        self._drawn.keep()
+
+    def read(self) -> list[list[Sampled]]:
+        """For each request its drafted tokens as far as they are right, then one more token that is not of the draft.
+
+        An end token, or a row without a token (``Sampled.error``), comes last.
+        """
+        found, at, answers = self._drawn.read(), 0, list[list[Sampled]]()
+        for (state, draft), length in zip(self._requests, self._lengths):
+            answer: list[Sampled] = []
+            for here, sampled in enumerate(found[at : at + length]):
+                answer.append(sampled)
+                wrong = here >= len(draft) or sampled.token != draft[here]
+                if wrong or sampled.token in state.ends:
+                    break
+            answers.append(answer)
+            at += length
+        return answers
 
 
 def prompt_logprobs(logits_RV: Tensor, next_tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
@@ -158,20 +202,44 @@ def _draft_rows(state: SamplingState, draft: Sequence[int]) -> list[_Row]:
     return rows
 
 
-def _sample(logits_RV: Tensor, rows: Sequence[_Row]) -> list[Sampled]:
-    if not rows:
-        return []
-    top = max((row.state.config.logprobs or 0 for row in rows), default=0)
-    looks = [CANDIDATES, WIDER, logits_RV.shape[-1]][0 if logits_RV.device.type == "cpu" else 1 :]
-    found = _launch(logits_RV, rows, top, looks[0]).cpu()
-    for candidates in looks[1:]:
-        again = torch.nonzero(found[:, 1] == _SHORT)[:, 0].tolist()
-        if not again:
-            break
-        index = torch.tensor(again, device=logits_RV.device)
-        wider = _launch(logits_RV[index], [rows[i] for i in again], top, candidates).cpu()
-        found[again, : wider.shape[1]] = wider
-    return [_read(row, packed, top) for row, packed in zip(rows, found.numpy())]
+class _Draw:
+    """One token for each row: queued at once, read later."""
+
+    def __init__(self, logits_RV: Tensor, rows: Sequence[_Row], fetch: Fetch = lambda x: x.cpu) -> None:
+        self._rows, self._logits = rows, logits_RV
+        self.redrawn: list[int] = []
+        self._top = max((row.state.config.logprobs or 0 for row in rows), default=0)
+        self._looks = [CANDIDATES, WIDER, logits_RV.shape[-1]]
+        if logits_RV.device.type != "cpu":
+            del self._looks[0]
+        if rows:
+            self.packed = _launch(logits_RV, rows, self._top, self._looks[0])
+            self._wait = fetch(self.packed)
+
+    def keep(self) -> None:
+        """A later ``read`` looks at a copy of the logits, if it may have to look again."""
+        wide = 2 * self._looks[0] < self._logits.shape[-1]  # a first look at fewer is never short
+        again = any(row.state.config.logprobs or _sorts(row.state) for row in self._rows)
+        if wide and again:
+            self._logits = self._logits.clone()
+
+    def read(self) -> list[Sampled]:
+        if not self._rows:
+            return []
+        found, logits = self._wait(), self._logits
+        for candidates in self._looks[1:]:
+            again = torch.nonzero(found[:, 1] == _SHORT)[:, 0].tolist()
+            if not again:
+                break
+            before = found[again, 0]
+            index = torch.tensor(again, device=logits.device)
+            wider = _launch(logits[index], [self._rows[i] for i in again], self._top, candidates).cpu()
+            found[again, : wider.shape[1]] = wider
+            self.redrawn += [i for i, same in zip(again, (before == wider[:, 0]).tolist()) if not same]
+        packed_R = found.numpy()
+        if packed_R.shape[1] > 2 or packed_R[:, 1].any() or any(row.error for row in self._rows):
+            return [_read(row, packed, self._top) for row, packed in zip(self._rows, packed_R)]
+        return [Sampled(token) for token in packed_R[:, 0].tolist()]
 
 
 _GOOD, _BAD, _SHORT = 0, 1, 2
@@ -192,8 +260,8 @@ def _launch(logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int) 
     health_R = torch.where(torch.isfinite(best_R), _GOOD, _BAD)
     if scores_RV is not logits_RV:
         health_R |= torch.where(torch.isfinite(logits_RV.amax(-1)), _GOOD, _BAD)
-    sorting = [i for i in random if _sorts(rows[i].state.config)]
-    summing = [i for i in random if not _sorts(rows[i].state.config)]
+    sorting = [i for i in random if _sorts(rows[i].state)]
+    summing = [i for i in random if not _sorts(rows[i].state)]
     for group in (summing, sorting):
         if not group:
             continue
@@ -228,8 +296,8 @@ def _bare(row: _Row) -> bool:
     return row.penalties is None and row.banned is None and row.mask is None and not len(row.state.bias.ids)
 
 
-def _sorts(config: SamplingConfig) -> bool:
-    return config.top_k > 0 or config.top_p < 1
+def _sorts(state: SamplingState) -> bool:
+    return not state.greedy and (state.config.top_k > 0 or state.config.top_p < 1)
 
 
 def _options(rows: Sequence[_Row], vocabulary: int, device: torch.device) -> tuple[Filters, Tensor]:

@@ -45,6 +45,9 @@ class SamplingState:
         ends: the tokens that end the answer: ``stop_token_ids``, and ``end_ids`` unless they are ignored (a
             grammar says itself when it is over, so it never ignores them).
         greedy: the most likely token is taken.
+        foreseeable: what changes a place's scores does not depend on the tokens before it, so that the place can be
+            drawn before they are known here.
+        plain: nothing changes scores at all.
         counts, bias, banned: what penalties change; ``logit_bias``; the ``ends`` that can be drawn.
 
     Raises:
@@ -75,13 +78,10 @@ class SamplingState:
             np.array(list(config.logit_bias.values()), np.float32),
         )
         self.counts = Counts(config, prompt, vocabulary)
+        self.foreseeable = grammar is None and not self.counts.on
+        self.plain = self.foreseeable and not (len(self.bias.ids) or config.min_tokens)
         self._uniform: npt.NDArray[np.float64] = np.empty(0)
         self._block = -1
-
-    @property
-    def plain(self) -> bool:
-        """Whether scores are the logits, whatever was generated."""
-        return not (self.grammar or self.counts.on or len(self.bias.ids) or self.config.min_tokens)
 
     def accept(self, token: int) -> None:
         """``token`` is part of the answer: penalties count it, the grammar goes on."""

@@ -4,6 +4,9 @@ Sequences that already answer come first, one row each (more with drafts), so th
 else's prompt; what is left of the step's budget goes to prompts, cut into chunks (chunked prefill, arXiv 2403.02310). A
 prompt is admitted when its pages fit; when a running sequence finds no page, the one that came last and matters least
 is preempted: its pages go back, and it waits to be computed again, from whatever the prefix cache still has then.
+
+``plan`` knows every token. ``follow`` plans the step after one whose tokens nobody has seen yet, where that can be done
+without a decision: one more row for everybody.
 """
 
 from __future__ import annotations
@@ -115,6 +118,7 @@ class Scheduler:
         self.prompt_rows = 0  #: rows of prompts that are left to compute, waiting and running
         self.rows = 0  #: rows computed so far, and those that the prefix cache had
         self._arrivals = 0
+        self._stuck: tuple[int, int, int] | None = None  #: see ``admits``
         self._promised: dict[bytes, Scheduled] = {}  #: pages of prompts that somebody is computing now
 
     @property
@@ -123,6 +127,7 @@ class Scheduler:
 
     def add(self, sequence: Scheduled) -> None:
         """Let a sequence wait its turn."""
+        self._stuck = None
         sequence.order, self._arrivals = self._arrivals, self._arrivals + 1
         self.prompt_rows += len(sequence.tokens)
         self._wait(sequence)
@@ -165,6 +170,35 @@ class Scheduler:
         gone = set(map(id, preempted))
         self.prompt_rows -= sum(w.rows for w in work[answers:] if id(w.sequence) not in gone) + self.prefix_hits - hits
         return Plan([w for w in work if id(w.sequence) not in gone], preempted)
+
+    @property
+    def admits(self) -> bool:
+        """Whether ``plan`` might start somebody who waits: not if it found no room, and none has come free since."""
+        if not self.waiting or len(self.running) >= self.max_running:
+            return False
+        if self._stuck is None:
+            return True
+        return any(now > then for now, then in zip(self._room(), self._stuck))
+
+    def follow(self, going: Sequence[Work]) -> list[Work]:
+        """One more row after each of ``going``, work of a step whose tokens are not known yet; their pages are taken.
+
+        Empty where ``plan`` must decide: nobody goes on, somebody else may start, or pages are short. It assumes that
+        all running sequences are in that step, and those that are not in ``going`` end with it.
+        """
+        if self.waiting and (self.admits or len(going) < len(self.running)):
+            return []
+        work = [Work(w.sequence, w.start + w.rows, 1) for w in going]
+        pages, globals_, windows = self.pages, 0, 0
+        growing = [w for w in work if not pages.covers(w.sequence.pages, w.start + 1)]
+        for w in growing:
+            more = pages.needed(w.sequence.pages, w.start + 1)
+            globals_, windows = globals_ + more[0], windows + more[1]
+        if globals_ > pages.globals.free or windows > pages.windows.free:
+            return []
+        for w in growing:
+            pages.grow(w.sequence.pages, w.start + 1)
+        return work
 
     def advance(self, work: Work, accepted: int) -> None:
         """``accepted`` of the work's rows are final: all of a prompt's, of drafts those that were right."""
@@ -213,11 +247,12 @@ class Scheduler:
 
     def _admit(self, left: int, work: list[Work]) -> None:
         """Start waiting sequences in order while budget, places and pages last."""
-        index = 0
+        index, self._stuck = 0, None
         while left > 0 and len(self.running) < self.max_running and index < len(self.waiting):
             sequence = self.waiting[index]
             count = self._start(sequence, left)
             if count is None:
+                self._stuck = self._room()
                 break  # no room: nobody overtakes, or a long prompt would wait for ever
             if count == 0:
                 index += 1  # somebody computes the same beginning just now: wait for it
@@ -267,6 +302,10 @@ class Scheduler:
         for key in held.hashes[found:]:
             self._promised.setdefault(key, sequence)
         return count
+
+    def _room(self) -> tuple[int, int, int]:
+        """What ``_start`` weighs; more of any of it may let somebody in."""
+        return self.pages.globals.free, self.pages.windows.free, -len(self.running)
 
     def _reusable(self, sequence: Scheduled) -> int:
         """Leading pages that may come from the cache: at least one row is computed, to have logits."""

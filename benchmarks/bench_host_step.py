@@ -1,0 +1,109 @@
+"""What the host does for one decoding step: microseconds of processor time, with a device whose work is nothing.
+
+The engine is the real one, with captured steps whose replay gives the same logits again at once; on a CPU, so an
+operation of torch costs its dispatch and a little work (vocabulary of 512), not a kernel's launch. A batch of N decodes
+steadily; the least of the chunks' means is told, which on a machine that others use comes nearest to the truth.
+
+    python benchmarks/bench_host_step.py [--streams 1 64] [--sampling greedy random] [--steps 400] [--profile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import inspect
+import pstats
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek.assemble import Loaded
+from deepseek.data import train_tokenizer
+from deepseek.models import Transformer
+from deepseek.models.config import tiny
+from deepseek.serve.engine import Engine
+from deepseek.serve.engine_config import EngineConfig
+from deepseek.serve.graphs import DecodeGraphs, Run, Size
+from deepseek.serve.request import Request
+from deepseek.serve.sampler import SamplingConfig
+
+CHUNK = 25  #: steps that are timed together
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "random": {"temperature": 0.8, "top_p": 1.0, "seed": 1},
+    "top-p": {"temperature": 0.8, "top_p": 0.95, "seed": 1},
+    "logprobs": {"temperature": 0.0, "logprobs": 1},
+}
+
+
+def instant(run: Run) -> Run:
+    """Captures a step by running it once; its replay does nothing."""
+    out = run()
+    return lambda: out
+
+
+def engine_of(streams: int, ahead: bool, length: int) -> Engine:
+    """A model of two layers, F and L, whose decoding steps are free."""
+    torch.manual_seed(0)
+    text = inspect.getsource(argparse)
+    tokenizer = train_tokenizer([text], 512)
+    model = Transformer(tiny(vocab_size=512, pattern="LF", layers=2, hidden=32, max_length=length)).eval()
+    options: dict[str, Any] = {"precision": "fp32", "memory_gib": 0.25, "max_running": streams}
+    if any(field.name == "ahead" for field in fields(EngineConfig)):
+        options["ahead"] = ahead
+    engine = Engine(Loaded(model, tokenizer, Path("instant"), None), EngineConfig(device="cpu", **options))
+    engine.graphs = DecodeGraphs(engine.decoder, Size(streams, engine.decoder.tables.width), instant)
+    return engine
+
+
+def measure(
+    streams: int, sampling: str, steps: int, ahead: bool, length: int, profile: cProfile.Profile | None = None
+) -> float:
+    """Microseconds of a step, the least of the chunks' means."""
+    engine = engine_of(streams, ahead, length)
+    config = SamplingConfig(max_tokens=steps + 64, ignore_eos=True, **SAMPLING[sampling])  # type: ignore[arg-type]
+    for i in range(streams):
+        engine.add(Request(str(i), tuple(range(1, 40 + i % 32)), config))
+    for _ in range(20):
+        engine.step()
+    best = float("inf")
+    for _ in range(steps // CHUNK):
+        began = time.process_time()
+        if profile is not None:
+            profile.enable()
+        for _ in range(CHUNK):
+            outputs = engine.step()
+        if profile is not None:
+            profile.disable()
+        best = min(best, (time.process_time() - began) / CHUNK)
+        assert len(outputs) == streams
+    return 1e6 * best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--sampling", nargs="+", default=["greedy", "random"], choices=list(SAMPLING))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--max-length", type=int, default=4096)
+    parser.add_argument("--profile", action="store_true", help="where the time goes, by function")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'streams':>7} {'sampling':10} {'ahead':6} {'us/step':>9}")
+    for streams in args.streams:
+        for sampling in args.sampling:
+            for ahead in (False, True):
+                profile = cProfile.Profile() if args.profile else None
+                found = measure(streams, sampling, args.steps, ahead, args.max_length, profile)
+                print(f"{streams:7} {sampling:10} {'on' if ahead else 'off':6} {found:9.1f}")
+                if profile is not None:
+                    pstats.Stats(profile).sort_stats("tottime").print_stats(22)
+
+
+if __name__ == "__main__":
+    main()
