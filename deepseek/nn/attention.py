@@ -60,8 +60,8 @@ class AttentionConfig:
             raise ConfigError(
                 f"kv_heads={self.kv_heads} does not divide heads={self.heads}; try {', '.join(divisors)}"
             )
-        if self.rope_theta <= 0:
-            raise ConfigError(f"rope_theta={self.rope_theta} must be positive")
+        if self.rope_theta < 1:
+            raise ConfigError(f"rope_theta={self.rope_theta} must be at least 1")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(
                 f"head_dim={self.head_dim} must be even and at least 2: rotary embedding turns pairs"

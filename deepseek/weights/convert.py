@@ -1,4 +1,4 @@
-"""Hugging Face model directories in and out: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral, our own; GGUF in.
+"""Hugging Face model directories in and out (the families of ``families``, and our own); GGUF in.
 
 A directory that plain ``transformers`` loads is written wherever one of its families says exactly what the
 model does; everything else is written as our own architecture, which ``import deepseek.transformers``

@@ -12,7 +12,7 @@ from hf_models import MIXTRAL, QWEN_MOE, compare, make, tokens
 from deepseek.config import replace
 from deepseek.errors import WeightsError
 from deepseek.models import Transformer
-from deepseek.nn.rope import RopeScaling
+from deepseek.nn.rope import RopeScaling, rope_table
 from deepseek.weights.convert import load_hf, read_config, save_hf
 
 ORIGINAL = {"original_max_position_embeddings": 24}
@@ -27,6 +27,10 @@ CASES = {
     "llama yarn": ("llama", {}, {**YARN, "rope_theta": 1e4}),
     "mistral yarn": ("mistral", {"sliding_window": None}, {**YARN, "rope_theta": 1e3, "attention_factor": 1.3}),
     "mistral window": ("mistral", {"sliding_window": 20}, {**YARN, "rope_theta": 1e3}),
+    "ministral yarn": (
+        "ministral", {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},
+        {**YARN, "rope_theta": 1e4},
+    ),
     "qwen2 yarn": ("qwen2", {"head_dim": 8}, {**YARN, "rope_theta": 1e6}),
     "qwen3 yarn": ("qwen3", {}, {**YARN, "rope_theta": 1e6, "beta_fast": 8, "beta_slow": 2}),
     "qwen3 yarn untruncated": ("qwen3", {}, {**YARN, "rope_theta": 1e2, "truncate": False, "beta_fast": 3.0}),
@@ -140,6 +144,32 @@ def test_what_is_refused(name, tmp_path):
     assert words in str(caught.value)
 
 
+JUNK = (None, -1, 0, 1, 1.5, 10**40, 1e-300, float("inf"), float("nan"), "", "x", [], [1], {}, True, False)
+
+
+@pytest.mark.parametrize("table", [LLAMA3, {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, LINEAR])
+def test_any_value_of_any_key_is_read_or_refused(table, tmp_path):
+    """Nothing but a `WeightsError` comes out; what is read makes finite tables."""
+    make("llama").save_pretrained(tmp_path)
+    rewrite(tmp_path, **spelled(table))
+    path, outcomes = tmp_path / "config.json", []
+    good = json.loads(path.read_text())
+    for key in (*table, "rope_theta", "attention_factor", "truncate", "beta_fast", "partial_rotary_factor"):
+        for value in JUNK:
+            path.write_text(json.dumps({**good, "rope_scaling": {**table, key: value}}))
+            try:
+                a = read_config(tmp_path).attention
+            except WeightsError as error:
+                outcomes.append(str(error))
+            else:
+                outcomes.append("")
+                tables = rope_table(torch.arange(96), a.head_dim, a.rope_theta, a.rope_scaling)
+                assert all(bool(t.isfinite().all()) for t in tables), (key, value)
+    assert "" in outcomes
+    assert any(outcomes)
+    assert not any("\n" in outcome for outcome in outcomes)
+
+
 def test_listed_factors_go_out_as_our_own_architecture(tmp_path):
     make("llama").save_pretrained(tmp_path / "hf")
     config = read_config(tmp_path / "hf")
@@ -147,7 +177,6 @@ def test_listed_factors_go_out_as_our_own_architecture(tmp_path):
     config = replace(config, attention=replace(config.attention, rope_scaling=listed))
     ours = Transformer(config).eval()
     exported = save_hf(ours, tmp_path / "out")
-    assert (exported.model_type, exported.reason) == (
-        "deepseek_hybrid", "its rotary frequencies are divided by a list of factors",
-    )  # fmt: skip
+    assert exported.model_type == "deepseek_hybrid"
+    assert "its rotary frequencies are divided by a list of factors" in exported.reason
     assert load_hf(tmp_path / "out").config == config
