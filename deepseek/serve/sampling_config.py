@@ -68,6 +68,7 @@ class SamplingConfig:
         min_tokens: end tokens and stop texts are ignored before this many.
         stop_token_ids: end the answer like the end token; ignore_eos: the model's end tokens do not.
         grammar: what the text must match; None: anything.
+        shown_ids: special tokens whose names are part of the text, such as those that begin a call of a function.
     """
 
     temperature: float = 0.8  # 0: greedy
@@ -88,6 +89,7 @@ class SamplingConfig:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    shown_ids: tuple[int, ...] = ()
 
     def check(self) -> None:
         for name, low, high in _RANGES:

@@ -82,7 +82,7 @@ class TextStream:
         return self._show(shown)
 
     def _piece(self, token: int) -> bytes:
-        piece = self._tokenizer.piece(token)
+        piece = self._tokenizer.piece(token, skip_special=token not in self._config.shown_ids)
         if self._skip and piece:
             self._skip = False
             return piece.removeprefix(b" ")

@@ -249,6 +249,43 @@ def test_tools(choice: Any, stream: bool) -> None:
         client.close()
 
 
+def test_calls_as_models_write_them_are_what_openai_python_reads() -> None:
+    """Streamed, a token at a time, the client puts them together as the answer in one piece says them."""
+    written = [
+        CALL, "Let me see.\n" + CALL + "\n" + CALL,
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Bern"}}]',
+        'Yes. [TOOL_CALLS]weather[ARGS]{"city": "Bern"}[TOOL_CALLS]weather[ARGS]{"city": "Bern"}',
+        '<|python_tag|>{"name": "weather", "parameters": {"city": "Bern"}}',
+        '{"name": "weather", "parameters": {"city": "Bern"}}; {"name": "weather", "parameters": {"city": "Bern"}}',
+        "<tool_call>\n<function=weather>\n<parameter=city>\nBern\n</parameter>\n</function>\n</tool_call>",
+    ]  # fmt: skip
+    client = FakeClient()
+    with serving(client) as server:
+        openai_client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        for text in written:
+            client.text = text
+            body = hello(tools=[TOOL], n=2)
+            with openai_client.chat.completions.stream(**body) as found:
+                for _ in found:
+                    pass
+                streamed = found.get_final_completion()
+            whole = openai_client.chat.completions.create(**body)
+            for choice in (*streamed.choices, *whole.choices):
+                calls = choice.message.tool_calls
+                assert calls
+                assert len(calls) == max(1, text.count("Bern"))
+                assert len({call.id for call in calls}) == len(calls)
+                assert choice.finish_reason == "tool_calls"
+                for call in calls:
+                    assert call.type == "function"
+                    assert (call.function.name, json.loads(call.function.arguments)) == (
+                        "weather",
+                        {"city": "Bern"},
+                    )
+                assert (choice.message.content or "").strip() in ("", "Let me see.", "Yes.")
+        openai_client.close()
+
+
 def test_formats_become_grammars(client: OpenAI, server: Served) -> None:
     schema: Any = {"type": "object", "properties": {"a": {"type": "integer"}}}
     client.chat.completions.create(**hello(response_format={"type": "json_object"}))

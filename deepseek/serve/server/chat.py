@@ -29,6 +29,7 @@ class Choice:
 
     index: int
     parser: Parser
+    short_ids: bool = False
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
@@ -45,7 +46,7 @@ class Choice:
                 self.content += found.text
                 deltas.append({"content": found.text})
             elif found.kind == "call":
-                name, function = f"call_{secrets.token_hex(12)}", {"name": found.text, "arguments": ""}
+                name, function = call_id(self.short_ids), {"name": found.text, "arguments": ""}
                 deltas.append({"tool_calls": [{"index": len(self.calls), "id": name, "type": "function",
                                                "function": dict(function)}]})  # fmt: skip
                 self.calls.append({"id": name, "type": "function", "function": function})
@@ -73,6 +74,7 @@ class ChatCompletion:
             max_tokens=body["max_completion_tokens"] or body["max_tokens"] or room,
             logprobs=(body["top_logprobs"] or 0) if body["logprobs"] else None,
             **({"grammar": grammar} if grammar is not None else {}),
+            shown_ids=served.call_marks if plan.mode == "auto" else (),
         )
         adapter = served.adapter(body["model"])
         self.requests = [
@@ -82,7 +84,7 @@ class ChatCompletion:
             )
             for i in range(body["n"])
         ]  # fmt: skip
-        self.choices = [Choice(i, plan.parser()) for i in range(body["n"])]
+        self.choices = [Choice(i, plan.parser(), served.short_call_ids) for i in range(body["n"])]
         self.generation = Generation(exchange, served, self.requests)
 
     def take(self, choice: Choice, output: Output) -> list[dict[str, Any]]:
@@ -194,6 +196,11 @@ class ChatCompletion:
             "id": self.id, "object": kind, "created": self.created, "model": self.body["model"] or self.served.name,
             "system_fingerprint": self.served.fingerprint, "choices": choices,
         }  # fmt: skip
+
+
+def call_id(short: bool) -> str:
+    """A name for a call that no other of the conversation has."""
+    return secrets.token_hex(5)[:9] if short else f"call_{secrets.token_hex(12)}"
 
 
 def grammar_of(body: Mapping[str, Any], plan: ToolPlan) -> Grammar | None:

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
 
 from deepseek.data import Tokenizer
 from deepseek.serve.request import ModelInfo
+from deepseek.serve.server.call_formats import MARKS
 from deepseek.serve.server.errors import ApiError
 
 T = TypeVar("T")
@@ -73,6 +75,20 @@ class Served:
         fingerprint = "fp_" + hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
         longest = info.max_length * max(1, int(tokenizer.token_bytes.max(initial=1)))
         return cls(info, name, tokenizer, chat, fingerprint, longest)
+
+    @cached_property
+    def call_marks(self) -> tuple[int, ...]:
+        """Special tokens that models write around calls of functions."""
+        tokenizer, special = self.tokenizer, self.tokenizer.special_ids
+        return tuple(
+            i for i in special if tokenizer.piece(i, skip_special=False).decode("utf-8", "replace") in MARKS
+        )
+
+    @cached_property
+    def short_call_ids(self) -> bool:
+        """Mistral's templates take ids of calls that are nine letters and digits, and no others."""
+        names = (self.tokenizer.piece(i, skip_special=False) for i in self.tokenizer.special_ids)
+        return b"[TOOL_CALLS]" in names
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -4,15 +4,13 @@ Three ways, by ``tool_choice``:
 
 - *named*: a grammar makes the whole answer the arguments of that function;
 - *required*: a grammar makes it a JSON list of ``{"name", "arguments"}``;
-- *auto*: the model writes what it likes. Calls are what stands between ``<tool_call>`` and ``</tool_call>`` (the form
-  of Hermes 2 Pro, Qwen 2 and 3, SmolLM2), or an answer that is nothing but such a JSON object (Llama 3).
+- *auto*: the model writes what it likes, and calls are found in the forms of ``server.call_formats``.
 
 What is not a call after all is given back as text.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,9 +18,17 @@ from typing import Any, Literal
 import orjson
 
 from deepseek.serve.sampler import Grammar
+from deepseek.serve.server.call_formats import (
+    Call,
+    Format,
+    bare_calls,
+    beginning_of_any,
+    first_format,
+    json_call,
+    may_be_bare,
+)
 from deepseek.serve.server.errors import ApiError
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 TOLD = (
     "You may call functions to answer. They are, as JSON schemas:\n<tools>\n{tools}\n</tools>\n"
     "To call one, write a JSON object with its name and its arguments between tags, and nothing else:\n"
@@ -100,7 +106,12 @@ class ToolPlan:
             return NamedCall(self.name)
         if self.mode == "required":
             return ListedCalls()
-        return TaggedCalls([t["function"]["name"] for t in self.tools]) if self.mode == "auto" else Parser()
+        return WrittenCalls(self.schemas) if self.mode == "auto" else Parser()
+
+    @property
+    def schemas(self) -> dict[str, Mapping[str, Any]]:
+        """The parameters' JSON schema of each function."""
+        return {tool["function"]["name"]: _parameters(tool) for tool in self.tools}
 
 
 def _told(tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
@@ -196,7 +207,8 @@ class ListedCalls(Parser):
             elif character == "}" and self._depth:
                 self._depth -= 1
                 if not self._depth:
-                    found += _call(self._held) or [Event("text", self._held)]
+                    call = json_call(self._held)
+                    found += _events([call]) if call else [Event("text", self._held)]
                     self._held = ""
         return found
 
@@ -206,31 +218,32 @@ class ListedCalls(Parser):
         return [Event("text", held)] if held else []
 
 
-class TaggedCalls(Parser):
-    """Text, and calls between tags. What may become a tag is held back, and so are blanks that may precede a call."""
+class WrittenCalls(Parser):
+    """Text, and calls in one of the forms that models write.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
-        self._held, self._inside, self._called, self._open = "", False, False, False
-        self._bare: bool | None = (
-            None  # the answer may be nothing but JSON; not known before its first character
-        )
+    What may become a mark of a call is held back, and so are blanks that may precede a call.
+    """
+
+    def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        self._schemas = schemas
+        self._held = ""
+        self._format: Format | None = None
+        self._called, self._open, self._searched = False, False, 0
+        self._bare: bool | None = None  # the answer may be JSON and nothing else; not known at first
 
     def push(self, text: str) -> list[Event]:
         self._held += text
-        if self._bare is None and self._held.strip():
-            self._bare = self._held.lstrip().startswith(("{", "["))
+        if self._bare is None and (start := self._held.lstrip()):
+            self._bare = may_be_bare(start)
         if self._bare or self._bare is None:
             return []
         found: list[Event] = []
-        while True:
-            before, tag, after = self._held.partition(CLOSE if self._inside else OPEN)
-            if not tag:
-                break
-            found += self._called_by(before, f"{OPEN}{before}{CLOSE}") if self._inside else self._text(before)
-            self._held, self._inside = after, not self._inside
-        if not self._inside:
-            keep = len(self._held) - _beginning_of(OPEN, self._held)
+        while (cut := self._cut()) is not None:
+            before, self._held, self._format, was = *cut, self._format
+            self._searched = 0
+            found += self._text(before) if was is None else self._read(was, before, closed=True)
+        if self._format is None:
+            keep = len(self._held) - beginning_of_any(self._held)
             shown = self._text(self._held[:keep])
             self._held = self._held[keep:] if shown or not self._held[:keep] else self._held
             found += shown
@@ -238,11 +251,26 @@ class TaggedCalls(Parser):
 
     def finish(self) -> list[Event]:
         held, self._held = self._held, ""
-        if self._inside:  # the end tag may be the model's end token, which is no text
-            return self._called_by(held, OPEN + held)
-        if self._bare:
-            return _calls(held, self._names) or [Event("text", held)]
+        if self._format is not None:  # the end mark may be the model's end token, which is no text
+            return self._read(self._format, held, closed=False)
+        if self._bare is not False and held.strip():
+            calls = bare_calls(held, self._schemas)
+            return _events(calls) if calls else [Event("text", held)]
         return [Event("text", held)] if held.strip() or (held and not self._called) else []
+
+    def _cut(self) -> tuple[str, str, Format | None] | None:
+        """What comes before the next mark, what comes after it, and the form that it begins; ``None``: no mark yet."""
+        if self._format is None:
+            if (found := first_format(self._held)) is None:
+                return None
+            at, begun = found
+            return self._held[:at], self._held[at + len(begun.open) :], begun
+        mark = self._format.close or self._format.open  # without an end, the next one's beginning is the end
+        at = self._held.find(mark, self._searched)
+        if at < 0:
+            self._searched = max(0, len(self._held) - len(mark) + 1)
+            return None
+        return self._held[:at], self._held[at + len(mark) :], None if self._format.close else self._format
 
     def _text(self, text: str) -> list[Event]:
         if not text or not (self._open or text.strip()):
@@ -250,41 +278,11 @@ class TaggedCalls(Parser):
         self._open = True
         return [Event("text", text)]
 
-    def _called_by(self, inner: str, whole: str) -> list[Event]:
-        events = _call(inner, self._names)
-        self._called, self._open = self._called or bool(events), not events
-        return events or [Event("text", whole)]
+    def _read(self, form: Format, inner: str, *, closed: bool) -> list[Event]:
+        calls, text = form.calls(inner, self._schemas, closed)
+        self._called, self._open = self._called or bool(calls), not calls
+        return _events(calls) + self._text(text)
 
 
-def _beginning_of(mark: str, text: str) -> int:
-    """How many characters at the end of ``text`` may be the beginning of ``mark``."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
-
-
-def _call(text: str, names: frozenset[str] | None = None) -> list[Event]:
-    """The events of one call, or none if ``text`` is no call."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    return _events(value, names)
-
-
-def _calls(text: str, names: frozenset[str]) -> list[Event]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    found = [_events(v, names) for v in (value if isinstance(value, list) else [value])]
-    return [e for events in found for e in events] if all(found) else []
-
-
-def _events(value: Any, names: frozenset[str] | None) -> list[Event]:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return []
-    if names is not None and value["name"] not in names:
-        return []
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        return [Event("call", value["name"]), Event("arguments", arguments)]
-    return [Event("call", value["name"]), Event("arguments", json.dumps(arguments, ensure_ascii=False))]
+def _events(calls: Sequence[Call]) -> list[Event]:
+    return [e for call in calls for e in (Event("call", call.name), Event("arguments", call.arguments))]
