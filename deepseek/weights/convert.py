@@ -39,6 +39,7 @@ from deepseek.weights.hf_files import (
 )
 from deepseek.weights.hf_tokenizer import TOKENIZER_FILES, TokenIds, write_tokenizer
 from deepseek.weights.shards import SHARD_BYTES
+from deepseek.weights.unfused import Unfused
 
 OURS = "deepseek_hybrid"
 ARCHITECTURE = "DeepseekHybridForCausalLM"
@@ -84,7 +85,8 @@ def open_directory(directory: Path | str) -> ForeignModel:
     directory = model_directory(directory)
     family, config = _read(directory)
     with ExitStack() as held:
-        files = held.enter_context(TensorFiles(directory))
+        opened = held.enter_context(TensorFiles(directory))
+        files = Unfused(opened, config) if family is not None and family.fused else opened
         model = empty(config, str(directory))
         names = tensor_slots(model, family, files.names)
         _check_names(directory, names, files, config)
@@ -200,7 +202,9 @@ def _read(directory: Path) -> tuple[Family | None, ModelConfig]:
         raise WeightsError(f"{directory / 'config.json'}: {error}") from None
 
 
-def _check_names(directory: Path, names: dict[str, Slot], files: TensorFiles, config: ModelConfig) -> None:
+def _check_names(
+    directory: Path, names: dict[str, Slot], files: TensorFiles | Unfused, config: ModelConfig
+) -> None:
     """Every tensor is there and none is left over."""
     held = set(files.names)
     missing = [name for name in names if name not in held]

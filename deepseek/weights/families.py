@@ -69,6 +69,7 @@ class Family:
         bias: attention biases: none; query, key and value; or ``attention_bias``: those and output.
         window: sliding windows: none, one for every layer, or by layer.
         nope: ``no_rope_layers`` says which layers have no rotary embedding.
+        fused: files share tensors that ``unfused`` takes apart; such a family is read and never written.
         experts: spellings of the expert tensors, the one to write first; empty for a dense family.
         tokenizer: the class ``AutoTokenizer`` takes whatever the directory says, with text rules of its own.
     """
@@ -81,6 +82,7 @@ class Family:
     ffn_bias: bool = False
     window: Literal["none", "all", "layers"] = "none"
     nope: bool = False
+    fused: bool = False
     experts: tuple[Experts, ...] = ()
     tokenizer: str = ""
 
@@ -176,6 +178,13 @@ FAMILIES: dict[str, Family] = {
             nope=True,
         ),
         Family(
+            "phi3",
+            "Phi3ForCausalLM",
+            {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+            window="all",
+            fused=True,
+        ),
+        Family(
             "mixtral",
             "MixtralForCausalLM",
             {
@@ -214,6 +223,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+#: Families that people have and our layers do not express: why.
+UNLIKE = {
+    "qwen2_moe": "its shared expert has a gate of its own",
+    "gemma": "its norms multiply by 1 + weight, its embeddings are scaled and its activation is GELU",
+    "gemma2": "its scores and logits are soft-capped, and it has norms after each part",
+    "gemma3_text": "its windows turn by another rotary base than its full layers, and it has norms after each part",
+    "olmo2": "its norms come after attention and feed-forward",
+    "gpt_oss": "its attention has sinks without keys, and its experts have biases and another activation",
+    "deepseek_v2": "it has multi-head latent attention",
+    "deepseek_v3": "it has multi-head latent attention",
+    "llama4_text": "its attention is chunked and scaled by position",
+    "qwen3_next": "most of its layers are linear attention",
+    "granite": "it multiplies embeddings, residuals, scores and logits by constants",
+}
+
+
 def family_of(values: dict[str, Any]) -> Family:
     """The row of the table for a ``config.json``. Raises ``WeightsError`` with the known ones."""
     model_type = values.get("model_type")
@@ -221,9 +246,10 @@ def family_of(values: dict[str, Any]) -> Family:
         model_type = "ministral"  # AutoConfig does so too
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join((*FAMILIES, "deepseek_hybrid"))
-        near = did_you_mean(str(model_type), FAMILIES)
+        unlike = UNLIKE.get(model_type) if isinstance(model_type, str) else None
+        why = f": {unlike}" if unlike else did_you_mean(str(model_type), FAMILIES)
         raise WeightsError(
-            f"config.json: model_type {model_type!r} is not one we can convert{near}; we have: {known}"
+            f"config.json: model_type {model_type!r} is not one we can convert{why}; we have: {known}"
         )
     return FAMILIES[model_type]
 

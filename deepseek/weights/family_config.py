@@ -172,6 +172,10 @@ def _attention(keys: Keys, family: Family, kinds: str) -> AttentionConfig:
         raise WeightsError(f"config.json: num_attention_heads={heads} does not divide hidden_size={hidden}")
     biased = family.bias == "option" and keys.flag("attention_bias")
     theta, scaling = rope_from_hf(keys)
+    if scaling.type != "none" and family.model_type == "phi3":
+        raise WeightsError(
+            f"config.json: phi3 with rotary scaling {scaling.type!r} is not supported: it means 'longrope' there"
+        )
     made = AttentionConfig(
         heads=heads,
         kv_heads=heads if keys["num_key_value_heads"] is None else keys.whole("num_key_value_heads"),
@@ -282,6 +286,8 @@ def _window_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
 def obstacle(config: ModelConfig, family: Family) -> str:
     """Why ``family`` cannot say exactly what ``config`` does; empty when it can."""
     a, kinds = config.attention, set(config.kinds)
+    if family.fused:
+        return f"{family.model_type} is read, not written"
     if "H" in kinds:
         return "it has hybrid attention"
     if "L" in kinds and (family.window == "none" or (family.window == "all" and "F" in kinds)):
@@ -322,6 +328,8 @@ def matching_family(config: ModelConfig) -> tuple[Family | None, str]:
     """The first family that says exactly what ``config`` does, or ``None`` and why each does not."""
     reasons = []
     for family in FAMILIES.values():
+        if family.fused:
+            continue
         reason = obstacle(config, family)
         if not reason:
             return family, ""

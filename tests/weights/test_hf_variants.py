@@ -16,6 +16,7 @@ from deepseek.errors import WeightsError
 from deepseek.models import ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
 from deepseek.weights.convert import load_hf, read_config, save_hf
+from deepseek.weights.families import UNLIKE
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ON = {"use_sliding_window": True, "sliding_window": 7}
@@ -146,3 +147,55 @@ def test_a_model_of_ours_with_windows_and_plain_full_layers_goes_out_as_smollm3(
     assert save_hf(ours, tmp_path / "out").model_type == "smollm3"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     compare(tmp_path / "out", theirs, length=40, generated=6)
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({"sliding_window": None}, "llama"),
+        ({"sliding_window": 7}, "mistral"),
+        ({"sliding_window": None, "num_key_value_heads": 1, "tie_word_embeddings": True}, "llama"),
+    ],
+)
+def test_phi3_is_read_and_goes_out_as_what_it_is(options, written, tmp_path):
+    """Query, key and value in one tensor; a directory that is written has them apart."""
+    reference = make("phi3", head_dim=8, **options)
+    reference.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert any("qkv_proj" in name for name, _ in reference.named_parameters())
+    compare(tmp_path / "hf", reference, length=40, generated=6)
+    ours, ids = load_hf(tmp_path / "hf"), tokens(1, 40)
+    assert save_hf(ours, tmp_path / "out").model_type == written
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, reference(ids).logits, rtol=0, atol=1e-4)
+    with pytest.raises(WeightsError, match="phi3 is read, not written"):
+        save_hf(ours, tmp_path / "again", family="phi3")
+
+
+def test_phi3_refused(tmp_path):
+    reference = make("phi3", head_dim=8)
+    reference.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+
+    def refused(words, **changes):
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(WeightsError) as caught:
+            load_hf(tmp_path)
+        assert words in str(caught.value)
+
+    refused("qkv_proj.weight is [64, 32] in the file; config.json asks for 48 rows", num_key_value_heads=1)
+    refused("gate_up_proj.weight is [96, 32] in the file; config.json asks for 80 rows", intermediate_size=40)
+    longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    refused("rope_scaling of the type 'longrope' is not supported", rope_scaling=longrope)
+    refused("it means 'longrope' there", rope_scaling={"type": "yarn", "factor": 2.0})
+    refused("rotate whole heads", partial_rotary_factor=0.75)
+
+
+def test_known_families_that_are_not_like_ours_say_why(tmp_path):
+    for model_type, why in UNLIKE.items():
+        assert model_type in transformers.CONFIG_MAPPING
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(WeightsError) as caught:
+            read_config(tmp_path)
+        assert f"{model_type!r} is not one we can convert: {why}; we have: llama" in str(caught.value)
