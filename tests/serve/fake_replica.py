@@ -7,7 +7,10 @@ Run as a program it is one in a process of its own, so that it can be killed:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
+import socket
 import sys
 import threading
 import time
@@ -28,12 +31,14 @@ class FakeReplica:
     Attributes:
         refusal: (status, headers, body) that every request gets before its body is read.
         ready, slow, key: what ``/ready`` says, and after how long; the key that is wanted.
+        allowed: how many tokens every answer may have until this is raised, or ``None`` again.
         asked: bodies that were read; left: requests whose client went before their end.
     """
 
     def __init__(self, name: str = "a") -> None:
         self.name, self.ready, self.key = name, True, ""
         self.slow = 0.0
+        self.allowed: int | None = None
         self.refusal: tuple[int, dict[str, str], dict[str, Any]] | None = None
         self.asked: list[dict[str, Any]] = []
         self.heads: list[dict[str, str]] = []
@@ -113,8 +118,10 @@ class FakeReplica:
             return StreamingResponse(self._tokens(count, pause), media_type="text/event-stream")
         self.running += 1
         try:
-            for _ in range(count):
-                await asyncio.sleep(pause)
+            made = 0
+            while made < count:
+                await asyncio.sleep(0.005 if self._waits(made) else pause)
+                made += not self._waits(made)
                 if await request.is_disconnected():
                     self.left += 1
                     return Response(status_code=204)
@@ -124,20 +131,25 @@ class FakeReplica:
         return JSONResponse({"object": "text_completion", "id": "1", "created": 1, "model": "fake",
                              "choices": [{"index": 0, "text": text, "finish_reason": "length"}]})  # fmt: skip
 
+    def _waits(self, made: int) -> bool:
+        return self.allowed is not None and made >= self.allowed
+
     async def _tokens(self, count: int, pause: float) -> AsyncIterator[str]:
         self.running += 1
         sent = 0
         try:
             for _ in range(count):
                 await asyncio.sleep(pause)
-                told = {"id": "1", "object": "text_completion", "created": 1, "model": "fake", "at": time.monotonic(),
+                while self._waits(sent):
+                    await asyncio.sleep(0.005)
+                told = {"id": "1", "object": "text_completion", "created": 1, "model": "fake",
                         "choices": [{"index": 0, "text": self.name, "finish_reason": None}]}  # fmt: skip
                 yield f"data: {json.dumps(told)}\n\n"
                 sent += 1
             yield "data: [DONE]\n\n"
         finally:
-            self.running -= 1
             self.left += sent < count
+            self.running -= 1
 
 
 def _options(app: Any, **more: Any) -> uvicorn.Config:
@@ -151,14 +163,14 @@ def in_thread(app: Any, lifespan: str = "off", **more: Any) -> Iterator[uvicorn.
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not server.started:
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.01)
         yield server
     finally:
         server.should_exit = server.force_exit = True
-        thread.join(15)
+        thread.join(60)
 
 
 @contextmanager
@@ -166,6 +178,16 @@ def replica(name: str = "a") -> Iterator[FakeReplica]:
     made = FakeReplica(name)
     with in_thread(made.app()) as made.server:
         yield made
+
+
+def free_port() -> int:
+    """A port to be bound later, and again: one that the system gives to nobody by itself."""
+    dice = random.SystemRandom()
+    while True:
+        port = dice.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":

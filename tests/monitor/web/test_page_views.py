@@ -103,6 +103,7 @@ def test_phone_has_no_sideways_scroll(server: FakeServer, browser: Any) -> None:
 
 
 def test_red_pin_leads_to_cause_and_rollback(server: FakeServer, window: Watched) -> None:
+    server.state.posted.clear()
     page = window.open(f"{server.url}#/run/{RUN}")
     page.click(".pin.critical")
     page.wait_for_selector(".incident")
