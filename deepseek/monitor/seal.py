@@ -113,6 +113,7 @@ def _seal(directory: Path, stem: str, tails: dict[int, Path]) -> int:
         try:
             if number not in sealed:
                 view = TailView(tail)
+                failed += view.damaged > 0  # what is whole of it is sealed
                 if view.rows:
                     append_block(path, encode(view.index, view.steps, view.times, view.table_RC))
             tail.unlink()

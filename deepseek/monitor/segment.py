@@ -189,10 +189,13 @@ class Segment:
 
     def _read_tail(self, index: int, path: Path) -> bool:
         try:
+            before = self.tails[index].damaged if index in self.tails else 0
             if index in self.tails:
-                return self.tails[index].refresh()
-            self.tails[index] = TailView(path)
-            return True
+                changed = self.tails[index].refresh()
+            else:
+                self.tails[index], changed = TailView(path), True
+            self.damaged += self.tails[index].damaged - before
+            return changed
         except (Damaged, ValueError, MemoryError):
             self.damaged += 1
             self._unreadable.add(path)

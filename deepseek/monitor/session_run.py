@@ -83,7 +83,6 @@ class Run:
         self.id, self.name, self.path, self.dir = path.name, name, path, str(path)
         self.project, self.tags = str(facts.get("project") or ""), tuple(facts.get("tags") or ())
         self._store, self._writes, self._finished, self._pid = RunStore(path), writes, False, os.getpid()
-        self._lock = threading.RLock()
         self._writer = self._store.writer(str(facts.get("job_type") or ""))
         self._summaries: dict[str, str] = {}
         self._ignored: set[str] = set()
@@ -123,7 +122,7 @@ class Run:
         Raises:
             RunError: the run is finished, or the disk is full.
         """
-        with self._lock:
+        with self._writer.lock:
             if self._finished:
                 raise RunError(
                     f"the run '{self.id}' is finished; call init(id='{self.id}', resume=True) to go on with it"
@@ -131,11 +130,11 @@ class Run:
             at = self.step if step is None else step
             if self._writes:
                 try:
-                    self._writer.log(at, data)
+                    self._writer.append(at, data)
                 except (TypeError, ValueError, OverflowError, RuntimeError):
                     if not isinstance(data, Mapping):
                         raise
-                    self._writer.log(at, self._numbers(data))
+                    self._writer.append(at, self._numbers(data))
             self.step = at + (1 if (step is None if commit is None else commit) else 0)
 
     def define_metric(
@@ -167,7 +166,7 @@ class Run:
 
     def finish(self, exit_code: int | None = None, quiet: bool | None = None) -> None:
         """Seal the store; a second call does nothing. An ``exit_code`` other than 0 marks the run as interrupted."""
-        with self._lock:
+        with self._writer.lock:
             if self._finished or self._pid != os.getpid():
                 return
             self._finished = True

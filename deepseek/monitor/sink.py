@@ -58,7 +58,8 @@ class StoreSink(Sink):
         self.store = RunStore(run)
         self.dropped = 0
         self._watch, self._every, self._seconds = watch, every, seconds
-        self._writer, self._rows = self.store.writer("rank0"), RowMaker()
+        # Its thread has the time for a system call, and a run must not end because somebody emptied a file.
+        self._writer, self._rows = self.store.writer("rank0", mapped=False), RowMaker()
         self._waiting: deque[Event] = deque()
         self._wake, self._pid = threading.Event(), os.getpid()
         self._trained, self._closing, self._due = 0, False, False

@@ -67,9 +67,12 @@ class RunStore:
                 self._reader = SeriesReader(self.path.parent)
             return self._reader
 
-    def writer(self, label: str = "") -> SeriesWriter:
-        """A new writer of series; each process, or rank, has its own. ``label`` says whose: 'rank3'."""
-        return SeriesWriter(self.path.parent, label=label)
+    def writer(self, label: str = "", *, mapped: bool = True) -> SeriesWriter:
+        """A new writer of series; each process, or rank, has its own.
+
+        ``label`` says whose: 'rank3'; ``mapped`` as for ``SeriesWriter``.
+        """
+        return SeriesWriter(self.path.parent, label=label, mapped=mapped)
 
     def add_alert(
         self,
