@@ -2,7 +2,8 @@
 
 ``say: TEXT`` answers TEXT; ``slow: TEXT`` the same, 30 ms a token; ``drop: TEXT`` breaks the connection half way, and
 the rest comes when asked to continue; ``long: TEXT`` ends by its length; ``busy``, ``fail``, ``bad``, ``broken: TEXT``
-are 429, 500, 400, and an error in the middle of the stream. Anything else gets a fixed answer. ``State.ready`` and
+are 429, 500, 400, and an error in the middle of the stream; ``text: NAME`` answers ``State.texts[NAME]`` in pieces of
+``State.piece`` characters. Anything else gets a fixed answer. ``State.ready`` and
 ``State.key`` make 503 and 401. ``python fake_chat_server.py [PORT]`` serves it for a look.
 
 The extension that the page reads, as ``deepseek serve`` writes it: asked with ``"trace": true``, each streamed choice
@@ -81,6 +82,9 @@ class State:
         self.busy = 1  # how often ``busy`` is answered with 429
         self.retry_after = 3  # seconds, told with it
         self.pause = 0.002  # seconds between two tokens
+        self.texts: dict[str, str] = {}
+        self.piece = 1000
+        self.error: dict[str, Any] = {"message": "the engine died", "code": 500}  # of ``broken``
         self.template, self.tells = True, True  # whether the model has a chat template, and the list says so
 
 
@@ -183,6 +187,11 @@ class Routes:
         if asked in ("fail", "bad"):
             status = 500 if asked == "fail" else 400
             return error(status, f"asked to {asked}: <b>no markup</b>")
+        if word == "text":
+            return StreamingResponse(
+                self.stream(body, "text", self.state.texts[rest].removeprefix(begun), chat, bool(begun)),
+                media_type="text/event-stream",
+            )
         tells = word in ("say", "slow", "drop", "long", "broken") and rest
         text = rest if tells else "Here I am again." if asked == "busy" else ANSWER
         stream = self.stream(body, word if tells else "say", text.removeprefix(begun), chat, bool(begun))
@@ -191,7 +200,8 @@ class Routes:
     async def stream(
         self, body: dict[str, Any], how: str, text: str, chat: bool, onward: bool
     ) -> AsyncIterator[str]:
-        tokens = pieces(text)
+        size = self.state.piece
+        tokens = pieces(text) if how != "text" else [text[i : i + size] for i in range(0, len(text), size)]
         sent, done = 0, False
         prompt = sum(len(pieces(str(m.get("content", "")))) + 4 for m in body.get("messages", []))
         head = {
@@ -224,7 +234,7 @@ class Routes:
                         )  # a browser drops what it has not read when the connection breaks
                         raise ConnectionResetError("as asked")
                     if how == "broken":
-                        yield f"data: {json.dumps({'error': {'message': 'the engine died', 'code': 500}})}\n\n"
+                        yield f"data: {json.dumps({'error': self.state.error})}\n\n"
                         return
             last = {
                 "index": 0,
@@ -281,7 +291,11 @@ class FakeChatServer:
         return f"http://127.0.0.1:{self.socket.getsockname()[1]}/"
 
     def run(self) -> None:
-        self.server.run(sockets=[self.socket])
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self.server.serve(sockets=[self.socket])
 
 
 @contextmanager

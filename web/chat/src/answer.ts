@@ -4,7 +4,7 @@
 import { Cell } from "../../src/cell";
 import { Failure, keyWanted, stream } from "./api";
 import { type Detail, Details } from "./detail";
-import { get, update } from "./library";
+import { get, receiving, update } from "./library";
 import { modeNow } from "./model";
 import { fields, settings } from "./settings";
 import { change, type Conversation, type Message, upTo } from "./tree";
@@ -30,6 +30,7 @@ export interface Live {
 interface Run {
   cell: Cell<Live>;
   stop: () => void;
+  save: () => void;
   conversation: string;
 }
 
@@ -39,7 +40,14 @@ export const details = new Cell<ReadonlyMap<string, readonly Detail[]>>(new Map(
 /** Messages that this page is waiting with for the server to become ready. */
 export const waiting = new Set<string>();
 
-const SAVED_EVERY = 2000; // ms: what a reload in the middle of an answer may lose
+const SAVED_EVERY = 2000; // ms: what a crash of the browser in the middle of an answer may lose
+/** The ``finish`` of a message while its answer comes. */
+export const OPEN = "open";
+/** ms without news after which an answer without an end is nobody's any more: no tab receives it. */
+export const FORGOTTEN = 4 * SAVED_EVERY;
+
+// Whoever reloads or closes the page in the middle of an answer finds all that had come, and that it broke off.
+addEventListener("pagehide", () => running.value.forEach((run) => run.save()));
 
 interface Choice {
   delta?: { content?: string | null; reasoning_content?: string | null; reasoning?: string | null };
@@ -65,10 +73,13 @@ export async function ask(conversation: string, id: string, onward = false): Pro
   const record = new Received(before, onward ? (details.value.get(id) ?? []) : []);
   const cell = new Cell<Live>(record.live());
   waiting.delete(id);
-  running.value = new Map(running.value).set(id, { cell, stop: () => abort.abort(), conversation });
   const { model } = settings.value;
   const keep = (part: Partial<Message>, stored: boolean) => update(conversation, (now) => change(now, id, part), stored);
-  keep({ trouble: undefined, finish: undefined, text: before?.text ?? "", thought: before?.thought, numbers: undefined, model }, false);
+  const received = () => ({ text: record.text, thought: record.thought || undefined });
+  const save = () => keep({ ...received(), finish: undefined, trouble: { kind: "lost", text: "" } }, true);
+  running.value = new Map(running.value).set(id, { cell, stop: () => abort.abort(), save, conversation });
+  receiving.add(id);
+  keep({ trouble: undefined, finish: OPEN, text: before?.text ?? "", thought: before?.thought, numbers: undefined, model }, true);
   const frames = new Frames(() => (cell.value = record.live()));
   let saved = Date.now();
   let end: Partial<Message> = {};
@@ -78,20 +89,22 @@ export async function ask(conversation: string, id: string, onward = false): Pro
       frames.ask();
       if (Date.now() - saved > SAVED_EVERY) {
         saved = Date.now();
-        keep({ text: record.text, thought: record.thought || undefined }, true);
+        keep(received(), true);
       }
+      if (!get(conversation)?.messages[id]) abort.abort(); // deleted, here or in another tab
     }
     end = { finish: record.finish || "stop" };
   } catch (error) {
     // An answer whose end was told is whole, whatever the connection did afterwards.
     if (record.finish && error instanceof Failure && error.trouble === "lost") end = { finish: record.finish };
-    else end = abort.signal.aborted ? { finish: "abort" } : { trouble: troubleOf(error, record.started) };
+    else end = abort.signal.aborted ? { finish: "abort" } : { finish: undefined, trouble: troubleOf(error, record.started) };
   }
   frames.end();
   const live = record.live();
   if (live.details.length) details.value = new Map(details.value).set(id, live.details);
   else if (!onward && details.value.has(id)) details.value = new Map([...details.value].filter(([key]) => key !== id));
   keep({ text: live.text, thought: live.thought || undefined, numbers: live.numbers, ...end }, true);
+  receiving.delete(id);
   const left = new Map(running.value);
   left.delete(id);
   running.value = left;
@@ -183,10 +196,12 @@ class Received {
   }
 }
 
-/** Calls ``show`` once a frame at most, and also in a tab that is hidden, where no frames come. */
+/** Calls ``show`` once a frame at most, and also in a tab that is hidden, where no frames come. What takes long to draw is
+ * drawn seldom: three quarters of the time are the reader's. */
 class Frames {
   private asked = false;
   private ended = false;
+  private cost = 0; // ms that the last drawing took
   constructor(private show: () => void) {}
   ask(): void {
     if (this.asked) return;
@@ -194,9 +209,12 @@ class Frames {
     const go = () => {
       if (!this.asked || this.ended) return;
       this.asked = false;
+      const began = performance.now();
       this.show();
+      setTimeout(() => (this.cost = performance.now() - began)); // after the drawing
     };
     if (document.hidden) setTimeout(go, 250);
+    else if (this.cost > 30) setTimeout(go, 3 * this.cost);
     else requestAnimationFrame(go);
   }
   end(): void {

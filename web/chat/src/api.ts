@@ -98,6 +98,9 @@ export function troubleOf(status: number): Trouble {
   return status >= 500 ? "server" : "refused";
 }
 
+/** The status that an error inside a stream would have had, by its type. */
+const STATUS: Record<string, number> = { rate_limit_error: 429, service_unavailable_error: 503, authentication_error: 401, invalid_request_error: 400 };
+
 /** Retry-After is a number of seconds or a date (RFC 9110, 10.2.3). */
 function waitOf(header: string | null): number {
   if (!header) return 0;
@@ -129,9 +132,9 @@ export async function* stream(path: string, body: unknown, signal: AbortSignal):
   try {
     for await (const data of events(response.body)) {
       if (data === "[DONE]") return;
-      const event = JSON.parse(data) as { error?: { message?: string; code?: number | string; status?: number } };
+      const event = JSON.parse(data) as { error?: { message?: string; code?: number | string; status?: number; type?: string } };
       if (event.error) {
-        const status = Number(event.error.status ?? event.error.code) || 500;
+        const status = Number(event.error.status ?? event.error.code) || STATUS[event.error.type ?? ""] || 500;
         throw new Failure(troubleOf(status), event.error.message ?? "", status);
       }
       yield event as Record<string, unknown>;

@@ -1,7 +1,7 @@
 // Colours for code: comments, texts, numbers, keywords, names that are called. One scan that knows a little of many languages.
 
 export interface Piece {
-  kind: "" | "comment" | "text" | "number" | "keyword" | "call";
+  kind: "" | "comment" | "text" | "number" | "keyword" | "call" | "hidden";
   of: string;
 }
 
@@ -21,6 +21,8 @@ const SAME: Record<string, string> = {
   py: "python", python3: "python", pycon: "python", js: "javascript", jsx: "javascript", ts: "javascript", tsx: "javascript", typescript: "javascript", rs: "rust", golang: "go",
   cpp: "c", "c++": "c", h: "c", hpp: "c", cs: "c", csharp: "c", java: "c", kotlin: "c", swift: "c", cuda: "c", sh: "bash", shell: "bash", zsh: "bash", console: "bash", jsonl: "json", yml: "yaml", toml: "yaml",
 };
+/** Characters that reorder what a reader sees, so that code may look like other code (CVE-2021-42574); shown by their number. */
+const REORDERING = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/;
 const LONGEST = 40_000; // characters: more is shown without colours
 
 const HASH = new Set(["python", "bash", "yaml"]);
@@ -42,6 +44,13 @@ function table(language: string): { words: Set<string>; scan: RegExp } | null {
 }
 
 export function pieces(text: string, language: string): Piece[] {
+  const found = coloured(text, language);
+  if (!REORDERING.test(text)) return found;
+  const each = new RegExp(`(${REORDERING.source})`);
+  return found.flatMap((p) => p.of.split(each).filter(Boolean).map((of): Piece => (REORDERING.test(of) ? { kind: "hidden", of: `U+${of.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}` } : { ...p, of })));
+}
+
+function coloured(text: string, language: string): Piece[] {
   const found = text.length <= LONGEST ? table(language.toLowerCase()) : null;
   if (!found) return [{ kind: "", of: text }];
   const { words, scan } = found;

@@ -1,7 +1,7 @@
 // All conversations: one entry of localStorage each, so that two tabs do not overwrite each other's.
 
 import { Cell } from "../../src/cell";
-import { type Conversation, checked, conversation, newId } from "./tree";
+import { type Conversation, checked, conversation, newId, upTo } from "./tree";
 
 const PREFIX = "deepseek.chat.c.";
 const FORMAT = "deepseek-chat-1";
@@ -30,6 +30,16 @@ function parsed(text: string | null): Conversation | null {
 
 export const library = new Cell<ReadonlyMap<string, Conversation>>(read());
 export const current = new Cell<string>("");
+const CURRENT = "deepseek.chat.current"; // in this tab: a reload comes back to where the reader was
+current.watch(() => {
+  try {
+    sessionStorage.setItem(CURRENT, current.value);
+  } catch {
+    // as above
+  }
+});
+/** Messages that this page is receiving: another tab's version of their conversation may not have them yet. */
+export const receiving = new Set<string>();
 /** Set when the browser keeps no more: the words for the reader. */
 export const full = new Cell(false);
 
@@ -51,6 +61,18 @@ export function watchShown(watcher: () => void): () => void {
 export function start(system = ""): void {
   blank.value = conversation(system);
   current.value = blank.value.id;
+}
+
+/** The conversation that this tab showed before it was loaded again, or a new one. */
+export function resume(): void {
+  let id = "";
+  try {
+    id = sessionStorage.getItem(CURRENT) ?? "";
+  } catch {
+    // as above
+  }
+  if (library.value.has(id)) current.value = id;
+  else start();
 }
 
 export function get(id: string): Conversation | undefined {
@@ -96,10 +118,22 @@ addEventListener("storage", (e) => {
   if (!e.key?.startsWith(PREFIX)) return;
   const next = new Map(library.value);
   const one = parsed(e.newValue);
-  if (one) next.set(one.id, one);
+  if (one) next.set(one.id, withReceiving(one, next.get(one.id)));
   else next.delete(e.key.slice(PREFIX.length));
   library.value = next;
 });
+
+/** ``theirs``, and of ``mine`` what this page is receiving, with the messages that lead to it. */
+function withReceiving(theirs: Conversation, mine: Conversation | undefined): Conversation {
+  let kept = theirs;
+  for (const id of mine?.order ?? []) {
+    if (!receiving.has(id)) continue;
+    const missing = upTo(mine!, id).filter((m) => !Object.hasOwn(kept.messages, m.id) || m.id === id);
+    const added = missing.filter((m) => !Object.hasOwn(kept.messages, m.id)).map((m) => m.id);
+    kept = { ...kept, messages: { ...kept.messages, ...Object.fromEntries(missing.map((m) => [m.id, m])) }, order: [...kept.order, ...added] };
+  }
+  return kept;
+}
 
 export function exported(which: Conversation[]): string {
   return JSON.stringify({ format: FORMAT, conversations: which }, null, 1);

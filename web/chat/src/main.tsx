@@ -4,7 +4,7 @@ import { draw } from "../../src/icons";
 import { learn } from "../../src/text";
 import "../../src/theme";
 import { App } from "./app";
-import { start } from "./library";
+import { resume } from "./library";
 import { loadModels } from "./model";
 import "./style.css";
 import { ZH } from "./zh";
@@ -22,6 +22,6 @@ draw({
   upload: "M8 10.5V3M4.8 5.8L8 2.6l3.2 3.2M3 13.5h10",
   key: "M10.2 2.5a3.3 3.3 0 11-2.6 5.4L2.8 12.6v1h2.4v-1.6h1.6v-1.6M11 5.2v.1",
 });
-start();
+resume();
 void loadModels();
 render(<App />, document.getElementById("page")!);

@@ -4,8 +4,8 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { useCell } from "../../src/cell";
 import { Icon } from "../../src/icons";
 import { t } from "../../src/text";
-import { again, onward, open, opened, reword, siblings } from "./acts";
-import { details, type Live, parted, running } from "./answer";
+import { again, onward, open, opened, retry, reword, siblings } from "./acts";
+import { details, FORGOTTEN, type Live, OPEN, parted, running } from "./answer";
 import { Reading } from "./announce";
 import { CopyButton } from "./copy";
 import { Markdown } from "./prose";
@@ -101,7 +101,8 @@ function Answer({ c, m, live }: { c: Conversation; m: Message; live: Live | null
       {waits ? <p class="waits"><span class="dots" aria-hidden="true"><i /><i /><i /></span><span class="sr">{t("The model reads the question")}</span></p> : tokens && known?.length ? <Tokens all={known} /> : <Markdown text={text} />}
       {tokens && !known?.length && !live && <NoTokens c={c} m={m} />}
       {m.trouble && !live && <Notice c={c} m={m} />}
-      {!m.trouble && !live && m.finish && m.finish !== "stop" && <Ended c={c} m={m} />}
+      {!m.trouble && !live && m.finish === OPEN && <Unended c={c} m={m} />}
+      {!m.trouble && !live && m.finish && m.finish !== "stop" && m.finish !== OPEN && <Ended c={c} m={m} />}
       <div class="acts">
         <Branches c={c} m={m} />
         {!live && <>
@@ -121,6 +122,25 @@ function Ended({ c, m }: { c: Conversation; m: Message }) {
     <p class="ended">
       <span>{why ? t(why) : t("Ended: {why}", { why: m.finish! })}</span>
       {m.text && m.finish !== "tool_calls" && <button type="button" class="button" onClick={() => onward(c.id, m.id)}><Icon name="play" size={13} />{t("Continue")}</button>}
+    </p>
+  );
+}
+
+/** An answer whose end nobody kept: another tab receives it now, or the browser was ended in the middle. */
+function Unended({ c, m }: { c: Conversation; m: Message }) {
+  const left = () => c.updated + FORGOTTEN - Date.now();
+  const [fresh, setFresh] = useState(left() > 0);
+  useEffect(() => {
+    setFresh(left() > 0);
+    const timer = setTimeout(() => setFresh(false), Math.max(0, left()));
+    return () => clearTimeout(timer);
+  }, [c.updated]);
+  if (fresh) return <p class="ended"><span class="status"><span class="loading small" /> {t("Another tab receives this answer.")}</span></p>;
+  return (
+    <p class="ended">
+      <span>{t("The page was closed before the answer ended.")}</span>
+      {m.text && <button type="button" class="button" onClick={() => onward(c.id, m.id)}><Icon name="play" size={13} />{t("Continue")}</button>}
+      {!m.text && <button type="button" class="button" onClick={() => retry(c.id, m.id)}><Icon name="replay" size={13} />{t("Try again")}</button>}
     </p>
   );
 }

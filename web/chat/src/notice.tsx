@@ -24,6 +24,8 @@ const POLL = 1500; // ms
 export function Notice({ c, m }: { c: Conversation; m: Message }) {
   const { kind, text, until } = m.trouble!;
   const redo = () => (m.text ? again(c.id, m.id) : retry(c.id, m.id));
+  const goesOn = Boolean(m.text) && kind !== "refused" && kind !== "key"; // what has come is not thrown away
+  const goOn = () => (goesOn ? onward(c.id, m.id) : redo());
   const templateless = kind === "refused" && /chat template/i.test(text) && modeNow() === "chat";
   return (
     <div class={`notice ${kind}`} role="alert">
@@ -34,10 +36,10 @@ export function Notice({ c, m }: { c: Conversation; m: Message }) {
         {templateless && <p>{t("This model has no chat template. It can continue a text: what you write is its beginning.")}</p>}
       </div>
       <div class="notice-acts">
-        {kind === "lost" && m.text && <button type="button" class="button primary" onClick={() => onward(c.id, m.id)}><Icon name="play" size={13} />{t("Continue")}</button>}
+        {goesOn && kind !== "busy" && kind !== "starting" && <button type="button" class="button primary" onClick={() => onward(c.id, m.id)}><Icon name="play" size={13} />{t("Continue")}</button>}
         {kind === "key" && <button type="button" class="button primary" onClick={() => (keyWanted.value = { why: text, again: () => retry(c.id, m.id) })}><Icon name="key" size={14} />{t("Enter a key")}</button>}
-        {kind === "busy" && <Countdown until={until ?? 0} onRetry={redo} />}
-        {kind === "starting" && <UntilReady id={m.id} onReady={redo} />}
+        {kind === "busy" && <Countdown until={until ?? 0} onRetry={goOn} />}
+        {kind === "starting" && <UntilReady id={m.id} onReady={goOn} />}
         {templateless && <button type="button" class="button primary" onClick={() => { set({ mode: "text" }); redo(); }}>{t("Continue the text")}</button>}
         {kind !== "busy" && kind !== "starting" && kind !== "key" && <button type="button" class={m.text || templateless ? "button" : "button primary"} onClick={redo}><Icon name="replay" size={13} />{t(m.text ? "Answer again" : "Try again")}</button>}
       </div>

@@ -68,8 +68,8 @@ export function path(c: Conversation): Message[] {
 /** The messages from the first one to ``id``. */
 export function upTo(c: Conversation, id: string | null): Message[] {
   const out: Message[] = [];
-  for (let at = id; at !== null; at = c.messages[at].parent) out.unshift(c.messages[at]);
-  return out;
+  for (let at = id; at !== null; at = c.messages[at].parent) out.push(c.messages[at]);
+  return out.reverse();
 }
 
 const choose = (chosen: Record<string, string>, parent: string | null, id: string) => ({ ...chosen, [parent ?? ROOT]: id });

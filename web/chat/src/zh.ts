@@ -28,6 +28,7 @@ export const ZH: Record<string, string> = {
   "Speed": "速度", "Tokens a second after the first token": "首个词元之后每秒的词元数", "tokens/s": "词元/秒", "Time to the first token": "首词元时间", "From pressing send to the first token, the network included": "从按下发送到首个词元,含网络时间",
   "first after {x}": "首词元 {x}", "Answer": "回答", "Tokens of the answer": "回答的词元数", "{n} tokens": "{n} 个词元", "Prompt": "提示", "Tokens of the prompt; cached ones were not computed again": "提示的词元数;已缓存的没有重新计算", "prompt {n}": "提示 {n}", "{n} cached": "缓存 {n}",
   // errors
+  "Another tab receives this answer.": "另一个标签页正在接收此回答。", "The page was closed before the answer ended.": "回答未完,页面已关闭。",
   "The server is busy.": "服务器繁忙。", "The server is not ready.": "服务器尚未就绪。", "The connection ended before the answer did.": "回答未完,连接已断开。", "The server cannot be reached.": "无法连接服务器。", "The server refused the request.": "服务器拒绝了请求。", "The server failed.": "服务器出错。",
   "This model has no chat template. It can continue a text: what you write is its beginning.": "这个模型没有对话模板,但可以续写文本:你写的就是开头。", "Continue the text": "续写文本", "Try again in {n} s": "{n} 秒后重试", "Try again": "重试",
   "The question is sent when it is ready.": "就绪后会自动发送问题。", "Do not wait": "不再等待",
