@@ -96,7 +96,12 @@ class RopeScaling:
         """What cosines and sines are multiplied by."""
         if self.type != "yarn":
             return 1.0
-        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+        return yarn_magnitude(self.factor) if self.attention_factor is None else self.attention_factor
+
+
+def yarn_magnitude(factor: float, slope: float = 1.0) -> float:
+    """YaRN's attention factor, ``0.1 slope ln(factor) + 1``; 1 for a text that is no longer than before."""
+    return 0.1 * slope * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 PLAIN = RopeScaling()

@@ -23,9 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from deepseek.errors import ConfigError, WeightsError
-from deepseek.nn.rope import RopeScaling, inverse_frequencies
+from deepseek.nn.rope import RopeScaling, inverse_frequencies, yarn_magnitude
 from deepseek.weights.gguf_parts import GGUFParts
-from deepseek.weights.hf_rope import mscale
 
 FREQUENCIES = "rope_freqs.weight"
 LONG = ("rope_factors_long.weight", "rope_factors_short.weight")
@@ -80,11 +79,11 @@ def _yarn(keys: Keys) -> RopeScaling:
     if keys["rope.scaling.yarn_attn_factor"] is not None:
         attention = keys.number("rope.scaling.yarn_attn_factor")
     elif keys["rope.scaling.yarn_log_multiplier"] not in (None, 0.0):
-        attention = mscale(factor) / mscale(factor, keys.number("rope.scaling.yarn_log_multiplier"))
+        slope = keys.number("rope.scaling.yarn_log_multiplier")
+        attention = yarn_magnitude(factor) / yarn_magnitude(factor, slope)
     if keys["rope.scaling.attn_factor"] not in (None, 1.0):
-        attention = keys.number("rope.scaling.attn_factor") * (
-            mscale(factor) if attention is None else attention
-        )
+        usual = yarn_magnitude(factor) if attention is None else attention
+        attention = keys.number("rope.scaling.attn_factor") * usual
     return RopeScaling(
         type="yarn",
         factor=factor,

@@ -7,11 +7,10 @@ write both.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol
 
 from deepseek.errors import ConfigError, WeightsError
-from deepseek.nn.rope import RopeScaling
+from deepseek.nn.rope import RopeScaling, yarn_magnitude
 
 #: Keys of a table by its type, beyond ``KNOWN``.
 KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -78,11 +77,6 @@ def rope_to_hf(theta: float, scaling: RopeScaling) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": theta, **table}, "rope_theta": theta, "rope_scaling": table}
 
 
-def mscale(factor: float, slope: float = 1.0) -> float:
-    """YaRN's attention factor with its slope multiplied by ``slope``: ``0.1 slope ln(factor) + 1``."""
-    return 0.1 * slope * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
 def _scaling(kind: str, table: _Table, keys: Keys) -> RopeScaling:
     if kind == "linear":
         return RopeScaling(type="linear", factor=table.number("factor"))
@@ -99,7 +93,8 @@ def _scaling(kind: str, table: _Table, keys: Keys) -> RopeScaling:
     factor = table.number("factor", ratio)
     given = table.number("attention_factor") if table.values.get("attention_factor") is not None else None
     if given is None and table.values.get("mscale") and table.values.get("mscale_all_dim"):
-        given = mscale(factor, table.number("mscale")) / mscale(factor, table.number("mscale_all_dim"))
+        slopes = table.number("mscale"), table.number("mscale_all_dim")
+        given = yarn_magnitude(factor, slopes[0]) / yarn_magnitude(factor, slopes[1])
     return RopeScaling(
         type="yarn",
         factor=factor,
