@@ -9,7 +9,7 @@ from gguf_models import make, write_model
 from hf_models import compare
 
 from deepseek.errors import WeightsError
-from deepseek.nn.rope import RopeScaling
+from deepseek.nn.rope import RopeScaling, rope_table
 from deepseek.weights.convert import load_hf, open_gguf, save_hf
 
 LONG = {"max_position_embeddings": 96, "vocab_size": 61}
@@ -169,3 +169,40 @@ def test_listed_factors_are_kept_to_the_last_bit(tmp_path):
     values = (1 + torch.rand(8, generator=torch.Generator().manual_seed(1)) * 7).numpy()
     found = scaling(write_model(tmp_path / "m.gguf", make("llama"), listed(values)))
     assert np.array_equal(np.array(found.factors, np.float32), values)
+
+
+JUNK = {
+    "add_string": ["", "x", "none"], "add_bool": [True, False], "add_uint32": [0, 1, 7], "add_int32": [-1],
+    "add_float32": [0.0, -2.0, 1e-30, 3.0, float("inf"), float("nan")], "add_array": [[1.0, 2.0], ["x"], [0, 4]],
+}  # fmt: skip
+KEYS = (
+    "freq_base", "scale_linear", "dimension_count", "scaling.type", "scaling.factor", "scaling.attn_factor",
+    "scaling.original_context_length", "scaling.yarn_ext_factor", "scaling.yarn_attn_factor",
+    "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_log_multiplier", "scaling.finetuned",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_any_value_of_any_key_is_read_or_refused(key, tmp_path):
+    """Nothing but a `WeightsError` comes out; what is read makes finite tables."""
+    model, path = make("llama", num_hidden_layers=1, vocab_size=8), tmp_path / "m.gguf"
+    for add, values in JUNK.items():
+        for value in values:
+
+            def fill(writer, add=add, value=value):
+                yarn = {"scaling.type": "yarn", "scaling.factor": 4.0}
+                for name, usual in yarn.items():
+                    if name != key:
+                        (writer.add_string if name == "scaling.type" else writer.add_float32)(
+                            f"llama.rope.{name}", usual
+                        )
+                writer.kv_data[0].pop(f"llama.rope.{key}", None)
+                getattr(writer, add)(f"llama.rope.{key}", value)
+
+            try:
+                with open_gguf(write_model(path, model, fill)) as found:
+                    a = found.config.attention
+            except WeightsError:
+                continue
+            tables = rope_table(torch.arange(64), a.head_dim, a.rope_theta, a.rope_scaling)
+            assert all(bool(t.isfinite().all()) for t in tables), (key, value)
