@@ -70,7 +70,11 @@ CUTS: dict[str, Cut] = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "smaug-bpe": Cut((LLAMA3,)),  # SmolLM3 and some Llama 3 have it
+    "dbrx": Cut((LLAMA3,)),
     "qwen2": Cut((QWEN2,), nfc=True),
+    "deepseek-r1-qwen": Cut((QWEN2,)),
     "tekken": Cut((TEKKEN,), whole=True, add_bos=True),
 }
 

@@ -103,6 +103,27 @@ def test_llama_3(tmp_path):
     assert ours.prompt("zqx") == [1, vocab["zqx"]]
 
 
+@pytest.mark.parametrize(
+    ("pre", "like"), [("smaug-bpe", "llama-bpe"), ("dbrx", "llama-bpe"), ("deepseek-r1-qwen", "qwen2")]
+)
+def test_names_of_the_same_cut(pre, like, tmp_path):
+    """llama.cpp has one pattern for both. Merges decide what is a token; a start token has to be asked for."""
+    vocab, merges = trained(CUTS[like].patterns[0])
+    vocab = {**vocab, "zqx": len(vocab)}
+    path = write_tokenizer(tmp_path / "t.gguf", vocab, merges, pre=pre)
+    ours, other = (load_gguf_tokenizer(p) for p in (
+        path, write_tokenizer(tmp_path / "u.gguf", vocab, merges, pre=like)
+    ))  # fmt: skip
+    for text in TEXTS:
+        if "\u0301" not in text:  # composed by one of them
+            assert ours.encode(text) == other.encode(text)
+    assert len(ours.encode("zqx")) > 1
+    assert ours.prefix == ()
+    asked = lambda writer: writer.add_add_bos_token(True)  # noqa: E731
+    asking = load_gguf_tokenizer(write_tokenizer(path, vocab, merges, pre=pre, more=asked))
+    assert asking.prefix == (1,)
+
+
 def test_digits_of_smollm_stand_alone(tmp_path):
     """As the model's own tokenizer cuts them; `transformers` reads this GGUF rule as plain GPT-2."""
     vocab, merges = trained(CUTS["gpt-2"].patterns[0])
