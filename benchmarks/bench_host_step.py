@@ -4,7 +4,7 @@ The engine is the real one, with captured steps whose replay gives the same logi
 operation of torch costs its dispatch and a little work (vocabulary of 512), not a kernel's launch. A batch of N decodes
 steadily; the least of the chunks' means is told, which on a machine that others use comes nearest to the truth.
 
-    python benchmarks/bench_host_step.py [--streams 1 64] [--sampling greedy random] [--steps 400] [--profile]
+    python benchmarks/bench_host_step.py [--streams 1 64] [--sampling greedy random] [--steps 400] [--profile --top 20]
 """
 
 from __future__ import annotations
@@ -83,6 +83,11 @@ def measure(
     return 1e6 * best
 
 
+def _calls(profile: cProfile.Profile, steps: int) -> float:
+    """Function calls of a step: a number that no other process changes."""
+    return pstats.Stats(profile).total_calls / (steps // CHUNK * CHUNK)  # type: ignore[attr-defined]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,7 +96,10 @@ def main() -> None:
     parser.add_argument("--sampling", nargs="+", default=["greedy", "random"], choices=list(SAMPLING))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--max-length", type=int, default=4096)
-    parser.add_argument("--profile", action="store_true", help="where the time goes, by function")
+    parser.add_argument(
+        "--profile", action="store_true", help="count calls; the time is then the profiler's, too"
+    )
+    parser.add_argument("--top", type=int, default=0, help="with --profile, functions by their own time")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'streams':>7} {'sampling':10} {'ahead':6} {'us/step':>9}")
@@ -100,9 +108,10 @@ def main() -> None:
             for ahead in (False, True):
                 profile = cProfile.Profile() if args.profile else None
                 found = measure(streams, sampling, args.steps, ahead, args.max_length, profile)
-                print(f"{streams:7} {sampling:10} {'on' if ahead else 'off':6} {found:9.1f}")
-                if profile is not None:
-                    pstats.Stats(profile).sort_stats("tottime").print_stats(22)
+                calls = "" if profile is None else f"  {_calls(profile, args.steps):9.0f} calls of Python"
+                print(f"{streams:7} {sampling:10} {'on' if ahead else 'off':6} {found:9.1f}{calls}")
+                if profile is not None and args.top:
+                    pstats.Stats(profile).sort_stats("tottime").print_stats(args.top)
 
 
 if __name__ == "__main__":

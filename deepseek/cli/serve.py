@@ -35,6 +35,7 @@ class Serve:
     prefix_cache: bool = True
     deterministic: bool = False  # answers do not depend on what else is running; slower
     graphs: bool = True  # CUDA graphs
+    ahead: bool = True  # with them: launch the next step before the last one's tokens are read
     adapter: tuple[
         str, ...
     ] = ()  # NAME=DIRECTORY of a LoRA adapter; clients ask for it as a model of that name
@@ -58,7 +59,7 @@ class Serve:
             max_step_tokens=self.max_step_tokens, step_goal=self.step_goal, max_length=self.max_length,
             speculate=self.speculate,
             prefix_cache=self.prefix_cache, deterministic=self.deterministic, graphs=self.graphs,
-            adapters=_adapters(self.adapter), name=name,
+            ahead=None if self.ahead else False, adapters=_adapters(self.adapter), name=name,
         )  # fmt: skip
         config = ServerConfig(
             name=name, max_running=self.max_running or _running(self.device), max_waiting=self.max_waiting,

@@ -11,47 +11,15 @@ before its time: ``docs/serving-internals.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from deepseek.serve.decoder import Traced
 from deepseek.serve.sampling import Drawing, Sampled
 from deepseek.serve.scheduler import Scheduled, Work
-
-
-class Readback:
-    """Brings small tensors from the device to the host without making the host wait: pinned memory and an event.
-
-    Two buffers take turns, so what a wait gives holds until the second call after its own.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._buffers: list[Tensor | None] = [None, None]
-        self._turn = 0
-
-    def __call__(self, x: Tensor) -> Callable[[], Tensor]:
-        """Queue the copy; the function that waits for it and returns it."""
-        if not self._cuda:
-            return x.cpu
-        self._turn ^= 1
-        buffer = self._buffers[self._turn]
-        if buffer is None or buffer.numel() < x.numel() or buffer.dtype != x.dtype:
-            buffer = torch.empty(max(1024, 2 * x.numel()), dtype=x.dtype, pin_memory=True)
-            self._buffers[self._turn] = buffer
-        host = buffer[: x.numel()].view(x.shape)
-        host.copy_(x, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-
-        def wait() -> Tensor:
-            event.synchronize()
-            return host
-
-        return wait
+from deepseek.serve.transfer import put
 
 
 class DrawnTokens(NamedTuple):
@@ -62,7 +30,7 @@ class DrawnTokens(NamedTuple):
 
     def gather(self) -> Tensor:
         """``[S]``, on the device."""
-        return self.token_R[torch.tensor(self.row_S, device=self.token_R.device)]
+        return self.token_R[put(self.row_S, self.token_R.device)]
 
 
 class InFlight:

@@ -38,6 +38,7 @@ from deepseek.ops.paged_attention import (
 from deepseek.serve.adapters import AdapterBank, AdapterRows
 from deepseek.serve.pages import PageLayout
 from deepseek.serve.scheduler import Scheduled, Work
+from deepseek.serve.transfer import put
 
 
 def compute_dtype(format: str, device: torch.device) -> torch.dtype:
@@ -443,14 +444,14 @@ class Decoder:
     def rows(self, host: HostRows) -> StepRows:
         """The same on the device."""
 
-        def put(x: npt.NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(x).to(self.device, non_blocking=True)
+        def sent(x: npt.NDArray[np.generic]) -> Tensor:
+            return put(x, self.device)
 
         counts = host.rows
         return StepRows(
-            position_N=put(host.position_N), ends_S=put(host.ends_S), length_S=put(host.length_S),
-            global_SP=put(host.global_SP), window_SP=put(host.window_SP), global_slot_N=put(host.global_slot_N),
-            window_slot_N=put(host.window_slot_N), page=self.layout.page, rows=tuple(counts),
+            position_N=sent(host.position_N), ends_S=sent(host.ends_S), length_S=sent(host.length_S),
+            global_SP=sent(host.global_SP), window_SP=sent(host.window_SP), global_slot_N=sent(host.global_slot_N),
+            window_slot_N=sent(host.window_slot_N), page=self.layout.page, rows=tuple(counts),
             lengths=tuple(host.length_S.tolist()), decodes=host.decodes, exact=self.exact,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,8 @@ from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
-from deepseek.serve.ahead import DrawnTokens, InFlight, Readback, Tokens
+from deepseek.serve.ahead import DrawnTokens, InFlight, Tokens
+from deepseek.serve.answer import Answer, Traces, Wordless, completion
 from deepseek.serve.budget import FeedbackBudget
 from deepseek.serve.decoder import Decoder, RowAdapters, Traced, cache_dtype, compute_dtype
 from deepseek.serve.engine_config import EngineConfig, default_running
@@ -46,35 +47,15 @@ from deepseek.serve.request import (
     ModelInfo,
     Output,
     Request,
-    TokenLogprobs,
-    TokenTrace,
 )
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.sampling import Drawing, Sampled, SamplingState, prompt_logprobs
 from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
-from deepseek.serve.speculative import NgramProposer, Proposer
+from deepseek.serve.speculative import NgramProposer
 from deepseek.serve.text import TextStream, begins_text
+from deepseek.serve.transfer import Readback, put
 
 LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
-
-
-@dataclass(eq=False)
-class Answer:
-    """What the engine keeps of a request beside its place in the schedule."""
-
-    state: SamplingState
-    text: TextStream
-    room: int  #: tokens the answer may have
-    proposer: Proposer | None = None
-    adapter: int = -1
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    embedding: Tensor | None = None
-    told: bool = False  #: its first output, which carries what is said once, is out
-
-    @property
-    def ending(self) -> bool:
-        """Whether the next token is the last, whatever it is."""
-        return len(self.state.tokens) + 1 >= self.state.config.max_tokens
 
 
 class Engine:
@@ -178,7 +159,7 @@ class Engine:
         proposer = NgramProposer() if self.config.speculate else None
         if proposer is not None:
             proposer.extend(request.prompt)
-        words = tokenizer or cast(Tokenizer, _Wordless())
+        words = tokenizer or cast(Tokenizer, Wordless())
         answer = Answer(
             state, TextStream(words, sampling, ends, first=begins_text(words, request.prompt)), room, proposer,
             self.bank.index(request.adapter),
@@ -269,7 +250,7 @@ class Engine:
         for outputs in done.values():
             if outputs[-1].finish == "error":
                 raise EngineError(outputs[-1].error)
-        return [_completion(outputs, seconds) for outputs in done.values()]
+        return [completion(outputs, seconds) for outputs in done.values()]
 
     # --- parts of a step ----------------------------------------------------------------------------------------------
 
@@ -307,12 +288,16 @@ class Engine:
         flight = InFlight(work, samples, hidden, traced, began)
         if rows := flight.rows():
             if logits is None or len(rows) < len(hidden):
-                logits = self.decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+                logits = self.decoder.logits(hidden[put(rows, hidden.device)])
             pairs = [(w.sequence.engine.state, w.sequence.draft[: w.drafts]) for w in flight.sampling]
-            ahead = 0 if before is None else 1
-            flight.drawing = Drawing(logits[:, : self.vocabulary], pairs, ahead=ahead, fetch=self._readback)
+            ahead, like = (0, None) if before is None else (1, before.drawing)
+            flight.drawing = Drawing(
+                logits[:, : self.vocabulary], pairs, ahead=ahead, fetch=self._readback, like=like
+            )
         flight.follows = before is not None or (
-            all(samples) and len(work) == len(self.scheduler.running) and all(map(_foreseeable, work))
+            all(samples)
+            and len(work) == len(self.scheduler.running)
+            and all(w.sequence.engine.foreseeable(w) for w in work)
         )
         return flight
 
@@ -327,7 +312,7 @@ class Engine:
         if isinstance(tokens, DrawnTokens):
             tokens_N = tokens.gather()
         else:
-            tokens_N = torch.tensor(tokens, device=self.device)
+            tokens_N = put(tokens, self.device)
         return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, traced
 
     def _read(self, flight: InFlight) -> list[Output]:
@@ -335,7 +320,7 @@ class Engine:
         outputs, drawn = list[Output](), iter(flight.read())
         for sequence in flight.redrawn:
             self._discard(sequence)
-        traces = _Traces(flight.traced) if flight.traced is not None else None
+        traces = Traces(flight.traced) if flight.traced is not None else None
         end = 0
         for w, samples in zip(flight.work, flight.samples):
             first, end = end, end + w.rows
@@ -356,18 +341,10 @@ class Engine:
         self._time(flight)
         return outputs
 
-    def _extend(self, work: Work, sampled: list[Sampled], traces: _Traces | None, row: int) -> Output:
+    def _extend(self, work: Work, sampled: list[Sampled], traces: Traces | None, row: int) -> Output:
         """Append what was sampled, as far as the answer goes on, and say so."""
         sequence, answer, totals = work.sequence, work.sequence.engine, self._totals
-        text, kept, stream = "", list[int](), answer.text
-        for token, _, _ in sampled:
-            if token < 0:
-                break
-            kept.append(token)
-            answer.state.accept(token)
-            text += stream.push(token)
-            if stream.finish:
-                break
+        kept, text = answer.extend(sampled)
         if not kept:
             return self._end(sequence, "error", error=f"{sampled[0].error}; {self._advice()}")
         sequence.tokens += kept
@@ -387,12 +364,12 @@ class Engine:
             () if request.sampling.logprobs is None else tuple(s.logprobs for s in sampled[: len(kept)] if s.logprobs),
             None if answer.told or answer.prompt_logprobs is None else tuple(answer.prompt_logprobs),
             tuple(traces.at(row + i) for i in range(len(kept))) if traces is not None and request.trace else (),
-            None, stream.finish, stream.stop, sequence.prompt_length, sequence.cached, queued=sequence.queued,
+            None, answer.text.finish, answer.text.stop, sequence.prompt_length, sequence.cached, queued=sequence.queued,
         )  # fmt: skip
         if not answer.told:
             answer.told = True
             totals["prompt_tokens"] += sequence.prompt_length
-        if stream.finish:
+        if output.finish:
             self._drop(sequence)
         return output
 
@@ -526,48 +503,6 @@ class Engine:
     def _count(self, **more: float) -> None:
         for name, amount in more.items():
             self._totals[name] += amount
-
-
-class _Wordless:
-    """Stands in for the tokenizer of a model that has none: no token has text."""
-
-    special_ids: frozenset[int] = frozenset()
-    vocab_size = 0
-
-    def piece(self, token: int) -> bytes:
-        return b""
-
-
-class _Traces:
-    """The step's routing, brought to the host once."""
-
-    def __init__(self, traced: Traced) -> None:
-        self._experts = {layer: (e.tolist(), g.tolist()) for layer, (e, g) in traced.experts.items()}
-        self._gates = {layer: share.tolist() for layer, share in traced.gates.items()}
-
-    def at(self, row: int) -> TokenTrace:
-        experts = []
-        for layer, (chosen, gates) in self._experts.items():
-            pairs = sorted(zip(chosen[row], gates[row]), key=lambda pair: -pair[1])
-            experts.append((layer, tuple((int(e), float(g)) for e, g in pairs)))
-        return TokenTrace(tuple(experts), tuple((layer, share[row]) for layer, share in self._gates.items()))
-
-
-def _completion(outputs: Sequence[Output], seconds: float) -> Completion:
-    """A whole answer; the token that ended it is no part of it."""
-    tokens, last = [t for o in outputs for t in o.tokens], outputs[-1]
-    if isinstance(last.stop, int):
-        tokens.pop()
-    return Completion("".join(o.text for o in outputs), tokens, last.finish or "", seconds)
-
-
-def _foreseeable(work: Work) -> bool:
-    """Whether a sequence's next step needs nothing of what this one finds but its token."""
-    answer: Answer = work.sequence.engine
-    reads = answer.prompt_logprobs is not None and work.start < work.sequence.prompt_length
-    return (
-        answer.state.foreseeable and answer.proposer is None and not reads and not work.sequence.request.trace
-    )
 
 
 def _row_tokens(work: Work) -> list[int]:

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from deepseek.serve.distribution import Filters, best_tokens, draw_all, draw_best, parts
 from deepseek.serve.request import TokenLogprobs
+from deepseek.serve.sampling_config import SamplingConfig
 from deepseek.serve.sampling_state import Numbers, SamplingState, Updates
+from deepseek.serve.transfer import put
 
 __all__ = ["Drawing", "Sampled", "SamplingState", "prompt_logprobs", "sample", "sample_drafts"]
 
@@ -95,6 +97,7 @@ class Drawing:
         ahead: tokens of each answer that have been drawn and that its state does not know yet; above 0 for
             ``foreseeable`` states only.
         fetch: how the result comes to the host.
+        like: the drawing of the step before: what their options say is not worked out again for the same requests.
 
     Attributes:
         redrawn: after ``read``, the rows whose token is not the one that the device had first.
@@ -107,6 +110,7 @@ class Drawing:
         *,
         ahead: int = 0,
         fetch: Fetch = lambda x: x.cpu,
+        like: Drawing | None = None,
     ) -> None:
         rows: list[_Row] = []
         used: list[
@@ -122,8 +126,8 @@ class Drawing:
             first += 1 + len(draft)
         assert first == logits_NV.shape[0], f"{first} rows of drafts, {logits_NV.shape[0]} rows of logits"
         if len(used) < first:
-            logits_NV = logits_NV[torch.tensor(used, device=logits_NV.device)]
-        self._drawn = _Draw(logits_NV, rows, fetch)
+            logits_NV = logits_NV[put(used, logits_NV.device)]
+        self._drawn: _Draw = _Draw(logits_NV, rows, fetch, None if like is None else like._drawn)
 
     @property
     def token_N(self) -> Tensor:
@@ -202,92 +206,133 @@ def _draft_rows(state: SamplingState, draft: Sequence[int]) -> list[_Row]:
     return rows
 
 
+_GOOD, _BAD, _SHORT = 0, 1, 2
+
+
+class _Group(NamedTuple):
+    """Rows that are drawn in one way; ``at``: the same on the device, ``None`` for all rows."""
+
+    rows: list[int]
+    at: Tensor | None
+    filters: Filters
+    sorts: bool  #: else one running sum
+    enough: int  #: candidates that its ``top_k`` asks for
+    totals: bool
+
+
+class _Ways:
+    """How a step's rows are drawn, as far as their requests' options say: the same step after step.
+
+    Attributes:
+        top: log-probabilities asked for at a place; asked: which rows want any.
+        again: a row may need a second look.
+    """
+
+    def __init__(self, states: list[SamplingState], vocabulary: int, device: torch.device) -> None:
+        self.states, configs = states, [state.config for state in states]
+        self.plain = all(state.plain for state in states)
+        self.greedy = [i for i, state in enumerate(states) if state.greedy]
+        sorting = [c.top_k > 0 or c.top_p < 1 for c in configs]
+        self.groups = []
+        for sorts in (False, True):
+            rows = [i for i, state in enumerate(states) if not state.greedy and sorting[i] == sorts]
+            if rows:
+                at = None if len(rows) == len(states) else put(rows, device)
+                ks = [configs[i].top_k for i in rows]
+                enough = max((k + CANDIDATES for k in ks if k), default=0)
+                filters = _filters([configs[i] for i in rows], vocabulary, device)
+                self.groups.append(_Group(rows, at, filters, sorts, enough, not all(ks)))
+        asked = [i for i, c in enumerate(configs) if c.logprobs is not None]
+        self.asked: Tensor | slice | None = None
+        if asked:
+            self.asked = slice(None) if len(asked) == len(states) else put(asked, device)
+        self.top = max((c.logprobs or 0 for c in configs), default=0)
+        self.again = self.top > 0 or any(group.sorts for group in self.groups)
+
+
 class _Draw:
     """One token for each row: queued at once, read later."""
 
-    def __init__(self, logits_RV: Tensor, rows: Sequence[_Row], fetch: Fetch = lambda x: x.cpu) -> None:
+    def __init__(
+        self,
+        logits_RV: Tensor,
+        rows: Sequence[_Row],
+        fetch: Fetch = lambda x: x.cpu,
+        like: _Draw | None = None,
+    ) -> None:
         self._rows, self._logits = rows, logits_RV
         self.redrawn: list[int] = []
-        self._top = max((row.state.config.logprobs or 0 for row in rows), default=0)
         self._looks = [CANDIDATES, WIDER, logits_RV.shape[-1]]
         if logits_RV.device.type != "cpu":
             del self._looks[0]
+        states = [row.state for row in rows]
+        if like is not None and like.ways.states == states:
+            self.ways: _Ways = like.ways
+        else:
+            self.ways = _Ways(states, logits_RV.shape[-1], logits_RV.device)
         if rows:
-            self.packed = _launch(logits_RV, rows, self._top, self._looks[0])
+            self.packed = _launch(logits_RV, rows, self.ways.top, self._looks[0], self.ways)
             self._wait = fetch(self.packed)
 
     def keep(self) -> None:
         """A later ``read`` looks at a copy of the logits, if it may have to look again."""
-        wide = 2 * self._looks[0] < self._logits.shape[-1]  # a first look at fewer is never short
-        again = any(row.state.config.logprobs or _sorts(row.state) for row in self._rows)
-        if wide and again:
+        if self.ways.again and 2 * self._looks[0] < self._logits.shape[-1]:  # else the first look is at all
             self._logits = self._logits.clone()
 
     def read(self) -> list[Sampled]:
         if not self._rows:
             return []
-        found, logits = self._wait(), self._logits
+        found_R = self._wait().numpy()
+        logits, top = self._logits, self.ways.top
         for candidates in self._looks[1:]:
-            again = torch.nonzero(found[:, 1] == _SHORT)[:, 0].tolist()
-            if not again:
+            again = np.flatnonzero(found_R[:, 1] == _SHORT)
+            if not len(again):
                 break
-            before = found[again, 0]
-            index = torch.tensor(again, device=logits.device)
-            wider = _launch(logits[index], [self._rows[i] for i in again], self._top, candidates).cpu()
-            found[again, : wider.shape[1]] = wider
-            self.redrawn += [i for i, same in zip(again, (before == wider[:, 0]).tolist()) if not same]
-        packed_R = found.numpy()
-        if packed_R.shape[1] > 2 or packed_R[:, 1].any() or any(row.error for row in self._rows):
-            return [_read(row, packed, self._top) for row, packed in zip(self._rows, packed_R)]
-        return [Sampled(token) for token in packed_R[:, 0].tolist()]
+            rows = [self._rows[i] for i in again.tolist()]
+            wider = _launch(logits[put(again, logits.device)], rows, top, candidates).cpu().numpy()
+            self.redrawn += again[found_R[again, 0] != wider[:, 0]].tolist()
+            found_R[again, : wider.shape[1]] = wider
+        if self.ways.asked is None and not found_R[:, 1].any() and self.ways.plain:
+            return [Sampled(token) for token in found_R[:, 0].tolist()]
+        return [_read(row, packed, top) for row, packed in zip(self._rows, found_R)]
 
 
-_GOOD, _BAD, _SHORT = 0, 1, 2
-
-
-def _launch(logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int) -> Tensor:
+def _launch(
+    logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int, ways: _Ways | None = None
+) -> Tensor:
     """Queue all of a step's work; ``[R, 2 or more]`` int64 on the device: token, health, log-probabilities."""
     device = logits_RV.device
-    if all(row.state.plain or _bare(row) for row in rows):
-        scores_RV = logits_RV
-    else:
-        scores_RV = _edited(logits_RV, rows)
-    random = [i for i, row in enumerate(rows) if not row.state.greedy]
-    if len(random) == len(rows):
-        best_R, token_R = scores_RV.amax(-1), torch.zeros(len(rows), dtype=torch.int64, device=device)
-    else:
+    if ways is None:
+        ways = _Ways([row.state for row in rows], logits_RV.shape[-1], device)
+    edited = not ways.plain and not all(map(_bare, rows))
+    scores_RV = _edited(logits_RV, rows) if edited else logits_RV
+    if ways.greedy:
         best_R, token_R = scores_RV.max(-1)
+    else:
+        best_R, token_R = scores_RV.amax(-1), torch.zeros(len(rows), dtype=torch.int64, device=device)
     health_R = torch.where(torch.isfinite(best_R), _GOOD, _BAD)
-    if scores_RV is not logits_RV:
+    if edited:
         health_R |= torch.where(torch.isfinite(logits_RV.amax(-1)), _GOOD, _BAD)
-    sorting = [i for i in random if _sorts(rows[i].state)]
-    summing = [i for i in random if not _sorts(rows[i].state)]
-    for group in (summing, sorting):
-        if not group:
-            continue
-        index = None if len(group) == len(rows) else torch.tensor(group, device=device)
-        scores = scores_RV if index is None else scores_RV[index]
-        filters, uniform = _options([rows[i] for i in group], scores.shape[-1], device)
-        if group is summing:
-            token = draw_all(scores, filters, uniform)
-        else:
-            ks = [rows[i].state.config.top_k for i in group]
-            enough = max([candidates, *(k + CANDIDATES for k in ks if k)])
-            token, short = draw_best(scores, filters, uniform, enough, totals=not all(ks))
+    for group in ways.groups:
+        at = group.at
+        scores = scores_RV if at is None else scores_RV[at]
+        uniform = put([rows[i].state.uniform(rows[i].place) for i in group.rows], device, np.float64)
+        if group.sorts:
+            enough = max(candidates, group.enough)
+            token, short = draw_best(scores, group.filters, uniform, enough, totals=group.totals)
             few = torch.where(short, _SHORT, _GOOD)
-            health_R = health_R | few if index is None else health_R.index_add(0, index, few)
-        token_R = token if index is None else token_R.index_copy(0, index, token)
+            health_R = health_R | few if at is None else health_R.index_add(0, at, few)
+        else:
+            token = draw_all(scores, group.filters, uniform)
+        token_R = token if at is None else token_R.index_copy(0, at, token)
     head = torch.stack([token_R, health_R], 1)
-    asked = [i for i, row in enumerate(rows) if row.state.config.logprobs is not None]
-    if not asked:
+    if (asked := ways.asked) is None:
         return head
-    whole = len(asked) == len(rows)
-    index = slice(None) if whole else torch.tensor(asked, device=device)  # type: ignore[assignment]
-    found = _logprobs(logits_RV[index], token_R[index], top, max(candidates, top))
+    found = _logprobs(logits_RV[asked], token_R[asked], top, max(candidates, top))
     packed = head.new_zeros(len(rows), 1 + found.shape[1])
     packed[:, 0], packed[:, 1] = token_R, health_R
-    packed[index, 1] |= found[:, 0]
-    packed[index, 2:] = found[:, 1:]
+    packed[asked, 1] |= found[:, 0]
+    packed[asked, 2:] = found[:, 1:]
     return packed
 
 
@@ -296,29 +341,19 @@ def _bare(row: _Row) -> bool:
     return row.penalties is None and row.banned is None and row.mask is None and not len(row.state.bias.ids)
 
 
-def _sorts(state: SamplingState) -> bool:
-    return not state.greedy and (state.config.top_k > 0 or state.config.top_p < 1)
-
-
-def _options(rows: Sequence[_Row], vocabulary: int, device: torch.device) -> tuple[Filters, Tensor]:
-    """The rows' options and random numbers as tensors, in one transfer."""
-    table = torch.tensor(
-        [
-            [
-                c.temperature,
-                c.top_k if 0 < c.top_k < vocabulary else vocabulary,
-                c.top_p if c.top_p < 1 else 2.0,
-                c.min_p,
-                row.state.uniform(row.place),
-            ]
-            for row in rows
-            for c in [row.state.config]
-        ],
-        dtype=torch.float64,
-    ).to(device, non_blocking=True)
-    heat, k, p, least, uniform = table.unbind(1)
-    some = any(row.state.config.min_p for row in rows)
-    return Filters(heat.float(), k.long(), p, least.float() if some else None), uniform
+def _filters(configs: Sequence[SamplingConfig], vocabulary: int, device: torch.device) -> Filters:
+    """Some rows' options as tensors, in one transfer."""
+    table = [
+        (
+            c.temperature,
+            c.top_k if 0 < c.top_k < vocabulary else vocabulary,
+            c.top_p if c.top_p < 1 else 2.0,
+            c.min_p,
+        )
+        for c in configs
+    ]
+    heat, k, p, least = put(np.array(table, np.float64).T.copy(), device).unbind()
+    return Filters(heat.float(), k.long(), p, least.float() if any(c.min_p for c in configs) else None)
 
 
 def _edited(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
@@ -331,26 +366,22 @@ def _edited(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
         factors = [
             np.full(len(u.ids), rows[i].state.config.repetition_penalty, np.float32) for i, u in touched
         ]
-        factor = torch.from_numpy(np.concatenate(factors)).to(device, non_blocking=True)
-        amount = torch.from_numpy(np.concatenate([u.amounts for _, u in touched])).to(
-            device, non_blocking=True
-        )
+        factor = put(np.concatenate(factors), device)
+        amount = put(np.concatenate([u.amounts for _, u in touched]), device)
         old = scores_RV[at, ids]
         scores_RV[at, ids] = torch.where(old > 0, old / factor, old * factor) - amount
     biased = [(i, row.state.bias) for i, row in enumerate(rows) if len(row.state.bias.ids)]
     if biased:
         at, ids = _places([(i, u.ids) for i, u in biased], device)
-        amount = torch.from_numpy(np.concatenate([u.amounts for _, u in biased])).to(
-            device, non_blocking=True
-        )
+        amount = put(np.concatenate([u.amounts for _, u in biased]), device)
         scores_RV[at, ids] = scores_RV[at, ids] + amount
     banned = [(i, row.banned) for i, row in enumerate(rows) if row.banned is not None]
     if banned:
         scores_RV[_places(banned, device)] = -torch.inf
     masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
     if masked:
-        index = torch.tensor([i for i, _ in masked], device=device)
-        bits = torch.from_numpy(np.stack([mask for _, mask in masked])).to(device, non_blocking=True)
+        index = put([i for i, _ in masked], device)
+        bits = put(np.stack([mask for _, mask in masked]), device)
         scores_RV[index] = scores_RV[index].masked_fill_(~allowed(bits, scores_RV.shape[-1]), -torch.inf)
     return scores_RV
 
@@ -365,7 +396,7 @@ def _places(updates: Sequence[tuple[int, Numbers]], device: torch.device) -> tup
     """Row and column of every update, in one transfer."""
     at = np.repeat([i for i, _ in updates], [len(ids) for _, ids in updates])
     both = np.stack([at, np.concatenate([ids for _, ids in updates])])
-    rows, columns = torch.from_numpy(both).to(device, non_blocking=True)
+    rows, columns = put(both, device)
     return rows, columns
 
 

@@ -168,7 +168,9 @@ class Scheduler:
         if not preempted:
             self._admit(left, work)
         gone = set(map(id, preempted))
-        self.prompt_rows -= sum(w.rows for w in work[answers:] if id(w.sequence) not in gone) + self.prefix_hits - hits
+        self.prompt_rows -= (
+            sum(w.rows for w in work[answers:] if id(w.sequence) not in gone) + self.prefix_hits - hits
+        )
         return Plan([w for w in work if id(w.sequence) not in gone], preempted)
 
     @property

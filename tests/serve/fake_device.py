@@ -124,13 +124,13 @@ def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Que
     take, side = StepBuffers._take, graphs._HostSide.__init__
     hidden = engine.decoder.hidden
 
-    def launched(logits: Tensor, rows: Any, top: int, candidates: int) -> Tensor:
+    def launched(logits: Tensor, rows: Any, top: int, candidates: int, ways: Any = None) -> Tensor:
         if candidates != sampling.CANDIDATES:  # a second look: somebody is waiting
             queue.wait()
-            return launch(logits, rows, top, candidates)
+            return launch(logits, rows, top, candidates, ways)
         asked = any(row.state.config.logprobs is not None for row in rows)
         packed = torch.full((len(rows), 4 + 2 * top if asked else 2), GARBAGE)
-        queue.put(lambda: packed.copy_(launch(logits, rows, top, candidates)))
+        queue.put(lambda: packed.copy_(launch(logits, rows, top, candidates, ways)))
         return packed
 
     def kept(draw: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from test_engine import SHAPES, VOCABULARY, made, plain, texts
 from deepseek.assemble import Loaded, load
 from deepseek.models import ModelConfig, Transformer
 from deepseek.serve import sampling
+from deepseek.serve.client import LocalClient
 from deepseek.serve.engine import Engine
 from deepseek.serve.engine_config import EngineConfig
 from deepseek.serve.graphs import StepBuffers
@@ -451,3 +453,35 @@ def test_automatic_is_off_without_graphs() -> None:
     loaded = made("full")
     assert not Engine(loaded, EngineConfig(**BASE)).ahead
     assert Engine(loaded, EngineConfig(**BASE, ahead=True)).ahead
+
+
+def test_the_step_loop_keeps_nothing_back(spoken: Loaded) -> None:
+    """Every stream has its end while no other request comes, and an idle loop has nothing in flight."""
+    engine, rng = engine_of(spoken, True, max_running=4), random.Random(3)
+    prompts = [tuple(rng.randrange(6, 320) for _ in range(rng.randint(1, 40))) for _ in range(12)]
+    option = SamplingConfig(temperature=0, max_tokens=20, stop=("e",))
+    wanted = engine_of(spoken, False).generate(prompts, option)
+
+    async def test() -> None:
+        async with LocalClient(engine) as client:
+
+            async def one(i: int) -> list[Output]:
+                found = []
+                async for output in client.generate(Request(str(i), prompts[i], option)):
+                    found.append(output)
+                    if i % 4 == 3 and len(found) == 3:
+                        break  # the client goes: an abort
+                return found
+
+            for group in (range(12), [0], [1]):
+                for i, outputs in zip(group, await asyncio.gather(*map(one, group))):
+                    text = "".join(o.text for o in outputs)
+                    assert wanted[i].text.startswith(text)
+                    assert text == wanted[i].text or not outputs[-1].finish
+                for _ in range(2000):
+                    if not engine.has_work and not client.stats().running:
+                        break
+                    await asyncio.sleep(0.01)
+                check_empty(engine)
+
+    asyncio.run(test())

@@ -1,6 +1,7 @@
 """Pages and the scheduler against an oracle that writes down what every page really holds."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +14,7 @@ from deepseek.nn.attention import AttentionConfig
 from deepseek.serve.pages import PageLayout, PagePool, Pages, SequencePages, share_memory
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
-from deepseek.serve.scheduler import Plan, Scheduled, Scheduler, StaticBudget, rows_of
+from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
 
 LAYOUTS = {
     "both": PageLayout(page=4, keep=6, global_bytes=8, window_bytes=8),
@@ -29,11 +30,13 @@ class Oracle:
     scheduler: Scheduler
     memory: dict[tuple[str, int, int], tuple[int, ...]] = field(default_factory=dict)
 
-    def run(self, plan: Plan) -> None:
+    def run(self, step: Sequence[Work]) -> None:
+        """In the order of launches, as a device does; it knows by itself a token that the scheduler does not."""
         layout = self.scheduler.pages.layout
-        for work in plan.work:
+        for work in step:
             sequence = work.sequence
-            text = (*sequence.tokens[: work.start + work.rows - work.drafts], *sequence.draft[: work.drafts])
+            tokens = [*sequence.tokens, sum(sequence.tokens) % 7]
+            text = (*tokens[: work.start + work.rows - work.drafts], *sequence.draft[: work.drafts])
             for group, ids in self._groups(sequence.pages):
                 first = 0 if group == "global" else max(0, work.start - layout.keep + 1)
                 for position in range(first, work.start):
@@ -52,9 +55,12 @@ class Oracle:
 
 def serve(
     prompts: list[list[int]], layout: PageLayout, pages: int, *, rows: int, running: int, drafts: int = 0,
-    seed: int = 0, prefix_cache: bool = True, answers: int = 5, abort: float = 0.0,
+    seed: int = 0, prefix_cache: bool = True, answers: int = 5, abort: float = 0.0, ahead: bool = False,
 ) -> Scheduler:  # fmt: skip
-    """Serve everything with a model that answers the sum of the text so far; the oracle watches."""
+    """Serve everything with a model that answers the sum of the text so far; the oracle watches.
+
+    With ``ahead``, steps follow each other unread wherever they can, as ``Engine.step`` does it.
+    """
     chance = random.Random(seed)
     scheduler = Scheduler(
         Pages(layout, pages, pages, prefix_cache), max_running=running, budget=StaticBudget(rows)
@@ -64,14 +70,28 @@ def serve(
         request = Request(str(i), tuple(prompt), SamplingConfig(), priority=chance.choice((0, 0, 1)))
         left.append(Scheduled(request, list(prompt)))
         scheduler.add(left[-1])
+    step: Sequence[Work] = []
+    gone: set[int] = set()  # what ended while it was in flight
     for _ in range(10_000):
         if not scheduler.has_work:
             break
-        plan = scheduler.plan()
-        assert plan.work, "work is left, and nothing was planned"
-        assert rows_of(plan.work) <= max(rows, sum(w.sequence.decoding for w in plan.work))
-        oracle.run(plan)
-        for work in plan.work:
+        step = [w for w in step if id(w.sequence) not in gone]
+        if step and chance.random() < abort:
+            victim = chance.choice(step)
+            scheduler.remove(victim.sequence)
+            step = [w for w in step if w is not victim]
+        if not step and scheduler.has_work:
+            step = scheduler.plan().work
+            assert step, "work is left, and nothing was planned"
+            assert rows_of(step) <= max(rows, sum(w.sequence.decoding for w in step))
+            oracle.run(step)
+        following: list[Work] = []
+        if ahead and not drafts and all(w.samples for w in step) and len(step) == len(scheduler.running):
+            going = [w for w in step if len(w.sequence.tokens) + 1 < len(w.sequence.request.prompt) + answers]
+            following = scheduler.follow(going)
+            oracle.run(following)
+            scheduler.followed = getattr(scheduler, "followed", 0) + bool(following)
+        for work in step:
             sequence = work.sequence
             if not work.samples:
                 scheduler.advance(work, work.rows)
@@ -86,13 +106,15 @@ def serve(
             scheduler.advance(work, right + len(kept) - 1)
             if len(sequence.tokens) - len(sequence.request.prompt) >= answers or chance.random() < abort:
                 scheduler.remove(sequence)
+                gone.add(id(sequence))
             elif drafts:
                 truth = list(sequence.tokens)
                 for _ in range(chance.randint(0, drafts)):
                     truth.append(sum(truth) % 7 if chance.random() < 0.7 else 99)
                 sequence.draft = truth[len(sequence.tokens) :]
+        step = following
         unread = [s for s in (*scheduler.running, *scheduler.waiting) if not s.decoding]
-        assert scheduler.prompt_rows == sum(len(s.tokens) - s.computed for s in unread)
+        assert ahead or scheduler.prompt_rows == sum(len(s.tokens) - s.computed for s in unread)
     assert not scheduler.has_work
     assert scheduler.pages.used == 0
     for sequence in left:
@@ -113,10 +135,12 @@ def serve(
     running=st.integers(1, 6),
     drafts=st.integers(0, 3),
     prefix_cache=st.booleans(),
+    ahead=st.booleans(),
 )
 def test_every_page_holds_what_its_sequence_needs(
-    layout: str, seed: int, count: int, pages: int, rows: int, running: int, drafts: int, prefix_cache: bool
-) -> None:
+    layout: str, seed: int, count: int, pages: int, rows: int, running: int, drafts: int, prefix_cache: bool,
+    ahead: bool,
+) -> None:  # fmt: skip
     chance = random.Random(seed)
     stems = [[chance.randrange(50) for _ in range(20)] for _ in range(2)]
     prompts = []
@@ -124,8 +148,8 @@ def test_every_page_holds_what_its_sequence_needs(
         stem = chance.choice(stems)[: chance.randint(0, 20)]
         prompts.append([*stem, *(chance.randrange(50) for _ in range(chance.randint(1, 12)))])
     serve(
-        prompts, LAYOUTS[layout], pages, rows=rows, running=running, drafts=drafts, seed=seed,
-        prefix_cache=prefix_cache, abort=0.05,
+        prompts, LAYOUTS[layout], pages, rows=rows, running=running, drafts=0 if ahead else drafts, seed=seed,
+        prefix_cache=prefix_cache, abort=0.05, answers=9 if ahead else 5, ahead=ahead,
     )  # fmt: skip
 
 
@@ -142,6 +166,59 @@ def test_a_short_cache_preempts_and_still_answers() -> None:
     prompts = [[i, *range(11)] for i in range(6)]
     scheduler = serve(prompts, LAYOUTS["full"], 14, rows=64, running=6, answers=20)
     assert scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_steps_that_follow_unread_ones_write_where_nobody_looks(layout: str) -> None:
+    prompts = [[*range(9), 100 + i % 3] for i in range(20)]
+    scheduler = serve(prompts, LAYOUTS[layout], 60, rows=64, running=6, answers=40, abort=0.05, ahead=True)
+    assert scheduler.followed > 50  # type: ignore[attr-defined]
+    assert scheduler.prefix_hits > 0
+
+
+def test_a_step_follows_only_where_nothing_is_to_be_decided() -> None:
+    def running(pages: int, *, waiting: int = 0, most: int = 2) -> tuple[Scheduler, list[Work]]:
+        scheduler = Scheduler(Pages(LAYOUTS["full"], pages, 0), max_running=most, budget=StaticBudget(64))
+        for i in range(2):
+            scheduler.add(Scheduled(Request(str(i), (1, 2, 3)), [1, 2, 3]))
+        step = scheduler.plan().work
+        assert len(step) == 2
+        for i in range(waiting):
+            scheduler.add(Scheduled(Request(f"w{i}", (5, 6)), [5, 6]))
+        return scheduler, step
+
+    scheduler, step = running(9)
+    assert [(w.start, w.rows) for w in scheduler.follow(step)] == [(3, 1), (3, 1)]
+    assert scheduler.pages.used == 2  # the fourth position is in the first page
+    later = [Work(w.sequence, 3, 1) for w in step]
+    assert scheduler.follow(later)
+    assert scheduler.pages.used == 4
+    scheduler, step = running(3)
+    assert not scheduler.follow([Work(w.sequence, 3, 1) for w in step])  # two pages are needed, one is free
+    assert scheduler.pages.used == 2
+    assert len(scheduler.follow([Work(step[0].sequence, 3, 1)])) == 1  # the other one ends
+    scheduler, step = running(9, waiting=1)
+    assert scheduler.follow(step)  # no place for another
+    assert not scheduler.follow(step[:1])  # there will be one
+    scheduler, step = running(9, waiting=1, most=3)
+    assert not scheduler.follow(step)
+    assert not running(9)[0].follow([])
+
+
+def test_who_found_no_room_is_not_asked_again_before_there_is_some() -> None:
+    scheduler = Scheduler(Pages(LAYOUTS["full"], 9, 0), max_running=4, budget=StaticBudget(64))
+    first = Scheduled(Request("a", tuple(range(14))), list(range(14)))
+    scheduler.add(first)
+    (step,) = scheduler.plan().work
+    scheduler.add(Scheduled(Request("b", tuple(range(20, 40))), list(range(20, 40))))
+    assert scheduler.admits
+    first.tokens.append(3)
+    scheduler.advance(step, step.rows)
+    assert len(scheduler.plan().work) == 1
+    assert not scheduler.admits
+    assert scheduler.follow([Work(first, 14, 1)])
+    scheduler.remove(first)
+    assert scheduler.admits
 
 
 def test_the_prefix_cache_keeps_what_was_used_last() -> None:

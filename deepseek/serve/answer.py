@@ -1,0 +1,88 @@
+"""What the engine keeps of a request while it is answered, and what it tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deepseek.serve.decoder import Traced
+from deepseek.serve.generate import Completion
+from deepseek.serve.request import Output, TokenLogprobs, TokenTrace
+from deepseek.serve.sampling import Sampled, SamplingState
+from deepseek.serve.scheduler import Work
+from deepseek.serve.speculative import Proposer
+from deepseek.serve.text import TextStream
+
+
+@dataclass(eq=False)
+class Answer:
+    """What the engine keeps of a request beside its place in the schedule."""
+
+    state: SamplingState
+    text: TextStream
+    room: int  #: tokens the answer may have
+    proposer: Proposer | None = None
+    adapter: int = -1
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: Tensor | None = None
+    told: bool = False  #: its first output, which carries what is said once, is out
+
+    @property
+    def ending(self) -> bool:
+        """Whether the next token is the last, whatever it is."""
+        return len(self.state.tokens) + 1 >= self.state.config.max_tokens
+
+    def foreseeable(self, work: Work) -> bool:
+        """Whether the step after ``work`` needs nothing of what this one finds but its token."""
+        if work.sequence.request.trace or self.proposer is not None:
+            return False
+        reads = self.prompt_logprobs is not None and work.start < work.sequence.prompt_length
+        return self.state.foreseeable and not reads
+
+    def extend(self, sampled: Sequence[Sampled]) -> tuple[list[int], str]:
+        """Take what was sampled as far as the answer goes on; the tokens taken, and the text they make showable."""
+        kept, text, stream = list[int](), "", self.text
+        for token, _, _ in sampled:
+            if token < 0:
+                break
+            kept.append(token)
+            self.state.accept(token)
+            text += stream.push(token)
+            if stream.finish:
+                break
+        return kept, text
+
+
+class Wordless:
+    """Stands in for the tokenizer of a model that has none: no token has text."""
+
+    special_ids: frozenset[int] = frozenset()
+    vocab_size = 0
+
+    def piece(self, token: int, skip_special: bool = True) -> bytes:
+        return b""
+
+
+class Traces:
+    """The step's routing, brought to the host once."""
+
+    def __init__(self, traced: Traced) -> None:
+        self._experts = {layer: (e.tolist(), g.tolist()) for layer, (e, g) in traced.experts.items()}
+        self._gates = {layer: share.tolist() for layer, share in traced.gates.items()}
+
+    def at(self, row: int) -> TokenTrace:
+        experts = []
+        for layer, (chosen, gates) in self._experts.items():
+            pairs = sorted(zip(chosen[row], gates[row]), key=lambda pair: -pair[1])
+            experts.append((layer, tuple((int(e), float(g)) for e, g in pairs)))
+        return TokenTrace(tuple(experts), tuple((layer, share[row]) for layer, share in self._gates.items()))
+
+
+def completion(outputs: Sequence[Output], seconds: float) -> Completion:
+    """A whole answer; the token that ended it is no part of it."""
+    tokens, last = [t for o in outputs for t in o.tokens], outputs[-1]
+    if isinstance(last.stop, int):
+        tokens.pop()
+    return Completion("".join(o.text for o in outputs), tokens, last.finish or "", seconds)
