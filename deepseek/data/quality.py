@@ -18,6 +18,7 @@ Shape letters: P pieces.
 from __future__ import annotations
 
 import io
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -276,7 +277,12 @@ class QualityMonitor:
                 arrays[f"values/{name}"], arrays[f"places/{name}"] = source.reference, source.places
                 arrays[f"pool/{name}"] = np.array(source.pool)
         out = io.BytesIO()
-        np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
+        with zipfile.ZipFile(
+            out, "w", zipfile.ZIP_DEFLATED, compresslevel=1
+        ) as file:  # it is beside a run: be quick
+            for name, array in arrays.items():
+                with file.open(f"{name}.npy", "w") as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, out.getvalue())
 

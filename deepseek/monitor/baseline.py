@@ -31,6 +31,7 @@ Ints = NDArray[np.int64]
 MAD = 1.4826  #: the standard deviation of a normal distribution over its median absolute deviation
 FIRST = 8  #: rows from which the first level, trend and scale are computed
 LONG_CAP, LONG_SLACK = 3.0, 0.8  #: of the sums that look for small and lasting shifts
+LAYOUTS = 16  #: sets of names whose places are remembered
 TINY = 1e-30  #: below it a positive quantity counts as zero
 
 
@@ -76,10 +77,13 @@ TRAITS: tuple[tuple[str, Trait], ...] = (
 )
 
 
+_COMPILED = [(re.compile(pattern).fullmatch, trait) for pattern, trait in TRAITS]
+
+
 @lru_cache(maxsize=65536)
 def trait_of(name: str) -> Trait:
     """The trait of a series, by its name."""
-    return next(trait for pattern, trait in TRAITS if re.fullmatch(pattern, name))
+    return next(trait for matches, trait in _COMPILED if matches(name))
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,9 @@ class Baselines:
         self.lost = np.zeros((rows, 0), bool)  # NaN or infinity was logged
         self.steps = np.full(rows, -1, np.int64)
         self.seen = 0  # rows so far
-        self._keys: tuple[str, ...] = ()
-        self._index: Ints = np.zeros(0, np.int64)
+        self._indices: dict[
+            tuple[str, ...], Ints
+        ] = {}  # of the last few sets of names: every step has one of them
 
     # Per-series arrays, set by name in ``__init__`` and ``_grow``.
     count: Floats
@@ -152,17 +157,19 @@ class Baselines:
                 nothing.
         """
         keys = tuple(row)
-        if keys != self._keys:
-            self._keys, self._index = keys, self._places(keys)
+        index = self._indices.get(keys)
+        if index is None:
+            if len(self._indices) >= LAYOUTS:
+                self._indices.clear()
+            index = self._indices[keys] = self._places(keys)
         raw = np.fromiter(row.values(), np.float64, len(keys))
         slot = self.seen % self.rows
         self.steps[slot], self.seen = step, self.seen + 1
         self.values[slot] = np.nan
         self.z[slot], self.lost[slot] = 0.0, False
         with np.errstate(over="ignore"):
-            self.values[slot, self._index] = raw
-        finite = np.isfinite(raw)
-        index, value = self._index, raw
+            self.values[slot, index] = raw
+        finite, value = np.isfinite(raw), raw
         if not finite.all():
             self.lost[slot, index[~finite]] = True
             index, value = index[finite], raw[finite]
@@ -170,13 +177,14 @@ class Baselines:
         self.z[slot, index] = z
         return Scores(index, value, z)
 
-    def _learn(self, i: Ints, x: Floats) -> Floats:
+    def _learn(self, index: Ints, x: Floats) -> Floats:
         """Standardised errors ``z`` of ``x``, after which level, trend, scale and sums have moved."""
-        seen = self.count[i]
+        i = _span(index)
+        seen = self.count[i].copy()
         self.count[i] = seen + 1
         young = seen < FIRST
         if young.any():
-            self._begin(i[young], x[young], seen[young].astype(np.int64))
+            self._begin(index[young], x[young], seen[young].astype(np.int64))
         forecast = self.level[i] + self.trend[i]
         error = x - forecast
         floor = np.maximum(self.floor[i], self.relative[i] * np.abs(self.level[i]) * ~self.log[i])
@@ -308,6 +316,13 @@ class Baselines:
             old = getattr(self, key)
             setattr(self, key, _unpacked(state[key], old.dtype, old.shape))
         self.seen = int(state["seen"])
+
+
+def _span(index: Ints) -> slice | Ints:
+    """Places that follow one another as a slice, whose arrays are views and cost no copy."""
+    if len(index) and index[-1] - index[0] == len(index) - 1 and bool((np.diff(index) == 1).all()):
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
 
 
 KEPT = ("first", "values", "z", "lost", "steps")

@@ -226,11 +226,13 @@ class Cadence:
         overhead: share of the time. every: a fixed number of steps instead; 0: from the costs.
 
     The interval follows the least of the last few costs and the median step time. The first probes come early, after 2,
-    8 and 32 steps, for the first is a cold one and dear; and a run has ten at least, so that a short one has curves.
+    8 and 32 steps, for the first is a cold one and dear; and a run of 300 steps has ten at least, so that a short one
+    has curves. A shorter one has fewer: ten would take it above one per cent.
     """
 
     LEARNING = (2, 8, 32)  #: the longest interval before the first, second and third probe
-    LEAST = 10  #: probes of a run whose length is known
+    LEAST = 10  #: probes of a run whose length is known,
+    OFTEN = 30  #: unless fewer than so many steps would lie between two
 
     def __init__(self, overhead: float, every: int = 0) -> None:
         self.overhead, self.fixed = overhead, every
@@ -270,7 +272,7 @@ class Cadence:
 
     def begin(self, step: int, steps: int = 0) -> None:
         """Training goes on from ``step``, to ``steps`` if that is known."""
-        self._last, self._longest = step, steps // self.LEAST
+        self._last, self._longest = step, steps and max(steps // self.LEAST, self.OFTEN)
 
 
 __all__ = ["Cadence", "Cost", "Groups", "Look", "Reading", "SampledProbe", "StepProbe"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepseek.batch import IGNORE, Batch
 from deepseek.models.transformer import LayerStats, Transformer
 from deepseek.nn.layers import to_compute_dtype
-from deepseek.ops.cross_entropy import chunk_rows, linear_cross_entropy, reference_rows
+from deepseek.ops.cross_entropy import chunk_rows, linear_cross_entropy
 
 
 class Loss(NamedTuple):
@@ -37,8 +37,11 @@ def token_losses(model: Transformer, hidden_NC: Tensor, targets_N: Tensor) -> Te
     hidden, weight = to_compute_dtype(hidden_NC), model.head_weight
     size = chunk_rows(weight.shape[0], hidden.element_size(), hidden.is_cuda)
     parts = hidden.split(size), targets_N.split(size)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     found = [
-        reference_rows(F.linear(h, weight.to(h.dtype)), targets, IGNORE, 0.0, False)[0]
+        F.cross_entropy(
+            F.linear(h, weight.to(h.dtype)).to(wide), targets, ignore_index=IGNORE, reduction="none"
+        )
         for h, targets in zip(*parts)
     ]
     return torch.cat(found)
