@@ -165,7 +165,9 @@ class FakeClient:
 
 
 def _logprobs(token: int, top: int) -> TokenLogprobs:
-    return TokenLogprobs(token, -0.5, 1, tuple((t, -0.5 - t / 100) for t in range(token, token + top)))
+    return TokenLogprobs(
+        token, -0.5, 1, tuple((t % INFO.vocab_size, -0.5 - t / 100) for t in range(token, token + top))
+    )
 
 
 def keyring(**limits: Any) -> Keyring:

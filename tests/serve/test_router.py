@@ -24,6 +24,7 @@ from deepseek.address import bind
 from deepseek.errors import ConfigError
 from deepseek.serve.router import Router, RouterConfig
 from deepseek.serve.router.replica import FAILURES
+from deepseek.serve.router.retry import RetryBudget
 from deepseek.serve.router.run import settings
 from deepseek.serve.server.keys import Keyring
 
@@ -687,6 +688,32 @@ def test_half_an_event_is_not_passed_on(two: tuple[FakeReplica, FakeReplica]) ->
         assert two[0].asked == []
 
 
+def test_openai_python_raises_what_broke_off() -> None:
+    openai = pytest.importorskip("openai")
+    chunk = b'data: {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": []}\n\n'
+    with (
+        Torn(EVENTS + b"%x\r\n%b\r\n" % (len(chunk), chunk)) as torn,
+        routed(torn.url) as router,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{router.port}/v1", api_key="k", max_retries=0) as client,
+    ):
+        stream = client.completions.create(model="m", prompt="p", stream=True)
+        assert next(stream).id == "1"
+        with pytest.raises(openai.APIError, match="broke off"):
+            next(stream)
+
+
+def test_the_budget_of_retries_is_filled_by_answers() -> None:
+    budget = RetryBudget(2, 0.5)
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+    budget.answered()
+    assert not budget.take()
+    budget.answered()
+    assert budget.take()
+    for _ in range(100):
+        budget.answered()
+    assert budget.left == 2
+
+
 def test_events_of_any_size_pass() -> None:
     from deepseek.serve.router.exchange import gathered, whole_events
 
@@ -763,7 +790,8 @@ def test_one_that_never_says_continue_is_asked_so_once(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "wrong", [{"urls": []}, {"urls": ["http://a:1", "a:1"]}, {"affinity": -1}, {"affinity_load": 0.5}, {"max_body": 0},
-              {"poll": 0.0}, {"ready_path": "ready"}, {"retries": -1}, {"retry_burst": -1}, {"retry_share": 1.5}]
+              {"poll": 0.0}, {"ready_path": "ready"}, {"retries": -1}, {"retry_burst": -1}, {"retry_share": 1.5},
+              {"max_bodies": 1}]
 )  # fmt: skip
 def test_what_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_replica import FakeReplica, replica
-from test_router import Routed, routed
+from test_router import Routed, routed, until
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +179,75 @@ def test_half_a_request_is_nobodys(router: Routed, fake: FakeReplica) -> None:
     assert router.complete().status == 200
 
 
-def test_idle_connections_do_no_harm(router: Routed) -> None:
-    idle = [socket.create_connection(("127.0.0.1", router.port), 10) for _ in range(300)]
-    try:
+def test_a_thousand_idle_connections_do_no_harm(fake: FakeReplica) -> None:
+    """Silent ones, some in the middle of a head, some in the middle of a body: each has its time, and is closed."""
+    beginnings = (
+        b"",
+        b"POST /v1/comp",
+        b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: 9\r\n\r\n{",
+    )
+    with routed(fake, body_seconds=3.0, keep_alive=3.0) as router, contextlib.ExitStack() as stack:
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", router.port), 20)) for _ in range(1000)
+        ]
+        for i, one in enumerate(idle):
+            one.sendall(beginnings[i % 3])
         assert [router.complete().status for _ in range(5)] == [200] * 5
-    finally:
         for one in idle:
-            one.close()
+            with contextlib.suppress(ConnectionError):
+                while one.recv(4096):
+                    pass
+        assert router.complete().status == 200
+
+
+def test_large_bodies_at_once_are_bounded_together(fake: FakeReplica) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: 150000\r\n\r\n"
+    with routed(fake, max_body=200_000, max_bodies=300_000) as router, contextlib.ExitStack() as stack:
+        first, second, third = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", router.port), 20)) for _ in range(3)
+        )
+        for one in (first, second):
+            one.sendall(head + b" " * 140_000)
+        until(lambda: router.router.bodies.held == 280_000)
+        third.sendall(head + b" " * 140_000)
+        assert status(third.recv(1000)) == 429
+        assert router.complete().status == 200
+        first.close()
+        second.close()
+        until(lambda: router.router.bodies.held == 0)
+
+
+def test_headers_that_a_client_calls_its_connections_own_do_not_pass(router: Routed) -> None:
+    """``Connection: NAME`` must not take away what the router says itself."""
+    told = echoed(
+        whole(
+            router,
+            b"POST /echo/x HTTP/1.1\r\n"
+            + HOST
+            + b"Connection: close, content-length, host, x-forwarded-for, x-mine\r\n"
+            b"X-Mine: 1\r\nX-Forwarded-For: 1.2.3.4\r\nContent-Length: 5\r\n\r\nhello",
+        )
+    )
+    names = dict(told["headers"])
+    assert told["body"] == "hello"
+    assert names["content-length"] == "5"
+    assert names["x-forwarded-for"].endswith("127.0.0.1")
+    assert "x-mine" not in names
+
+
+def test_a_stream_and_what_was_sent_behind_it_are_answered_in_order(router: Routed) -> None:
+    def asked(body: bytes, close: bytes = b"") -> bytes:
+        return (
+            b"POST /v1/completions HTTP/1.1\r\n"
+            + HOST
+            + close
+            + b"Content-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
+
+    stream, short = b'{"prompt": "p", "stream": true, "max_tokens": 5}', b'{"prompt": "p", "max_tokens": 2}'
+    got = whole(router, asked(stream) + asked(short) * 4 + asked(stream, b"Connection: close\r\n"))
+    assert got.count(b"HTTP/1.1 200") == 6
+    assert got.count(b"data: [DONE]") == 2
+    assert got.count(b'"a a"') == 4
+    assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")

@@ -17,7 +17,10 @@ from fake_client import INFO, KEY, TEXT, FakeClient, Served, keyring, serving
 from deepseek.address import bind, is_loopback
 from deepseek.errors import ConfigError
 from deepseek.serve.server.config import ServerConfig
+from deepseek.serve.server.connection import allow_connections
+from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.guard import hostname
+from deepseek.serve.server.room import Room
 
 JSON = {"content-type": "application/json"}
 
@@ -342,6 +345,64 @@ def test_streams_of_many_are_told_apart() -> None:
                 return await asyncio.gather(*(one(http, 10 + i) for i in range(40)))
 
         assert all(asyncio.run(work()))
+
+
+def test_room_is_shared_and_given_back() -> None:
+    room = Room(100, "bytes")
+    with room.hold() as one, room.hold() as other:
+        one(60)
+        other(40)
+        with pytest.raises(ApiError, match="100 bytes are held, and there is room for 100") as caught:
+            one(1)
+        assert (caught.value.status, caught.value.headers["retry-after"]) == (429, "1")
+        with pytest.raises(ApiError, match="needs more than 100 bytes") as caught:
+            other(61)
+        assert caught.value.status == 400
+        assert room.held == 100
+    assert room.held == 0
+
+
+def test_large_bodies_at_once_are_bounded_together() -> None:
+    with serving(max_body=200_000, max_bodies=300_000) as server:
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 150000\r\n\r\n"
+        )
+        with server.connect() as first, server.connect() as second, server.connect() as third:
+            for link in (first, second):
+                link.sendall(head + b" " * 140_000)
+            until(lambda: server.front.bodies.held == 280_000)
+            third.sendall(head + b" " * 140_000)
+            assert third.recv(1000).startswith(b"HTTP/1.1 429")
+            assert ask(server, max_tokens=1).status_code == 200, "a small one has room"
+        until(lambda: server.front.bodies.held == 0)
+        assert ask(server, max_tokens=1).status_code == 200
+
+
+def test_many_answers_with_many_alternatives_do_not_fill_the_memory() -> None:
+    with serving(max_logprobs=10_000) as server:
+        few = ask(server, n=128, logprobs=20, max_tokens=3, ignore_eos=True)
+        assert few.status_code == 200, few.text
+        assert len(few.json()["choices"]) == 128
+        many = ask(server, n=128, logprobs=20, max_tokens=50, ignore_eos=True)
+        assert many.status_code == 400
+        assert "needs more than 10,000 log-probabilities" in many.json()["error"]["message"]
+        until(lambda: not server.client.running)
+        assert server.front.logprobs.held == 0
+        streamed = ask(server, n=16, logprobs=20, max_tokens=50, ignore_eos=True, stream=True)
+        assert streamed.text.endswith("data: [DONE]\n\n"), "a stream holds none"
+        assert "error" not in streamed.text
+
+
+def test_connections_are_not_bounded_by_a_small_limit_of_files() -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1000), hard))
+        allow_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(hard, 65_536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_addresses() -> None:

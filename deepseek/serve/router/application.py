@@ -42,6 +42,7 @@ from deepseek.serve.router.watch import Watch
 from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.keys import Keyring
 from deepseek.serve.server.metrics import CONTENT_TYPE
+from deepseek.serve.server.room import Room
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  #: methods that may be tried again although a replica began
 #: Routes whose POST changes nothing, so that it may be tried again too; a replica may be another server with others.
@@ -65,7 +66,8 @@ class RouterConfig:
     Attributes:
         affinity: characters of the prompt by which equal prefixes meet the same replica; 0: only the load decides.
         affinity_load: times the mean load above which a preferred replica is passed over.
-        max_body: bytes of a request's body. max_inside: requests at once; one more is answered 429.
+        max_body: bytes of a request's body; max_bodies: of all that pass through at once.
+        max_inside: requests at once; one more is answered 429.
         body_seconds: for a body to arrive.
         silence: seconds that a replica may say nothing; above the replicas' own time limit.
         retries: times that a request is given to another replica because one was lost with it; 0: never.
@@ -84,6 +86,7 @@ class RouterConfig:
     affinity: int = 1024
     affinity_load: float = 1.5
     max_body: int = 16 << 20
+    max_bodies: int = 1 << 30
     max_inside: int = 4096
     body_seconds: float = 30.0
     silence: float = 660.0
@@ -111,6 +114,8 @@ class RouterConfig:
         if min(self.retries, self.retry_burst) < 0 or not 0 <= self.retry_share <= 1:
             raise ConfigError(f"retries={self.retries} and retry_burst={self.retry_burst} must be at least 0, "
                               f"retry_share={self.retry_share} from 0 to 1")  # fmt: skip
+        if self.max_bodies < self.max_body:
+            raise ConfigError(f"max_bodies={self.max_bodies} must be at least max_body={self.max_body}")
         times = {
             k: getattr(self, k)
             for k in ("body_seconds", "silence", "stalled", "poll", "poll_seconds", "resolve")
@@ -184,6 +189,7 @@ class Router:
         self.config = config = config or RouterConfig()
         self.keys, self.local, self.say = keys or Keyring(), local, say
         self.fleet, self.metrics, self.draining = Fleet(config.affinity_load), RouterMetrics(), False
+        self.bodies = Room(config.max_bodies, "bytes of bodies")
         self.budget = RetryBudget(config.retry_burst, config.retry_share)
         self.calls: set[Call] = set()
         self.beside = beside
@@ -233,8 +239,9 @@ class Router:
                            429, code="queue_full", headers={"retry-after": "1", "connection": "close"})  # fmt: skip
         self.calls.add(call)
         try:
-            body = await call.body(self.config.max_body, self.config.body_seconds)
-            await call.while_there(self._ask_in_turn(call, body))
+            with self.bodies.hold() as more:
+                body = await call.body(self.config.max_body, self.config.body_seconds, more)
+                await call.while_there(self._ask_in_turn(call, body))
         finally:
             self.calls.discard(call)
 

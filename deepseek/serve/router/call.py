@@ -82,13 +82,14 @@ class Call:
             pairs.append((b"x-request-id", uuid.uuid4().hex.encode()))
         return pairs
 
-    async def body(self, most: int, seconds: float) -> bytes:
-        """All of it. Raises ``ApiError`` 413 above ``most`` bytes and 408 after ``seconds``, or ``ClientGone``."""
+    async def body(self, most: int, seconds: float, more: Callable[[int], None]) -> bytes:
+        """All of it; ``more`` is told of every piece. Raises what that raises; ``ApiError`` 413 above ``most`` bytes,
+        408 after ``seconds``; ``ClientGone``."""
         declared = next((v for k, v in self.scope["headers"] if k == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > most:
             raise self._too_large(most)
-        data, end, more = bytearray(), time.monotonic() + seconds, True
-        while more:
+        data, end, going = bytearray(), time.monotonic() + seconds, True
+        while going:
             try:
                 message = await asyncio.wait_for(self._receive(), end - time.monotonic())
             except asyncio.TimeoutError:
@@ -96,10 +97,12 @@ class Call:
                                headers={"connection": "close"}) from None  # fmt: skip
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            data += message.get("body", b"")
-            more = message.get("more_body", False)
+            piece = message.get("body", b"")
+            data += piece
+            going = message.get("more_body", False)
             if len(data) > most:
                 raise self._too_large(most)
+            more(len(piece))
         return bytes(data)
 
     async def while_there(self, work: Coroutine[Any, Any, None]) -> None:

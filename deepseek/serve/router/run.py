@@ -43,6 +43,8 @@ def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str 
         import uvicorn
     except ImportError as error:
         raise MissingExtraError("uvicorn", "serve", "the router") from error
+    from deepseek.serve.server.connection import allow_connections
+
     router = Router(urls, config, keys, local=is_loopback(host), beside=beside)
 
     class Server(uvicorn.Server):
@@ -83,6 +85,7 @@ def route(urls: Sequence[str], config: RouterConfig | None = None, *, host: str 
         async def startup(self, sockets: Any = None) -> None:
             self._loop = asyncio.get_running_loop()
             router.keys.read_on_hangup()
+            allow_connections()
             await super().startup(sockets)
             if listening is not None:
                 listening(url(bound))

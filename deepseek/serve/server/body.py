@@ -7,6 +7,7 @@ Of a name that an object has twice, the last one counts, as in RFC 8259's accoun
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -19,11 +20,11 @@ from deepseek.serve.server.shapes import Record
 CLOSE = {"connection": "close"}  #: the rest of the body is not read
 
 
-async def read(request: Request, most: int, seconds: float) -> bytes:
-    """The body of ``request``.
+async def read(request: Request, most: int, seconds: float, more: Callable[[int], None]) -> bytes:
+    """The body of ``request``; ``more`` is told of every piece.
 
     Raises:
-        ApiError: 413 above ``most`` bytes, 415 for anything but plain JSON, 408 after ``seconds``.
+        ApiError: 413 above ``most`` bytes, 415 for anything but plain JSON, 408 after ``seconds``; or of ``more``.
         ClientDisconnect: the client has gone.
     """
     _check_type(request)
@@ -37,6 +38,7 @@ async def read(request: Request, most: int, seconds: float) -> bytes:
             size += len(chunk)
             if size > most:
                 raise _too_large(most)
+            more(len(chunk))
             if time.monotonic() > end:  # a sender of many small pieces never lets a timer run
                 break
             chunks.append(chunk)

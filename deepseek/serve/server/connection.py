@@ -1,4 +1,4 @@
-"""``Protocol``: a connection of the server, or of the router, under uvicorn.
+"""``Protocol``: a connection of the server, or of the router, under uvicorn; and room for many of them.
 
 What uvicorn lacks: a limit on how long a request's head may take, errors of the protocol in OpenAI's shape, and an
 abrupt end for a connection whose reader is stuck.
@@ -7,6 +7,7 @@ abrupt end for a connection whose reader is stuck.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any, cast
 
 import h11
@@ -14,6 +15,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.exchange import ABORT
+
+MOST_FILES = 65_536  #: as many as connections can be thought of here
+
+
+def allow_connections() -> None:
+    """Raise this process's limit of open files as far as it may: each connection is one, and 1,024 is what many get."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Protocol(H11Protocol):

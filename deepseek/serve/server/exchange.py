@@ -188,7 +188,12 @@ class Operation:
         config = self.front.config
         if self.body is None:
             return await self.handler(exchange)
-        data = await body.read(exchange.request, config.max_body, config.body_seconds)
+        with self.front.bodies.hold() as more:
+            data = await body.read(exchange.request, config.max_body, config.body_seconds, more)
+            return await self._handle(exchange, data)
+
+    async def _handle(self, exchange: Exchange, data: bytes) -> Response | None:
+        assert self.body is not None
         if not self.generates:
             exchange.body = body.parse(data, self.body)
             return await unless_gone(exchange.receive, self.handler(exchange), None)

@@ -20,6 +20,7 @@ from deepseek.serve.server.admission import Admission
 from deepseek.serve.server.config import ServerConfig
 from deepseek.serve.server.instruments import ServerMetrics
 from deepseek.serve.server.keys import Keyring
+from deepseek.serve.server.room import Room
 from deepseek.serve.server.served import Loader, Served
 from deepseek.serve.server.sse import Stream
 
@@ -48,6 +49,8 @@ class Front:
         self.metrics = ServerMetrics()
         self.log = AccessLog(config.log)
         self.streams: set[Stream] = set()
+        self.bodies = Room(config.max_bodies, "bytes of bodies")
+        self.logprobs = Room(config.max_logprobs, "log-probabilities of answers that are not streamed")
         self.began = time.time()
         self._served: Served | None = None
         self._texts: dict[str, tuple[Any, Any]] = {}

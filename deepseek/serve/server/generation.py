@@ -121,21 +121,25 @@ class Generation:
         began = time.monotonic()
         for progress in self.progress:
             progress.began = began
+        whole = not self.exchange.body.get("stream")  # then log-probabilities are held to the end
         try:
-            async with aclosing(merged([front.client.generate(r) for r in self.requests])) as found:
-                async for index, output in found:
-                    now = time.monotonic()
-                    progress = self.progress[index]
-                    metrics.progress(name, progress, output, now)
-                    if output.tokens:
-                        record.generated_tokens += len(output.tokens)
-                        if record.first is None:
-                            record.first = now
-                    self.exchange.spend(len(output.tokens))
-                    if output.finish is not None:
-                        record.cached_tokens += progress.cached_tokens
-                        _check_finish(output, progress)
-                    yield index, output
+            with front.logprobs.hold() as more:
+                async with aclosing(merged([front.client.generate(r) for r in self.requests])) as found:
+                    async for index, output in found:
+                        if whole and (output.logprobs or output.prompt_logprobs):
+                            more(entries(output))
+                        now = time.monotonic()
+                        progress = self.progress[index]
+                        metrics.progress(name, progress, output, now)
+                        if output.tokens:
+                            record.generated_tokens += len(output.tokens)
+                            if record.first is None:
+                                record.first = now
+                        self.exchange.spend(len(output.tokens))
+                        if output.finish is not None:
+                            record.cached_tokens += progress.cached_tokens
+                            _check_finish(output, progress)
+                        yield index, output
         except BaseException as error:
             reason = "error" if isinstance(error, Exception) else "abort"
             for progress in self.progress:
@@ -143,6 +147,12 @@ class Generation:
             raise
         finally:
             record.finish = ",".join(dict.fromkeys(p.finish or "abort" for p in self.progress))
+
+
+def entries(output: Output) -> int:
+    """Log-probabilities in it, of tokens and of their alternatives."""
+    told = (*output.logprobs, *(entry for entry in output.prompt_logprobs or () if entry is not None))
+    return sum(1 + len(entry.top) for entry in told)
 
 
 def _check_finish(output: Output, progress: Progress) -> None:

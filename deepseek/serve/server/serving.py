@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 
 from deepseek.serve.server.app import application
-from deepseek.serve.server.connection import Protocol
+from deepseek.serve.server.connection import Protocol, allow_connections
 from deepseek.serve.server.front import Front
 from deepseek.serve.server.guard import HEAD_BYTES
 from deepseek.serve.server.page import Page
@@ -51,6 +51,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self.front.keys.read_on_hangup()
+        allow_connections()
         await super().startup(sockets)
         if self.started and self._started is not None:
             self._started()
