@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.errors import ConfigError
-from deepseek.ops import expert_rows
+from deepseek.ops import expert_rows, native
 from deepseek.ops.experts import dispatch, gates, route, run_experts, swiglu
 from deepseek.ops.host_experts import HostExperts
+from deepseek.ops.native_experts import NativeExperts
+from deepseek.ops.native_linear import CODES
 from deepseek.ops.packed_linear import DTYPES, Norm, PackedSwiGLU, normed
 from deepseek.ops.triton import available, kernels
 
@@ -57,10 +59,14 @@ class PackedExperts:
         exact: bool = False,
     ) -> None:
         self.experts, self.top_k, self.normalise, self.shared = len(gate_up_ECF2), top_k, normalise, shared
-        make: type[HostExperts | DeviceExperts] = (
-            HostExperts if torch.device(device).type == "cpu" else DeviceExperts
-        )
-        self._layer = make(router_EC, bias_E, gate_up_ECF2, down_EFC, top_k, normalise, format, device, exact)
+        parts = router_EC, bias_E, gate_up_ECF2, down_EFC, top_k, normalise, format
+        self._layer: NativeExperts | HostExperts | DeviceExperts
+        if torch.device(device).type != "cpu":
+            self._layer = DeviceExperts(*parts, device, exact)
+        elif native.available() and (format == "fp32" or (format in CODES and native.has(format))):
+            self._layer = NativeExperts(*parts)
+        else:
+            self._layer = HostExperts(*parts, device, exact)
         self.router_nbytes, self.experts_nbytes = self._layer.router_nbytes, self._layer.experts_nbytes
 
     def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +86,9 @@ class PackedExperts:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with ``residual + experts(norm(x))`` as ``out``: fewer kernels where the device has them."""
         layer = self._layer
+        if isinstance(layer, NativeExperts):
+            out, expert, gate = layer(x_NC, norm, residual_NC)
+            return out if self.shared is None else self.shared.fused(x_NC, norm, out), expert, gate
         if isinstance(layer, DeviceExperts) and layer.streams(x_NC):
             out, expert, gate = layer.stream(x_NC, norm, residual_NC)
             return out if self.shared is None else self.shared.fused(x_NC, norm, out), expert, gate

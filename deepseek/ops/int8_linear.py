@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError
-from deepseek.ops.packed_linear import PackedLinear
+from deepseek.ops.packed_linear import PackedLinear, native_takes
 
 
 def quantize_rows(x_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,10 @@ def pack(weight_FC: Tensor, bias_F: Tensor | None, device: torch.device, exact: 
         raise ConfigError(f"format 'int8' is for CPUs, not {device.type}; use 'bf16' there")
     weight = weight_FC.to(device, torch.float32)
     bias = None if bias_F is None else bias_F.to(device, torch.float32)
+    if native_takes("int8"):
+        from deepseek.ops.native_linear import NativeLinear
+
+        return NativeLinear.pack(weight, bias, "int8")
     if has_fbgemm() and weight.shape[1] > 1:  # a range takes two numbers to pin
         return FbgemmLinear(weight, bias, exact)
     return Int8Reference(weight, bias)

@@ -21,17 +21,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.errors import ConfigError
+from deepseek.ops import native
 from deepseek.ops.exact import exact_swiglu
 from deepseek.ops.experts import swiglu
 from deepseek.ops.triton import available, kernels
 from deepseek.registry import backends, get_op, register_op
+
+if TYPE_CHECKING:
+    from deepseek.ops.native_linear import NativeSwiGLU
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEMV_ROWS = 4  #: up to how many rows a product on CUDA is a matter of reading the weight
@@ -114,8 +118,19 @@ class PackedSwiGLU:
         *,
         exact: bool = False,
     ) -> None:
-        self.gate_up = pack_linear(gate_up_F2C, gate_up_bias_F2, format, device, exact=exact)
-        self.down = pack_linear(down_CF, down_bias_C, format, device, exact=exact)
+        self.native: NativeSwiGLU | None = None
+        self.gate_up: PackedLinear
+        self.down: PackedLinear
+        if torch.device(device).type == "cpu" and native_takes(format):
+            from deepseek.ops.native_linear import NativeSwiGLU
+
+            self.native = NativeSwiGLU(
+                gate_up_F2C.detach(), gate_up_bias_F2, down_CF.detach(), down_bias_C, format
+            )
+            self.gate_up, self.down = self.native.gate_up, self.native.down
+        else:
+            self.gate_up = pack_linear(gate_up_F2C, gate_up_bias_F2, format, device, exact=exact)
+            self.down = pack_linear(down_CF, down_bias_C, format, device, exact=exact)
         self.activation = exact_swiglu if exact else swiglu
 
     @property
@@ -123,10 +138,12 @@ class PackedSwiGLU:
         return self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, x_NC: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x_NC)))
+        return self.fused(x_NC)
 
     def fused(self, x_NC: Tensor, norm: Norm | None = None, residual_NC: Tensor | None = None) -> Tensor:
         """``residual + self(norm(x))``."""
+        if self.native is not None:
+            return self.native(x_NC, norm, residual_NC)
         up = self.gate_up
         if isinstance(up, TritonLinear) and up.streams(x_NC):
             return self.down.fused(up.stream(x_NC, norm=norm, swiglu=True), None, residual_NC)
@@ -205,6 +222,19 @@ class OneDNNLinear(PackedLinear):
         return y if y.dtype == x_NC.dtype else y.to(x_NC.dtype)
 
 
+def native_takes(format: str) -> bool:
+    """Whether the native CPU kernels are how to compute in this format here.
+
+    With AMX oneDNN's products of many bf16 rows are beyond what ours reach; a format that the processor has no
+    instructions for is left to who has made something of that.
+    """
+    if not native.available():
+        return False
+    if format == "fp32":
+        return True
+    return native.has(format) and not (format == "bf16" and torch.cpu._is_amx_tile_supported())
+
+
 def has_onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes products of ``dtype`` on this CPU (bf16: AVX512 or better)."""
     if not torch.backends.mkldnn.is_available():
@@ -246,6 +276,10 @@ def _pack(weight: Tensor, bias: Tensor | None, device: torch.device, exact: bool
                 "newer and the extra 'kernels'; use the CPU, or do without `exact`"
             )
         return PlainLinear(weight, bias)
+    if native_takes(name):
+        from deepseek.ops.native_linear import NativeLinear
+
+        return NativeLinear.pack(weight, bias, name)
     small = dtype == torch.float32 and weight.numel() < SMALL and not exact
     if small or not has_onednn(dtype):
         return RowwiseLinear(weight, bias) if exact else PlainLinear(weight, bias)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepseek.ops import paged_exact, paged_gathered, paged_static  # noqa: F401 - they register
+from deepseek.ops import native_attention, paged_exact, paged_gathered, paged_static  # noqa: F401 - they register
 from deepseek.ops.attention import pick_backend
 from deepseek.ops.hybrid_attention import pooled_length
 from deepseek.ops.paged_rows import StepRows
@@ -40,11 +40,14 @@ __all__ = [
 ]
 
 
-def backend_for(q_NHD: Tensor, rows: StepRows) -> str:
-    """Which implementation takes this step: ``exact``, ``triton``, ``static`` or ``gathered``."""
+def backend_for(q_NHD: Tensor, rows: StepRows, pages_PTKD: Tensor | None = None) -> str:
+    """Which implementation takes this step: ``exact``, ``triton``, ``static``, ``native`` or ``gathered``."""
     if pick_backend(q_NHD.device, q_NHD.shape[-1], q_NHD.dtype) == "triton":
         return "triton"  # it has an exact mode of its own
-    return "exact" if rows.exact else "static" if rows.static else "gathered"
+    if rows.exact or rows.static:
+        return "exact" if rows.exact else "static"
+    takes = pages_PTKD is not None and native_attention.takes(pages_PTKD, q_NHD.shape[1])
+    return "native" if takes else "gathered"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -173,7 +176,9 @@ def paged_attention(
     Returns:
         ``[N, H, D]``.
     """
-    return get_op("paged_attention", backend_for(q_NHD, rows))(q_NHD, k_PTKD, v_PTKD, table_SP, rows, window)
+    return get_op("paged_attention", backend_for(q_NHD, rows, k_PTKD))(
+        q_NHD, k_PTKD, v_PTKD, table_SP, rows, window
+    )
 
 
 def paged_hybrid_attention(
@@ -202,7 +207,7 @@ def paged_hybrid_attention(
     Returns:
         ``[N, H, D]``, equal to ``deepseek.nn.hybrid.HybridAttention`` over the whole sequence.
     """
-    return get_op("paged_hybrid_attention", backend_for(q_NHD, rows))(
+    return get_op("paged_hybrid_attention", backend_for(q_NHD, rows, k_PTKD))(
         q_NHD,
         q_rope_NHD,
         k_PTKD,

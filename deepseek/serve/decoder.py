@@ -26,6 +26,8 @@ from deepseek.nn.moe import MoE
 from deepseek.nn.rope import RopeScaling, rope_table
 from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.exact import exact_map
+from deepseek.ops.native_attention import NativeAppend
+from deepseek.ops.native_attention import takes as native_takes_heads
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
 from deepseek.ops.paged_attention import (
     StepRows,
@@ -104,6 +106,7 @@ class DecoderLayer:
         dtype, a = compute_dtype(format, device), config.attention
         self.index, self.kind, self.config, self.exact = index, kind, a, exact
         self.pooling: Tensor | None = None
+        self.native_append: NativeAppend | None = None
         self.rotated = kind != "F" or attention.config.full_rope
 
         def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -142,6 +145,13 @@ class DecoderLayer:
             assert isinstance(ffn, SwiGLU)
             self.ffn = _packed_swiglu(ffn, format, device, exact)
 
+    def over(self, cache: LayerPages) -> None:
+        """Get ready for these pages."""
+        c = self.config
+        if not self.exact and native_takes_heads(cache.k, c.heads):
+            norm = None if self.head_norm is None else (self.head_norm.weight, self.head_norm.eps)
+            self.native_append = NativeAppend(c.heads, cache.k, cache.v, cache.raw_k, norm)
+
     def __call__(
         self, x: Tensor, rows: StepRows, rope: Rope, cache: LayerPages, adapters: RowAdapters | None,
         traced: Traced | None,
@@ -177,9 +187,13 @@ class DecoderLayer:
                 adapters.bank.add(self.index, name, h, part, adapters.rows)
         qkv = flat.view(h.shape[0], -1, c.head_dim)
         qk, v = qkv[:, : c.heads + c.kv_heads], qkv[:, c.heads + c.kv_heads :]
-        if self.head_norm is not None:
-            qk = F.rms_norm(qk, (c.head_dim,), None, self.head_norm.eps) * self.head_norm.weight
-        q = self._append(qk, v, rows, rope, cache)
+        if self.native_append is not None and not rows.static:
+            q = self.native_append(flat, rope.pair if self.rotated else None, self._slots(rows))
+            self._pool(cache, rows)
+        else:
+            if self.head_norm is not None:
+                qk = F.rms_norm(qk, (c.head_dim,), None, self.head_norm.eps) * self.head_norm.weight
+            q = self._append(qk, v, rows, rope, cache)
         if self.kind == "F":
             return paged_attention(q, cache.k, cache.v, rows.global_SP, rows).flatten(1)
         if self.kind == "L":
@@ -196,8 +210,7 @@ class DecoderLayer:
 
     def _append(self, qk: Tensor, v: Tensor, rows: StepRows, rope: Rope, cache: LayerPages) -> Tensor:
         """Rotate, write keys and values, pool what is complete; the rotated queries."""
-        c = self.config
-        slot_N = rows.global_slot_N if self.kind == "F" else rows.window_slot_N
+        c, slot_N = self.config, self._slots(rows)
         if qk.is_cuda:
             pool = None if cache.pool_k is None or cache.pool_v is None else (cache.pool_k, cache.pool_v)
             return append_rows(
@@ -206,12 +219,21 @@ class DecoderLayer:
             )  # fmt: skip
         turned = rope.rotate(qk) if self.rotated else qk
         write_pages(cache.k, cache.v, turned[:, c.heads :], v, slot_N)
-        if cache.raw_k is not None and cache.pool_k is not None and cache.pool_v is not None:
+        if cache.raw_k is not None:
             cache.raw_k.flatten(0, 1).index_copy_(0, slot_N, qk[:, c.heads :].to(cache.raw_k.dtype))
+        self._pool(cache, rows)
+        return turned[:, : c.heads]
+
+    def _slots(self, rows: StepRows) -> Tensor:
+        return rows.global_slot_N if self.kind == "F" else rows.window_slot_N
+
+    def _pool(self, cache: LayerPages, rows: StepRows) -> None:
+        """Pool the blocks that the step's rows completed, in a hybrid layer."""
+        c = self.config
+        if cache.raw_k is not None and cache.pool_k is not None and cache.pool_v is not None:
             pool_pages(
                 cache.raw_k, cache.v, cache.pool_k, cache.pool_v, rows, c.block, c.stride, self.pooling
             )
-        return turned[:, : c.heads]
 
     def _gates(self, h: Tensor) -> Tensor:
         """Share of the global branch, fp32 ``[N, H]``."""
@@ -258,6 +280,11 @@ class Rope:
     def halves(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[N, D/2]``."""
         return self._cos[:, 0, : self._half], self._sin[:, 0, self._half :]
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Both factors ``[N, 1, D]``."""
+        return self._cos, self._sin
 
     @staticmethod
     def table(
@@ -380,6 +407,8 @@ class Decoder:
     def allocate(self, pages: tuple[int, int]) -> None:
         """Make room for so many pages of the global and of the window group."""
         self.caches = [self._new_pages(kind, pages) for kind in self.config.kinds]
+        for layer, cache in zip(self.layers, self.caches):
+            layer.over(cache)
 
     def _new_pages(self, kind: str, pages: tuple[int, int]) -> LayerPages:
         a, page = self.config.attention, self.layout.page

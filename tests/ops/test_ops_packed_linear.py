@@ -18,6 +18,7 @@ from deepseek.ops.experts import swiglu
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, formats, pack_linear, rows_agree
 from deepseek.registry import register_op
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 ERROR = {"fp32": 1e-6, "bf16": 5e-3, "int8": 2e-2}
@@ -85,6 +86,7 @@ def test_exact_rows_are_the_same_on_one_thread_and_two(inputs: int) -> None:
 def test_where_onednn_depends_on_the_rows_they_are_computed_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("DEEPSEEK_NATIVE", "0")
     monkeypatch.setattr(packed_linear, "_exact_by_onednn", lambda *_: False)
     linear = pack_linear(make(0, 100, 3000), None, "fp32", CPU, exact=True)
     assert isinstance(linear, packed_linear.RowwiseLinear)
@@ -110,6 +112,7 @@ def test_int8_is_the_plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
             assert distance(got[row], want[row].double()) < 1.5 * distance(
                 reference(x)[row], want[row].double()
             )
+    monkeypatch.setenv("DEEPSEEK_NATIVE", "0")
     assert isinstance(pack_linear(weight[:, :1], bias, "int8", CPU), int8_linear.Int8Reference)
     monkeypatch.setattr(int8_linear, "has_fbgemm", lambda: False)
     assert isinstance(pack_linear(weight, bias, "int8", CPU), int8_linear.Int8Reference)
@@ -118,7 +121,8 @@ def test_int8_is_the_plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int8_weights_are_a_quarter() -> None:
     weight = make(0, 256, 1024)
     sizes = {format: pack_linear(weight, None, format, CPU).nbytes for format in ("fp32", "bf16", "int8")}
-    assert sizes == {"fp32": 4 * 256 * 1024, "bf16": 2 * 256 * 1024, "int8": 256 * 1024 + 4 * 256}
+    assert sizes["int8"] - 256 * 1024 in (4 * 256, 8 * 256)  # a scale, and in our kernels a sum, per output
+    assert (sizes["fp32"], sizes["bf16"]) == (4 * 256 * 1024, 2 * 256 * 1024)
 
 
 def test_swiglu() -> None:
@@ -129,7 +133,9 @@ def test_swiglu() -> None:
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
     assert layer.nbytes == gate_up.nbytes + down.nbytes
     residual, norm = make(5, 5, 64), (make(6, 64), 1e-5)
-    assert layer.fused(x, norm, residual).equal(residual + layer(F.rms_norm(x, (64,), *norm)))
+    torch.testing.assert_close(
+        layer.fused(x, norm, residual), residual + layer(F.rms_norm(x, (64,), *norm)), rtol=1e-5, atol=1e-3
+    )
     assert layer.fused(x).equal(layer(x))
 
 
@@ -142,7 +148,7 @@ def test_what_cannot_be_had_is_refused() -> None:
         pack_linear(make(0, 4, 4), None, "bf16", "meta", exact=True)
 
 
-def test_an_extension_adds_a_format() -> None:
+def test_an_extension_adds_a_format(cpu_kernels: str) -> None:
     class Doubled(PackedLinear):
         def __init__(self, weight: Tensor) -> None:
             self.weight = weight
@@ -150,7 +156,7 @@ def test_an_extension_adds_a_format() -> None:
         def __call__(self, x_NC: Tensor) -> Tensor:
             return 2 * F.linear(x_NC, self.weight)
 
-    name = "doubled-in-a-test"
+    name = f"doubled-in-a-test-{cpu_kernels}"
     register_op("packed_linear", name)(lambda weight, bias, device, exact: Doubled(weight))
     assert name in formats()
     weight, x = make(0, 4, 4), make(1, 2, 4)
