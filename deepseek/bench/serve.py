@@ -89,6 +89,7 @@ class Options(BenchOptions):
     precision: Precision = "auto"  # of ours; peers take bf16 unless it is fp32
     repeats: int = 3
     speculate: int = 0
+    ahead: bool = True  # of ours, on a GPU: the next step is launched before the last one's tokens are read
 
     def check(self) -> None:
         for stack in self.stacks:
@@ -112,6 +113,7 @@ class Job:
     seed: int
     repeats: int
     speculate: int
+    ahead: bool
 
     def prompts(self, streams: int, repeat: int) -> list[list[int]]:
         """Different ones every time: nothing is found in a prefix cache."""
@@ -132,7 +134,7 @@ def run(options: Options) -> Report:
         directory = _directory(options, Path(scratch))
         config = load_model(directory).model.config
         job = Job(str(directory), streams, prompt, answer, config.vocab_size, options.precision, options.device,
-                  options.seed, 1 if options.quick else options.repeats, options.speculate)  # fmt: skip
+                  options.seed, 1 if options.quick else options.repeats, options.speculate, options.ahead)  # fmt: skip
         stacks = [*options.stacks, *(["vllm"] if options.vllm_python else [])]
         for stack in dict.fromkeys(stacks):
             _one(report, stack, job, options, bandwidth)
@@ -228,7 +230,7 @@ def serve_ours(job: Job) -> None:
     """Our engine, stepped here."""
     config = EngineConfig(
         device=job.device, precision=job.precision, max_running=max(job.streams), speculate=job.speculate,
-        max_length=min(2048, job.prompt + job.answer + 64),
+        max_length=min(2048, job.prompt + job.answer + 64), ahead=None if job.ahead else False,
     )  # fmt: skip
     engine = Engine.load(job.directory, config)
     start = since_start()

@@ -32,7 +32,7 @@ from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
 from deepseek.serve.ahead import DrawnTokens, InFlight, Tokens
-from deepseek.serve.answer import Answer, Traces, Wordless, completion
+from deepseek.serve.answer import Answer, Traces, Wordless, completion, output_of
 from deepseek.serve.budget import FeedbackBudget
 from deepseek.serve.decoder import Decoder, RowAdapters, Traced, cache_dtype, compute_dtype
 from deepseek.serve.engine_config import EngineConfig, default_running
@@ -358,20 +358,23 @@ class Engine:
             answer.proposer.extend(kept)
             if work.drafts:
                 answer.proposer.learn(work.drafts, len(kept) - 1)
-        request = sequence.request
-        output = Output(
-            request.id, text, tuple(kept),
-            () if request.sampling.logprobs is None else tuple(s.logprobs for s in sampled[: len(kept)] if s.logprobs),
-            None if answer.told or answer.prompt_logprobs is None else tuple(answer.prompt_logprobs),
-            tuple(traces.at(row + i) for i in range(len(kept))) if traces is not None and request.trace else (),
-            None, answer.text.finish, answer.text.stop, sequence.prompt_length, sequence.cached, queued=sequence.queued,
-        )  # fmt: skip
+        more: dict[str, Any] = {}
         if not answer.told:
             answer.told = True
             totals["prompt_tokens"] += sequence.prompt_length
-        if output.finish:
+            if answer.prompt_logprobs is not None:
+                more["prompt_logprobs"] = tuple(answer.prompt_logprobs)
+        if sequence.request.sampling.logprobs is not None:
+            more["logprobs"] = tuple(s.logprobs for s in sampled[: len(kept)])
+        if traces is not None and sequence.request.trace:
+            more["traces"] = tuple(traces.at(row + i) for i in range(len(kept)))
+        if answer.text.finish:
+            more |= {"finish": answer.text.finish, "stop": answer.text.stop}
             self._drop(sequence)
-        return output
+        return output_of(
+            sequence.request.id, text=text, tokens=tuple(kept), prompt_tokens=sequence.prompt_length,
+            cached_tokens=sequence.cached, queued=sequence.queued, **more,
+        )  # fmt: skip
 
     def _time(self, flight: InFlight) -> None:
         """The seconds that a step took: from its beginning, or from the end of the step before, to now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from test_engine import SHAPES, VOCABULARY, made, plain, texts
 from deepseek.assemble import Loaded, load
 from deepseek.models import ModelConfig, Transformer
 from deepseek.serve import sampling
+from deepseek.serve.ahead import InFlight
 from deepseek.serve.client import LocalClient
 from deepseek.serve.engine import Engine
 from deepseek.serve.engine_config import EngineConfig
@@ -485,3 +487,35 @@ def test_the_step_loop_keeps_nothing_back(spoken: Loaded) -> None:
                 check_empty(engine)
 
     asyncio.run(test())
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="compares a GPU that runs ahead with one that does not"
+)
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_a_gpu_that_runs_ahead_answers_the_same_and_is_not_waited_for(shape: str) -> None:
+    loaded, prompts = made(shape), texts(14, seed=6)
+    requests, rng = mixed(prompts, seed=3), random.Random(5)
+    arrivals = [rng.randrange(25) for _ in requests]
+    engines = [
+        engine_of(loaded, ahead, device="cuda", memory_gib=0.05, max_running=6) for ahead in (False, True)
+    ]
+    found = [{id: tokens_of(o) for id, o in drive(e, requests, arrivals).items()} for e in engines]
+    assert found[0] == found[1]
+    engine, rows = engines[1], followed(engines[1])
+    follow = engine._follow
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is new and may miss something
+        torch.cuda.set_sync_debug_mode("default")
+
+    def strict(flight: InFlight) -> InFlight | None:
+        torch.cuda.set_sync_debug_mode("error")  # captured and compiled it is already
+        try:
+            return follow(flight)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine._follow = strict  # type: ignore[method-assign]
+    again = {id: tokens_of(o) for id, o in drive(engine, requests, arrivals).items()}
+    assert again == found[0]
+    assert rows
