@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -113,15 +113,20 @@ class JsonlSink(Sink):
     Infinities and NaN, which JSON lacks, are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``;
     what JSON cannot hold at all is written as its ``str``. A line that a killed process left torn is
     closed first.
+
+    A disk that is full, or gone, ends no run: that is told once, as a warning, and what could not be written is tried
+    again with every later drain. Of more than 16 MiB the oldest is left out, and counted in ``dropped`` (lines).
     """
+
+    MOST = 16 << 20  #: bytes that may wait for the disk
 
     def __init__(self, path: Path, every: int = 10) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
-        self._every, self._pending = every, list[Event]()
+        self.path, self.dropped = path, 0
+        self._file = path.open("ab", buffering=0)
+        self._left = b"\n" if torn else b""  #: not yet on the disk
+        self._every, self._pending, self._told = every, list[Event](), False
 
     def write(self, event: Event) -> None:
         if event.name in SERIES_ONLY:
@@ -139,9 +144,24 @@ class JsonlSink(Sink):
             for e in self._pending
         ]
         self._pending.clear()
-        if lines:
-            self._file.write("\n".join(lines) + "\n")
-            self._file.flush()
+        self._left += "".join(f"{line}\n" for line in lines).encode()
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) or 0 :]
+        except OSError as error:
+            self._shorten()
+            if not self._told:
+                self._told = True
+                text = f"{self.path} cannot be written: {error.strerror or error}; it is tried again later"
+                emit("warning", text=f"{text}, training goes on, and this is not said again")
+
+    def _shorten(self) -> None:
+        """Leave out the oldest lines if too many wait; the first may be half on the disk, and stays."""
+        if len(self._left) > self.MOST:
+            first, _, rest = self._left.partition(b"\n")
+            cut = rest.find(b"\n", len(rest) - self.MOST // 2) + 1
+            self.dropped += rest.count(b"\n", 0, cut)
+            self._left = first + b"\n" + rest[cut:]
 
     def close(self) -> None:
         self.drain()

@@ -118,3 +118,51 @@ def test_threads_may_emit_at_the_same_time(tmp_path: Path) -> None:
             thread.join()
     steps = sorted(e["step"] for e in read_jsonl(tmp_path / "e.jsonl"))
     assert steps == sorted(list(range(200)) * 4)
+
+
+class Full:
+    """A file on a disk that has room for ``room`` bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if self.room == 0:
+            raise OSError(28, "No space left on device")
+        data, self.room = data[: self.room], self.room - min(self.room, len(data))
+        self.file.write(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_line_while_it_lasts(tmp_path) -> None:
+    sink, memory = JsonlSink(tmp_path / "e.jsonl", every=1), MemorySink()
+    sink._file = disk = Full(sink._file, 100)  # type: ignore[assignment]
+    with attached(sink, memory):
+        for step in range(10):
+            emit("train", step, loss=1.0)
+        assert len(read_jsonl(tmp_path / "e.jsonl")) < 3
+        disk.room = 10**6
+        emit("train", 10, loss=1.0)
+    told = [e for e in memory.events if e.name == "warning"]
+    assert len(told) == 1
+    assert "No space left" in told[0].values["text"]
+    lines = read_jsonl(tmp_path / "e.jsonl")
+    assert [e["step"] for e in lines if e["event"] == "train"] == list(range(11))
+    assert sink.dropped == 0
+
+
+def test_a_disk_that_stays_full_costs_the_oldest_lines(tmp_path) -> None:
+    sink = JsonlSink(tmp_path / "e.jsonl", every=1)
+    sink.MOST = 2000  # type: ignore[misc]
+    sink._file = disk = Full(sink._file, 30)  # type: ignore[assignment]
+    for step in range(100):
+        sink.write(Event("train", step, {"loss": 1.0}))
+    assert sink.dropped > 50
+    disk.room = 10**6
+    sink.close()
+    steps = [e["step"] for e in read_jsonl(tmp_path / "e.jsonl")]
+    assert steps == [0, *range(100 - len(steps) + 1, 100)]
+    assert len(steps) + sink.dropped == 100
