@@ -96,6 +96,8 @@ ANSWERS: list[tuple[str, str, list[tuple[str, Any]]]] = [
      [("weather", {"city": "Bern", "at": "\n1\n2"})]),
     ('<function=weather>{"city": "Bern"}</function>', "", [("weather", {"city": "Bern"})]),
     ("<function=rm></function> a <b>", "<function=rm></function> a <b>", []),
+    ("<function=time>null</function>", "<function=time>null</function>", []),
+    ("[TOOL_CALLS][]", "[]", []),
     ("<function=weather><parameter=city</function>", "<function=weather><parameter=city</function>", []),
     ('<tool_call>{"name": "time", "arguments": {"x": NaN}}</tool_call>',
      '<tool_call>{"name": "time", "arguments": {"x": NaN}}</tool_call>', []),
@@ -111,6 +113,29 @@ def test_every_cut_of_every_answer_reads_the_same() -> None:
             at = sorted(rng.randrange(len(answer) + 1) for _ in range(rng.randrange(12)))
             pieces = [answer[i:j] for i, j in zip([0, *at], [*at, len(answer)])]
             assert read(plan(), pieces) == (text, calls), pieces
+
+
+FRAGMENTS = [
+    "<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>", "[TOOL_CALLS]", "[ARGS]",
+    "<|python_tag|>", "weather", "time", "city", "text", ">", "{", "}", "[", "]", '"', ":", ",", ";", " ", "\n", "<tool",
+    '{"name": "weather", "arguments": {"city": "x"}}', '{"name": "time", "parameters": {}}', "null", "NaN", "é😀", "\\",
+    "{}", "[]",
+]  # fmt: skip
+
+
+def test_random_answers_read_the_same_however_they_are_cut_and_lose_nothing() -> None:
+    rng = random.Random(3)
+    for _ in range(1500):
+        answer = "".join(rng.choices(FRAGMENTS, k=rng.randrange(1, 25)))
+        at = sorted(rng.randrange(len(answer) + 1) for _ in range(4))
+        pieces = [answer[i:j] for i, j in zip([0, *at], [*at, len(answer)])]
+        text, calls = read(plan(), [answer])
+        assert read(plan(), pieces) == (text, calls)
+        assert read(plan(), list(answer)) == (text, calls)
+        if not calls:
+            for mark in ("[TOOL_CALLS]", "<|python_tag|>"):
+                answer, text = answer.replace(mark, ""), text.replace(mark, "")
+            assert "".join(text.split()) == "".join(answer.split())
 
 
 @pytest.mark.parametrize(

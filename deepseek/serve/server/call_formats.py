@@ -127,7 +127,9 @@ def _function(text: str, schemas: Schemas) -> Call:
     if not closed or (parts and first.strip()):
         raise ValueError("no parameters")
     if first.strip():
-        return _call({"name": name.strip(), "arguments": dict(_DECODER.decode(first))}, schemas)
+        if not isinstance(found := _DECODER.decode(first), dict):
+            raise ValueError("no arguments")
+        return _call({"name": name.strip(), "arguments": found}, schemas)
     known = schemas.get(name.strip(), {}).get("properties")
     arguments: dict[str, Any] = {}
     for part in parts:
@@ -173,6 +175,8 @@ def _leading_calls(text: str, schemas: Schemas) -> tuple[list[Call], str]:
     while True:
         begin = len(text) - len(text[at:].lstrip(" \t\r\n;"))
         if text[begin : begin + 1] not in ("{", "["):
+            if not calls:
+                raise ValueError("no call")
             return calls, text[at:]
         value, at = _DECODER.raw_decode(text, begin)
         calls += [_call(item, schemas) for item in (value if isinstance(value, list) else [value])]
