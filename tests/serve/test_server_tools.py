@@ -117,8 +117,9 @@ def test_every_cut_of_every_answer_reads_the_same() -> None:
 
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>", "[TOOL_CALLS]", "[ARGS]",
-    "<|python_tag|>", "weather", "time", "city", "text", ">", "{", "}", "[", "]", '"', ":", ",", ";", " ", "\n", "<tool",
-    '{"name": "weather", "arguments": {"city": "x"}}', '{"name": "time", "parameters": {}}', "null", "NaN", "é😀", "\\",
+    "<|python_tag|>", "weather", "time", "city", "text", ">", "{", "}", "[", "]", '"', ":", ",", ";", " ", "\n",
+    "<tool", '{"name": "weather", "arguments": {"city": "x"}}',
+    '{"name": "time", "parameters": {}}', "null", "NaN", "é😀", "\\",
     "{}", "[]",
 ]  # fmt: skip
 
