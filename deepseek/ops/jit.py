@@ -97,8 +97,13 @@ def compile_blocks(
 
 
 def keep_compiled(directory: Path | str) -> Path:
-    """Keep compiled code in ``directory`` from now on, and look for it there; returns the absolute path."""
-    path = Path(directory).expanduser().absolute()
+    """Keep compiled code in ``directory`` from now on, and look for it there; returns the absolute path of its folder.
+
+    Each kind of CPU has a folder of its own: torch finds what was compiled for AVX512 on a machine with AVX2, too,
+    compiles it for half as wide vectors, and half of every result is what lay in memory before.
+    """
+    kind = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    path = Path(directory).expanduser().absolute() / kind
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
         path
     )  # torch writes its default there: this cannot be a default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from deepseek.errors import ConfigError
 from deepseek.models.config import tiny
 from deepseek.nn.attention import Context
 from deepseek.ops import fusion
-from deepseek.ops.jit import compile_blocks, jit
+from deepseek.ops.jit import compile_blocks, jit, keep_compiled
 
 # Dynamo looks at `.grad` of what it is given.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -203,10 +204,22 @@ print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxg
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
         )
         place, hit = done.stdout.split()
-        assert place == str(tmp_path)
+        assert Path(place).parent == tmp_path
         hits.append(int(hit))
     assert hits[0] == 0
     assert hits[1] > 0
+
+
+def test_a_machine_does_not_find_what_was_compiled_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    places = []
+    for kind in ("AVX512", "AVX2", "NO AVX"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kind)  # noqa: B023
+        places.append(keep_compiled(tmp_path))
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(places[-1])
+    assert places == [tmp_path / "avx512", tmp_path / "avx2", tmp_path / "no-avx"]
 
 
 def test_decorator_and_modes() -> None:

