@@ -258,4 +258,13 @@ def test_one_odd_value_does_not_lose_the_others_or_end_the_loop() -> None:
     assert SeriesReader(run.path / "monitor").raw("a")[1].tolist() == [1, 2, 3]
 
 
-CUBE
+def test_a_run_of_many_series_is_summed_up_at_once_and_not_once_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, last = [], SeriesReader.last
+    monkeypatch.setattr(SeriesReader, "last", lambda self: looks.append(self) or last(self))
+    run = wandb.init(name="many")
+    run.log({f"g{i % 50}/s{i}": i for i in range(5000)})
+    assert len(dict(run.summary)) == 5000
+    run.finish()
+    assert 1 <= len(looks) <= 3
