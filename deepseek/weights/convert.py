@@ -24,7 +24,7 @@ from deepseek.models import ModelConfig, Transformer
 from deepseek.weights.families import FAMILIES, Family, Slot, family_of, slots
 from deepseek.weights.family_config import from_hf, matching_family, obstacle, to_hf
 from deepseek.weights.foreign import KEPT_FLOAT32, ForeignModel, empty
-from deepseek.weights.gguf_model import GGUFTensors
+from deepseek.weights.gguf_model import GGUFTensors, checked_slots
 from deepseek.weights.gguf_parts import model_name
 from deepseek.weights.hf_files import (
     INDEX,
@@ -39,7 +39,7 @@ from deepseek.weights.hf_files import (
 )
 from deepseek.weights.hf_tokenizer import TOKENIZER_FILES, TokenIds, write_tokenizer
 from deepseek.weights.shards import SHARD_BYTES
-from deepseek.weights.unfused import Unfused
+from deepseek.weights.unfused import GGUF_NAMES, HF_NAMES, Unfused
 
 OURS = "deepseek_hybrid"
 ARCHITECTURE = "DeepseekHybridForCausalLM"
@@ -86,7 +86,7 @@ def open_directory(directory: Path | str) -> ForeignModel:
     family, config = _read(directory)
     with ExitStack() as held:
         opened = held.enter_context(TensorFiles(directory))
-        files = Unfused(opened, config) if family is not None and family.fused else opened
+        files = Unfused(opened, config, HF_NAMES) if family is not None and family.fused else opened
         model = empty(config, str(directory))
         names = tensor_slots(model, family, files.names)
         _check_names(directory, names, files, config)
@@ -103,8 +103,10 @@ def open_gguf(path: Path | str) -> ForeignModel:
             what it asks for.
     """
     with ExitStack() as held:
-        files = held.enter_context(GGUFTensors(Path(path)))
-        found = ForeignModel(empty(files.config, str(path)), files.slots, files, f"the metadata of {path}")
+        opened = held.enter_context(GGUFTensors(Path(path)))
+        files = Unfused(opened, opened.config, GGUF_NAMES) if opened.fused else opened
+        slots = checked_slots(opened.config, files.names, str(opened.file.path))
+        found = ForeignModel(empty(opened.config, str(path)), slots, files, f"the metadata of {path}")
         held.pop_all()
     return found
 

@@ -1,7 +1,8 @@
 """The model in a GGUF file: metadata → ``ModelConfig``, tensor names → ``Slot``.
 
-Architectures: ``llama`` (Llama 1 to 3, SmolLM2, Mistral; Mixtral, which has experts), ``smollm3``, ``qwen2``,
-``qwen3``, ``qwen3moe``. What a file says by its tensors (biases, experts, a tied head) is read from their names.
+Architectures: ``llama`` (Llama 1 to 3, SmolLM2, Mistral; Mixtral, which has experts), ``smollm3``, ``phi3``,
+``qwen2``, ``qwen3``, ``qwen3moe``. What a file says by its tensors (biases, experts, a tied head) is read from their
+names.
 
 ``llama`` files hold the rows of query and key in another order: their reader turns neighbouring pairs
 (2i, 2i+1) of a head, we and Hugging Face turn (i, i + head_dim/2). ``GGUFTensors`` puts the rows back.
@@ -33,18 +34,21 @@ class Architecture(NamedTuple):
     Attributes:
         paired: the rows of query and key are in the order of neighbouring pairs.
         experts_in: the key with the inner size of an expert.
+        fused: query, key and value share a tensor, and gate and up.
         rope_pattern: of ``ModelConfig``; no key says which layers have no rotary embedding.
     """
 
     paired: bool = False
     qk_norm: bool = False
     experts_in: str = "expert_feed_forward_length"
+    fused: bool = False
     rope_pattern: str = ""
 
 
 ARCHITECTURES = {
     "llama": Architecture(paired=True, experts_in="feed_forward_length"),
     "smollm3": Architecture(paired=True, rope_pattern="RRRN"),
+    "phi3": Architecture(fused=True),
     "qwen2": Architecture(),
     "qwen3": Architecture(qk_norm=True),
     "qwen3moe": Architecture(qk_norm=True),
@@ -146,6 +150,11 @@ def gguf_config(file: GGUFParts) -> ModelConfig:
 
 
 def _refuse_unsupported(keys: Keys) -> None:
+    if keys.name == "phi3" and keys["attention.sliding_window"] is None:
+        raise keys.error(
+            "attention.sliding_window",
+            "files of phi3 from before it was written leave the window open: take a newer one",
+        )
     for key, plain in PLAIN.items():
         if keys[key] is not None and keys[key] not in plain:
             raise keys.error(key, "our layers cannot express that")
@@ -242,7 +251,11 @@ def _expert_slots(moe: MoEConfig, apart: bool) -> dict[str, Slot]:
 
 
 class GGUFTensors:
-    """The tensors of a model with their rows in our order; as ``hf_files.TensorFiles``, a context manager."""
+    """The tensors of a model with their rows in our order; as ``hf_files.TensorFiles``, a context manager.
+
+    Attributes:
+        fused: query, key and value share a tensor, and gate and up: ``unfused`` takes them apart.
+    """
 
     copies = True
 
@@ -253,7 +266,8 @@ class GGUFTensors:
         except BaseException:
             self.file.__exit__()
             raise
-        self._paired = ARCHITECTURES[self.file.metadata["general.architecture"]].paired
+        architecture = ARCHITECTURES[self.file.metadata["general.architecture"]]
+        self._paired, self.fused = architecture.paired, architecture.fused
 
     def __enter__(self) -> GGUFTensors:
         return self
@@ -264,17 +278,6 @@ class GGUFTensors:
     @property
     def names(self) -> list[str]:
         return [name for name in self.file.names if name != FREQUENCIES]
-
-    @property
-    def slots(self) -> dict[str, Slot]:
-        """Where each tensor belongs. Raises ``WeightsError`` when some are missing or left over."""
-        found = gguf_slots(self.config, set(self.names))
-        missing, extra = sorted(found.keys() - set(self.names)), sorted(set(self.names) - found.keys())
-        if missing or extra:
-            parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
-            parts += [f"{len(extra)} without a place ({listed(extra)})"] if extra else []
-            raise WeightsError(f"{self.file.path}: tensors and metadata do not match: {'; '.join(parts)}")
-        return found
 
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Type and shape of a tensor as ``get`` gives it."""
@@ -291,6 +294,18 @@ class GGUFTensors:
         if not self._paired or heads is None or tensor.shape[0] != heads * attention.head_dim:
             return tensor
         return unpair(tensor, heads)
+
+
+def checked_slots(config: ModelConfig, names: list[str], where: str) -> dict[str, Slot]:
+    """Where each tensor belongs. Raises ``WeightsError`` when some are missing or left over."""
+    held = set(names)
+    found = gguf_slots(config, held)
+    missing, extra = sorted(found.keys() - held), sorted(held - found.keys())
+    if missing or extra:
+        parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
+        parts += [f"{len(extra)} without a place ({listed(extra)})"] if extra else []
+        raise WeightsError(f"{where}: tensors and metadata do not match: {'; '.join(parts)}")
+    return found
 
 
 def unpair(rows: Tensor, heads: int) -> Tensor:

@@ -27,6 +27,8 @@ CASES = {
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", QWEN),
     "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "phi3 window": ("phi3", {"sliding_window": 6, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "smollm3 untied, three layers": ("smollm3", {"num_hidden_layers": 3, "tie_word_embeddings": False}),
 }
 IDS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -155,6 +157,16 @@ def test_names_and_shapes(tmp_path):
 
 def test_other_architectures(tmp_path):
     refused(write(tmp_path / "a.gguf", "gemma2", {"x": np.ones(4, np.float32)}), "'gemma2'", "qwen3moe")
+
+
+def test_phi3_refused(tmp_path):
+    model = make("phi3", sliding_window=None)
+    path = write_model(
+        tmp_path / "m.gguf", model, lambda w: w.kv_data[0].pop("phi3.attention.sliding_window")
+    )
+    refused(path, "phi3.attention.sliding_window is None", "take a newer one")
+    path = write_model(tmp_path / "m.gguf", model, lambda w: w.add_head_count_kv(4))
+    refused(path, "blk.0.attn_qkv.weight is [128, 64] in the file; its config asks for 192 rows")
 
 
 def test_a_directory_with_one_file_and_with_two(tmp_path):

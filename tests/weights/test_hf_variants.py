@@ -184,8 +184,8 @@ def test_phi3_refused(tmp_path):
             load_hf(tmp_path)
         assert words in str(caught.value)
 
-    refused("qkv_proj.weight is [64, 32] in the file; config.json asks for 48 rows", num_key_value_heads=1)
-    refused("gate_up_proj.weight is [96, 32] in the file; config.json asks for 80 rows", intermediate_size=40)
+    refused("qkv_proj.weight is [64, 32] in the file; its config asks for 48 rows", num_key_value_heads=1)
+    refused("gate_up_proj.weight is [96, 32] in the file; its config asks for 80 rows", intermediate_size=40)
     longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     refused("rope_scaling of the type 'longrope' is not supported", rope_scaling=longrope)
     refused("it means 'longrope' there", rope_scaling={"type": "yarn", "factor": 2.0})
