@@ -81,7 +81,7 @@ class Traces:
         return TokenTrace(tuple(experts), tuple((layer, share[row]) for layer, share in self._gates.items()))
 
 
-_SILENT = Output("").__dict__
+_SILENT = dict(Output("").__dict__)
 
 
 def output_of(id: str, **told: Any) -> Output:
@@ -89,7 +89,10 @@ def output_of(id: str, **told: Any) -> Output:
     sequences takes a quarter of the host's time.
     """
     output = object.__new__(Output)
-    output.__dict__.update(_SILENT, id=id, **told)
+    fields = output.__dict__
+    fields.update(_SILENT)
+    fields["id"] = id
+    fields.update(told)
     return output
 
 
