@@ -3,7 +3,8 @@
 A decode step reads every weight once, so a layer is judged by the bytes of weights it reads a second, as a share of
 what a large copy reaches (bytes read plus bytes written) in the same run. Every layer is made as often as it takes to
 exceed the caches, and the copies take turns; on CUDA a turn is one graph, so that launching is not what is measured.
-Competitors are timed in turns too. ``plain`` is ``F.linear``, ``module`` the model's own expert layer.
+Competitors are timed in turns too. ``plain`` is ``F.linear``, ``module`` the model's own expert layer; on a CPU
+``torch`` is what serves where our native kernels cannot be compiled (oneDNN, FBGEMM), and rows are fp32 as the engine's.
 
     python benchmarks/bench_linear.py [--device cuda] [--threads 1] [--rows 1 4 32 256] [--formats fp32 bf16 int8]
         [--shapes 576x1536 1024x4096] [--experts 512x384x32x2] [--exact] [--rounds 10] [--json linear.json]
@@ -14,9 +15,11 @@ A shape is inputs × outputs; experts are hidden × expert size × number × cho
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from deepseek.bench.timing import free, measure, race
 from deepseek.nn.moe import MoE, MoEConfig
+from deepseek.ops import native
 from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.packed_linear import DTYPES, pack_linear
 
@@ -61,8 +65,22 @@ def turns(calls: Sequence[Callable[[], object]], device: torch.device) -> Callab
     return graph.replay
 
 
-def compute_dtype(format: str) -> torch.dtype:
-    return DTYPES.get(format, torch.float32)
+def compute_dtype(format: str, device: torch.device) -> torch.dtype:
+    """Of a step's rows."""
+    return torch.float32 if device.type == "cpu" else DTYPES.get(format, torch.float32)
+
+
+@contextlib.contextmanager
+def without_native() -> Iterator[None]:
+    """What is packed inside takes plain torch."""
+    before = os.environ.get("DEEPSEEK_NATIVE")
+    os.environ["DEEPSEEK_NATIVE"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("DEEPSEEK_NATIVE")
+        if before is not None:
+            os.environ["DEEPSEEK_NATIVE"] = before
 
 
 def random(*shape: int, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -78,20 +96,23 @@ def linears(
     sizes: dict[str, float] = {}
     count: dict[str, int] = {}
     for format in formats:
-        dtype = compute_dtype(format)
+        dtype = compute_dtype(format, device)
         x = random(rows, inputs, device=device).to(dtype)
-        size = inputs * outputs * (1 if format == "int8" else dtype.itemsize)
+        size = inputs * outputs * (1 if format == "int8" else DTYPES[format].itemsize)
         count[format] = max(2, min(64, BEYOND_CACHE[device.type] // size))
         weights = [random(outputs, inputs, device=device, scale=0.05) for _ in range(count[format])]
         ways = {format: [pack_linear(w, None, format, device) for w in weights]}
         if exact:
             ways[f"{format} exact"] = [pack_linear(w, None, format, device, exact=True) for w in weights]
+        if device.type == "cpu" and native.available():
+            with without_native():
+                ways[f"{format} torch"] = [pack_linear(w, None, format, device) for w in weights]
         for name, packed in ways.items():
             calls[name] = turns([partial(p, x) for p in packed], device)
             sizes[name], count[name] = packed[0].nbytes, count[format]
         if format in DTYPES:
-            plain = [w.to(dtype) for w in weights]
-            calls[f"{format} plain"] = turns([partial(F.linear, x, w) for w in plain], device)
+            plain, given = [w.to(DTYPES[format]) for w in weights], x.to(DTYPES[format])
+            calls[f"{format} plain"] = turns([partial(F.linear, given, w) for w in plain], device)
             sizes[f"{format} plain"], count[f"{format} plain"] = size, count[format]
     times = race(calls, device, rounds=rounds)
     return [
@@ -112,9 +133,9 @@ def experts(
     for format in formats:
         if format == "int8" and device.type != "cpu":
             continue
-        dtype = compute_dtype(format)
+        dtype = compute_dtype(format, device)
         x = random(rows, hidden, device=device).to(dtype)
-        each = 3 * hidden * size * number * (1 if format == "int8" else dtype.itemsize)
+        each = 3 * hidden * size * number * (1 if format == "int8" else DTYPES[format].itemsize)
         copies = max(1, min(16, BEYOND_CACHE[device.type] // each))
         config = MoEConfig(experts=number, top_k=top_k, expert_ffn=size)
         models = []
@@ -123,21 +144,27 @@ def experts(
             for p in moe.parameters():
                 torch.nn.init.normal_(p, std=0.05)
             models.append(moe)
-        for is_exact in (False, True) if exact else (False,):
-            packed = [
-                PackedExperts(m.router.weight, m.router.bias, m.gate_up, m.down, top_k, True, format, device,
-                              exact=is_exact)
-                for m in models
-            ]  # fmt: skip
-            name = f"{format} exact" if is_exact else format
+        ways = {format: (False, contextlib.nullcontext())}
+        if exact:
+            ways[f"{format} exact"] = (True, contextlib.nullcontext())
+        if device.type == "cpu" and native.available():
+            ways[f"{format} torch"] = (False, without_native())
+        for name, (is_exact, context) in ways.items():
+            with context:
+                packed = [
+                    PackedExperts(m.router.weight, m.router.bias, m.gate_up, m.down, top_k, True, format, device,
+                                  exact=is_exact)
+                    for m in models
+                ]  # fmt: skip
             calls[name] = turns([partial(p, x) for p in packed], device)
             chosen = sum(p(x)[1].unique().numel() for p in packed) / copies
             sizes[name] = packed[0].router_nbytes + packed[0].experts_nbytes * chosen / number
             count[name] = copies
-        if format in DTYPES and (device.type == "cpu" or dtype == torch.bfloat16):  # others wait for the host
+        if format in DTYPES and (device.type == "cpu" or format == "bf16"):  # others wait for the host
+            wide = DTYPES[format]
             for m in models:
-                m.gate_up.data, m.down.data = m.gate_up.data.to(dtype), m.down.data.to(dtype)
-            calls[f"{format} module"] = turns([partial(m, x[None]) for m in models], device)
+                m.gate_up.data, m.down.data = m.gate_up.data.to(wide), m.down.data.to(wide)
+            calls[f"{format} module"] = turns([partial(m, x.to(wide)[None]) for m in models], device)
             sizes[f"{format} module"], count[f"{format} module"] = sizes[format], copies
     times = race(calls, device, rounds=rounds)
     what = "experts " + "x".join(map(str, shape))

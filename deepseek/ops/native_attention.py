@@ -106,8 +106,9 @@ def _blocks(rows: StepRows, block: int, stride: int) -> Seen:
 
 
 def _branch(k: Tensor, v: Tensor, table_SP: Tensor, seen: Seen) -> Branch:
+    assert table_SP.stride(1) == 1, "the entries of a table lie side by side"
     return Branch(
-        k.data_ptr(), v.data_ptr(), int(k.dtype == torch.bfloat16), table_SP.data_ptr(), table_SP.shape[1], k.shape[1],
+        k.data_ptr(), v.data_ptr(), int(k.dtype == torch.bfloat16), table_SP.data_ptr(), table_SP.stride(0), k.shape[1],
         seen.low.data_ptr(), seen.high.data_ptr(), None, None, 0, 0,
     )  # fmt: skip
 

@@ -5,11 +5,13 @@ the only place where a format is chosen. A new format (FP8, int4, a vendor's ker
 signature, registered as ``register_op("packed_linear", name)``, that returns its own
 ``PackedLinear``; nothing else changes.
 
-On a CPU the formats ``fp32`` and ``bf16`` are oneDNN products over weights in oneDNN's own blocked layout: from two
-rows up they beat a plain product (which MKL runs row by row there), and each row's sum runs over the inputs in the same
-order however many rows there are. Only a single row goes another way. So ``exact`` costs almost nothing: a single row
-is computed as two (``rows_agree`` checks the claim on this machine for every shape, and a layer for which it does not
-hold is computed row by row). ``int8``: see ``deepseek.ops.int8_linear``.
+On a CPU the formats are native kernels of ours (``deepseek.ops.native``), compiled where they run: a row's sums are
+taken in one order however many rows there are, so they are ``exact`` anyway. Where there is no C++ compiler, or no
+instructions for a format, or AMX for bf16, ``fp32`` and ``bf16`` are oneDNN products over weights in oneDNN's own
+blocked layout: from two rows up they beat a plain product (which MKL runs row by row there), and again each row's sum
+runs in the same order. Only a single row goes another way: under ``exact`` it is computed as two (``rows_agree`` checks
+the claim on this machine for every shape, and a layer for which it does not hold is computed row by row). ``int8``: see
+``deepseek.ops.int8_linear``.
 
 On CUDA a few rows go through a kernel that streams the weight once, more through the vendor's product, and ``exact``
 through a product of one tile shape for every number of rows (``deepseek.ops.triton.linear``).

@@ -23,7 +23,16 @@ Weight of(const Weight& first, int64_t e) {
     return w;
 }
 
-// Probabilities of a row, its top_k experts by probability plus bias (the lower index first of equals), and gates.
+int64_t first_left(const int64_t* chosen, int64_t count, int64_t experts) {
+    for (int64_t e = 0; e < experts; e++) {
+        bool taken = false;
+        for (int64_t j = 0; j < count; j++) taken |= chosen[j] == e;
+        if (!taken) return e;
+    }
+    return 0;
+}
+
+// Probabilities of a row (and scratch for as many scores), its top_k experts by probability plus bias (the lower index first of equals), and gates.
 void route(const Experts& m, const float* h, float* prob, int64_t* chosen, float* gate) {
     const uint32_t* row[1] = {reinterpret_cast<const uint32_t*>(h)};
     const float one = 1;
@@ -46,16 +55,16 @@ void route(const Experts& m, const float* h, float* prob, int64_t* chosen, float
     }
     const float inverse = 1 / sum(total);
     for (int64_t e = 0; e < E; e++) prob[e] *= inverse;
+    float* score = prob + padded;
+    for (int64_t e = 0; e < E; e++) score[e] = prob[e] + m.bias[e];
     float added = 0;
     for (int64_t k = 0; k < m.top_k; k++) {
         int64_t best = -1;
-        float score = 0;
-        for (int64_t e = 0; e < E; e++) {
-            bool taken = false;
-            for (int64_t j = 0; j < k; j++) taken |= chosen[j] == e;
-            const float s = prob[e] + m.bias[e];
-            if (!taken && (best < 0 || s > score)) best = e, score = s;
-        }
+        float most = -INFINITY;
+        for (int64_t e = 0; e < E; e++)
+            if (score[e] > most) best = e, most = score[e];
+        if (best < 0) best = first_left(chosen, k, E);  // nothing but NaN is left
+        score[best] = -INFINITY;
         chosen[k] = best;
         gate[k] = prob[best];
         added += prob[best];
@@ -79,7 +88,7 @@ extern "C" void ds_experts(
     float* h = h_scratch.take<float>(n * C);
     uint32_t* words = word_scratch.take<uint32_t>(n * m.up.words);
     float* scale = scale_scratch.take<float>(n);
-    float* prob = prob_scratch.take<float>(n * padded);
+    float* prob = prob_scratch.take<float>(n * 2 * padded);
     int64_t* group = group_scratch.take<int64_t>(3 * E + 2 + 2 * A);
     int64_t *first = group, *fill = first + E + 1, *active = fill + E + 1, *order = active + E, *place = order + A;
     int64_t used = 0;  // experts that somebody chose
@@ -94,7 +103,7 @@ extern "C" void ds_experts(
         for (int64_t r = 0; r < n; r++) {
             normed(x + r * C, norm, eps, C, h + r * C);
             scale[r] = to_words(m.up.format, h + r * C, C, m.up.words, words + r * m.up.words);
-            route(m, h + r * C, prob + r * padded, expert + r * K, gate + r * K);
+            route(m, h + r * C, prob + r * 2 * padded, expert + r * K, gate + r * K);
         }
 #pragma omp single
         {
