@@ -17,6 +17,7 @@ from deepseek.serve.step_process import StepLoop, StepProcess, StepThread
 from deepseek.serve.supervision import (
     EngineBusy,
     EngineDraining,
+    EngineLost,
     EngineReloading,
     SupervisedClient,
     Supervision,
@@ -26,8 +27,8 @@ from deepseek.serve.worker import StepEngine
 if TYPE_CHECKING:
     from deepseek.serve.engine_config import EngineConfig
 
-__all__ = ["EngineBusy", "EngineClient", "EngineDraining", "EngineReloading", "LocalClient", "ProcessClient",
-           "Supervision"]  # fmt: skip
+__all__ = ["EngineBusy", "EngineClient", "EngineDraining", "EngineLost", "EngineReloading", "LocalClient",
+           "ProcessClient", "Supervision"]  # fmt: skip
 
 FACTORY = "deepseek.serve.worker:load_engine"
 
@@ -45,7 +46,7 @@ class EngineClient(Protocol):
         Raises:
             RequestError: the engine can never serve it.
             EngineDraining: after ``drain``. EngineBusy: its first token would come too late.
-            EngineError: the step process died with it.
+            EngineLost: the step process died in the middle of its answer. EngineError: it died with it before that.
         """
 
     def readiness(self) -> tuple[bool, str]:

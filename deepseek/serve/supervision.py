@@ -35,6 +35,10 @@ class EngineDraining(EngineError):
     """New requests are refused: the server is about to stop."""
 
 
+class EngineLost(EngineError):
+    """The step process died in the middle of an answer, which it had begun without harm."""
+
+
 class EngineReloading(EngineError):
     """A reload is refused: another one is under way."""
 
@@ -316,7 +320,7 @@ class SupervisedClient(ABC):
         how, again = loop.ending(), []
         for stream in sorted(loop.streams.values(), key=lambda s: s.arrived):
             if stream.started:
-                stream.fail(EngineError(f"{how} after part of the answer was sent"))
+                stream.fail(EngineLost(f"{how} after a part of the answer"))
             elif stream.attempts > self.retries:
                 stream.fail(
                     EngineError(

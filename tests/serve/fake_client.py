@@ -15,6 +15,7 @@ from deepseek.address import bind
 from deepseek.data import Tokenizer
 from deepseek.data.tokenizer import train_tokenizer
 from deepseek.errors import EngineError, RequestError
+from deepseek.serve.client import EngineLost
 from deepseek.serve.request import EngineStats, ModelInfo, Output, Request, TokenLogprobs, TokenTrace
 from deepseek.serve.server.config import ServerConfig
 from deepseek.serve.server.front import Front
@@ -60,6 +61,7 @@ class FakeClient:
     prefill: float = 0.0  # before the first
     hold_at: int | None = None  # tokens after which an answer waits, until this is None again
     fail_after: int | None = None  # tokens, then EngineError
+    lost: bool = False  # EngineLost instead
     refuse: str = ""  # RequestError with this text
     finish: str = ""  # instead of 'stop'
     slots: int = 64
@@ -121,7 +123,8 @@ class FakeClient:
                 yield Output(request.id, finish="timeout", **sizes)
                 return
             if self.fail_after is not None and place >= self.fail_after:
-                raise EngineError("the step process died (SIGKILL) after part of the answer was sent")
+                kind = EngineLost if self.lost else EngineError
+                raise kind("the step process died (SIGKILL) after part of the answer was sent")
             last = place + 1 >= sampling.max_tokens or token == self.tokenizer.eos_id
             finish: Any = None
             if last:

@@ -78,6 +78,29 @@ def test_a_lost_step_process_is_not_given_the_request_again(words: Any) -> None:
         assert len(a.client.seen) + len(b.client.seen) == 1
 
 
+def test_an_answer_that_its_step_process_broke_off_is_made_anew_by_another_replica(words: Any) -> None:
+    """Unless the client has had a part of it; and a few times only."""
+    with both(words) as (a, b), routed(*urls(a, b)) as router:
+        a.client.lost = b.client.lost = True
+        a.client.fail_after = 3
+        router.router.fleet.replicas[1].used = 100  # a is asked first
+        got = ask(router, 8)
+        assert (got.status, len(a.client.seen), len(b.client.seen)) == (200, 1, 1)
+        assert router.metric(f'retries_total{{replica="{a.url}"}}') == 1
+        until(lambda: len(router.router.fleet.usable()) == 2)
+        router.router.fleet.replicas[1].used = 200
+        streamed = ask(router, 8, stream=True)
+        assert b'"code":"engine_lost"' in streamed.body
+        assert len(b.client.seen) == 1, "a second answer must not follow the first"
+        b.client.fail_after = 3
+        got = ask(router, 8)
+        assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (
+            503,
+            "engine_lost",
+            "2",
+        )
+
+
 def test_a_client_that_leaves_aborts_the_engine(words: Any) -> None:
     with both(words) as (a, _), routed(a.url) as router:
         a.client.hold_at = 3

@@ -28,7 +28,14 @@ from deepseek.errors import (
     RequestError,
     WeightsError,
 )
-from deepseek.serve.client import EngineBusy, EngineDraining, LocalClient, ProcessClient, Supervision
+from deepseek.serve.client import (
+    EngineBusy,
+    EngineDraining,
+    EngineLost,
+    LocalClient,
+    ProcessClient,
+    Supervision,
+)
 from deepseek.serve.request import Output, Request
 from deepseek.serve.sampler import SamplingConfig
 from deepseek.serve.stream import join
@@ -450,7 +457,7 @@ def test_kill_9_is_seen_at_once_and_nothing_that_had_not_begun_is_lost() -> None
             os.kill(first_pid, signal.SIGKILL)
             assert "SIGKILL" in await unready(c)
             for task in begun:
-                with pytest.raises(EngineError, match=r"SIGKILL.*after part of the answer was sent"):
+                with pytest.raises(EngineLost, match=r"SIGKILL.*after a part of the answer"):
                     await task
             for r, output in zip(asked, await asyncio.gather(*waiting)):
                 assert output.tokens == want(r)

@@ -6,11 +6,11 @@
 
 A replica that did not begin (no connection; 429; 503; closed before it took the body) costs the client nothing: the
 next one is asked, each once. One that is lost with a request (killed, its machine gone) before a byte of its answer
-came costs the client time: requests that change nothing (``REPEATABLE``) are given to another one, ``retries`` times at
-most and while ``RetryBudget`` lasts, because a request that breaks one replica must not break them all. A client that
-has had a byte never gets a second answer. Streams pass through event by event as they come; what breaks off in the
-middle ends with an error that a client can see. Keys pass through: the replicas know them, the router does not. So one
-that other machines can reach gives nothing to a replica that asks for no key, unless it is told to.
+came costs the client time: requests that change nothing (``Call.repeatable``) are given to another one, ``retries``
+times at most and while ``RetryBudget`` lasts, because a request that breaks one replica must not break them all. A
+client that has had a byte never gets a second answer. Streams pass through event by event as they come; what breaks off
+in the middle ends with an error that a client can see. Keys pass through: the replicas know them, the router does not.
+So one that other machines can reach gives nothing to a replica that asks for no key, unless it is told to.
 
 Own routes: ``/health`` (this process lives), ``/ready`` (a replica is ready and this router is not about to stop) and
 ``/metrics`` (with one of ``keys``). ``/admin`` is not passed on: what changes a replica is asked of that replica.
@@ -26,7 +26,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from deepseek.address import is_loopback
@@ -45,11 +45,8 @@ from deepseek.serve.server.metrics import CONTENT_TYPE
 from deepseek.serve.server.room import Room
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  #: methods that may be tried again although a replica began
-#: Routes whose POST changes nothing, so that it may be tried again too; a replica may be another server with others.
-REPEATABLE = frozenset(
-    {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
-)
-BEGUN = "engine_unavailable"  #: the error code of a 503 that comes of work that broke, and not of none
+#: Error codes of a 503 that comes of work that broke, and not of none: in the middle of it; perhaps by that request.
+LOST, BEGUN = b"engine_lost", b"engine_unavailable"
 REFUSAL = 1 << 16  #: bytes of a refusal that are kept
 HELD = (
     1 << 20
@@ -284,15 +281,18 @@ class Router:
                 return None
             if not error.begun or call.method in SAFE:
                 return Refusal(error.kind)
-            if error.kind != "silence" and call.method == "POST" and call.path in REPEATABLE:
+            if error.kind != "silence" and call.repeatable:
                 return Refusal(error.kind, lost=True)
             raise ApiError("the replica that worked on this request gave no whole answer",
                            504 if error.kind == "silence" else 502, code="replica_lost") from None  # fmt: skip
         if refusal.status == 503:
             replica.told(False, "answered 503")
-            if BEGUN.encode() in refusal.body and exchange.begun and call.method not in SAFE:
-                await call.answer(refusal.status, refusal.body, refusal.headers)
-                return None
+            if exchange.begun and call.method not in SAFE:
+                if LOST in refusal.body and call.repeatable:
+                    return replace(refusal, lost=True)
+                if LOST in refusal.body or BEGUN in refusal.body:
+                    await call.answer(refusal.status, refusal.body, refusal.headers)
+                    return None
         return refusal
 
     async def _pass_answer(self, call: Call, exchange: Exchange, head: Any) -> None:

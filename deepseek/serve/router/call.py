@@ -22,6 +22,11 @@ HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-au
                  b"te", b"trailer", b"transfer-encoding", b"upgrade"})  # fmt: skip
 MADE = frozenset({b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto"})
 
+#: Routes whose POST changes nothing, so that it may be asked twice; a replica may be another server, with other routes.
+REPEATABLE = frozenset(
+    {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
+)
+
 
 class ClientGone(Exception):
     """Nobody waits for the answer any more."""
@@ -46,6 +51,11 @@ class Call:
         self.between_events = False
         self._ends = False
         self._leaving: asyncio.Task[None] | None = None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be asked of another replica although one has begun with it."""
+        return self.method == "POST" and self.path in REPEATABLE
 
     @property
     def target(self) -> bytes:

@@ -22,7 +22,7 @@ from deepseek.errors import (
     RunError,
     WeightsError,
 )
-from deepseek.serve.supervision import EngineBusy, EngineReloading
+from deepseek.serve.supervision import EngineBusy, EngineLost, EngineReloading
 
 LONGEST = 300  #: characters of a client's own value in an error message
 CLIENT_GONE = 499  #: logged, never sent: the client closed the connection before its answer
@@ -79,6 +79,8 @@ def translated(error: Exception) -> ApiError:
         return ApiError(str(error), 429, code="queue_full", headers={"retry-after": wait})
     if isinstance(error, EngineReloading):
         return ApiError(str(error), 409, code="reload_in_progress", headers={"retry-after": "2"})
+    if isinstance(error, EngineLost):
+        return ApiError(str(error), 503, code="engine_lost", headers={"retry-after": "2"})
     if isinstance(error, EngineError):
         return ApiError(str(error), 503, code="engine_unavailable", headers={"retry-after": "2"})
     if isinstance(error, (ConfigError, DataError)):
