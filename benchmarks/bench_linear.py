@@ -4,7 +4,7 @@ A decode step reads every weight once, so a layer is judged by the bytes of weig
 what a large copy reaches (bytes read plus bytes written) in the same run. Every layer is made as often as it takes to
 exceed the caches, and the copies take turns; on CUDA a turn is one graph, so that launching is not what is measured.
 Competitors are timed in turns too. ``plain`` is ``F.linear``, ``module`` the model's own expert layer; on a CPU
-``torch`` is what serves where our native kernels cannot be compiled (oneDNN, FBGEMM), and rows are fp32 as the engine's.
+``torch`` is what serves where our native kernels cannot be compiled (oneDNN, FBGEMM); rows are fp32 as in the engine.
 
     python benchmarks/bench_linear.py [--device cuda] [--threads 1] [--rows 1 4 32 256] [--formats fp32 bf16 int8]
         [--shapes 576x1536 1024x4096] [--experts 512x384x32x2] [--exact] [--rounds 10] [--json linear.json]

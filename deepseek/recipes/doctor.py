@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from deepseek.assemble import pick_device
+from deepseek.ops import native
 from deepseek.ops.attention import KERNEL_HEAD_DIMS
 from deepseek.ops.attention import pick_backend as pick_attention
 from deepseek.ops.experts import pick_backend
@@ -90,10 +91,18 @@ def _operations(device: torch.device) -> dict[str, str]:
         "head and loss": f"one operation, in chunks; rows by {rows}",
         "optimizer": "Muon for hidden matrices, fused AdamW for the rest",
         "train.compile": compiled,
+        "serving on a CPU": _cpu_serving(),
         "parallelism": "data parallel by torchrun (gloo)"
         if device.type == "cpu"
         else "data parallel by torchrun (NCCL)",
     }
+
+
+def _cpu_serving() -> str:
+    if not native.available():
+        return "plain torch: no native kernels (they need Linux and a C++ compiler, and DEEPSEEK_NATIVE not 0)"
+    own = [name for name in ("bf16", "int8") if native.has(name)]
+    return f"native kernels; this processor's own products: {', '.join(['fp32', *own])}"
 
 
 def _choices(op: str) -> str:
