@@ -98,6 +98,11 @@ class RopeScaling:
             return 1.0
         return yarn_magnitude(self.factor) if self.attention_factor is None else self.attention_factor
 
+    @property
+    def reach(self) -> int:
+        """The positions YaRN takes the model to, ``original_length · factor``; 0 for other types."""
+        return min(int(self.original_length * self.factor), 2**31 - 1) if self.type == "yarn" else 0
+
 
 def yarn_magnitude(factor: float, slope: float = 1.0) -> float:
     """YaRN's attention factor, ``0.1 slope ln(factor) + 1``; 1 for a text that is no longer than before."""

@@ -67,6 +67,7 @@ def from_hf(values: dict[str, Any], family: Family) -> ModelConfig:
     _refuse_unsupported(values, keys)
     kinds = _kinds(keys, family)
     try:
+        attention = _attention(keys, family, kinds)
         return ModelConfig(
             vocab_size=keys.whole("vocab_size"),
             hidden=keys.whole("hidden_size"),
@@ -75,12 +76,13 @@ def from_hf(values: dict[str, Any], family: Family) -> ModelConfig:
             pattern=kinds if len(set(kinds)) > 1 else kinds[0],
             ffn_pattern=_ffn_kinds(keys, family),
             rope_pattern=_rope_pattern(keys, family),
-            max_length=keys.whole("max_position_embeddings"),
+            # YaRN is switched on by a rope_scaling alone, with max_position_embeddings left as it was
+            max_length=max(keys.whole("max_position_embeddings"), attention.rope_scaling.reach),
             norm_eps=keys.number("rms_norm_eps"),
             tie_embeddings=keys.flag("tie_word_embeddings"),
             ffn_bias=family.ffn_bias and keys.flag("mlp_bias"),
             init_std=keys.number("initializer_range"),
-            attention=_attention(keys, family, kinds),
+            attention=attention,
             moe=_moe(keys, family),
         )
     except ConfigError as error:

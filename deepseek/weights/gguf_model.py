@@ -130,6 +130,7 @@ def gguf_config(file: GGUFParts) -> ModelConfig:
     kinds = "".join("E" if f"blk.{i}.ffn_gate_inp.weight" in places else "D" for i in range(layers))
     window = keys["attention.sliding_window"]
     try:
+        attention = _attention(keys)
         return ModelConfig(
             vocab_size=places["token_embd.weight"].shape[0],
             hidden=keys.whole("embedding_length"),
@@ -138,11 +139,11 @@ def gguf_config(file: GGUFParts) -> ModelConfig:
             pattern="L" if window else "F",
             ffn_pattern=kinds if len(set(kinds)) > 1 else "",
             rope_pattern=ARCHITECTURES[keys.name].rope_pattern if layers > 3 else "",
-            max_length=keys.whole("context_length"),
+            max_length=max(keys.whole("context_length"), attention.rope_scaling.reach),
             norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
             tie_embeddings="output.weight" not in places,
             ffn_bias="blk.0.ffn_up.bias" in places,
-            attention=_attention(keys),
+            attention=attention,
             moe=_moe(keys) if "E" in kinds else MoEConfig(),
         )
     except ConfigError as error:
