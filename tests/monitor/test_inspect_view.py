@@ -16,6 +16,7 @@ from deepseek.monitor.inspect.examine import attentions
 from deepseek.monitor.inspect.heads import head_statistics, sampled_rows
 from deepseek.monitor.inspect.view import AttentionView
 from deepseek.nn.attention import Attention, AttentionConfig
+from deepseek.nn.rope import RopeScaling
 
 D, WINDOW, BLOCK, STRIDE = 8, 8, 8, 4
 PIECES = (20, 15, 10, 3)  #: lengths of the documents of the first row; the last one is padding
@@ -137,11 +138,15 @@ def test_probabilities_are_those_of_attention_written_out(row: int) -> None:
     torch.testing.assert_close(on_sink[row, 0], gate * sink, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling(type="yarn", factor=4.0, original_length=12)])
+@pytest.mark.parametrize("rope_pattern", ["", "NRR"])
 @pytest.mark.parametrize("packing", [True, False])
 @torch.no_grad()
-def test_shares_times_values_are_the_models_own_outputs(packing: bool) -> None:
+def test_shares_times_values_are_the_models_own_outputs(
+    packing: bool, rope_pattern: str, scaling: RopeScaling
+) -> None:
     documents, positions = packed() if packing else (None, None)
-    model = random_model(shape())
+    model = random_model(replace(shape(rope_scaling=scaling), rope_pattern=rope_pattern))
     inputs, outputs = run(model, documents, positions)
     for attention, x, y in zip(attentions(model), inputs, outputs):
         view = AttentionView(attention, x, documents, positions)
