@@ -121,6 +121,8 @@ class ServerMetrics:
         self.running = _gauge("num_requests_running", "Sequences being computed.")
         self.waiting = _gauge("num_requests_waiting", "Sequences waiting to be computed.")
         self.inside = _gauge("num_requests_admitted", "Sequences let in and not finished.")
+        self.left = Family("deepseek_prompt_tokens_left", "Prompt tokens left to compute, of waiting and running "
+                           "sequences.", "gauge", MODEL)  # fmt: skip
         self.cache = _gauge("kv_cache_usage_perc", "Share of the cache's pages in use; 1 is all.")
         self.cache_old = _gauge("gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.")
         self.queries = _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
@@ -228,6 +230,7 @@ class ServerMetrics:
         usage = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
         read = {
             self.running: stats.running, self.waiting: stats.waiting, self.inside: inside, self.cache: usage,
+            self.left: stats.prompt_rows,
             self.cache_old: usage, self.queries: stats.prefix_queries, self.hits: stats.prefix_hits,
             self.preemptions: stats.preemptions, self.drafted: stats.drafted, self.accepted: stats.accepted,
         }  # fmt: skip
