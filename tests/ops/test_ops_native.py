@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 import stat
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ from deepseek.ops.native_linear import Interleaved, NativeLinear, NativeSwiGLU
 from deepseek.ops.paged_attention import backend_for
 
 ERROR = {"fp32": 1e-6, "bf16": 6e-3, "int8": 2.5e-2}
-VARIANTS = {"native": compiler.TARGET, "avx2": ("-march=x86-64-v3",), "sse2": ("-march=x86-64",)}
+VARIANTS = {"native": compiler.TARGET}
+if platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+    VARIANTS |= {"avx2": ("-march=x86-64-v3", "-O1"), "sse2": ("-march=x86-64", "-O1")}
 
 
 def make(seed: int, *shape: int) -> Tensor:

@@ -39,27 +39,27 @@ struct Task {
 inline void turn(const Vf* in, Vf* out) {  // 16 x 16
     Vf a[16], b[16];
     for (int i = 0; i < 16; i += 2) {
-        a[i] = __builtin_shufflevector(in[i], in[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        a[i + 1] = __builtin_shufflevector(in[i], in[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+        a[i] = DS_SHUFFLE(in[i], in[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        a[i + 1] = DS_SHUFFLE(in[i], in[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
     }
     for (int i = 0; i < 16; i += 4)
         for (int j = 0; j < 2; j++) {
-            b[i + j] = __builtin_shufflevector(
+            b[i + j] = DS_SHUFFLE(
                 a[i + j], a[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            b[i + j + 2] = __builtin_shufflevector(
+            b[i + j + 2] = DS_SHUFFLE(
                 a[i + j], a[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
         }
     for (int i = 0; i < 16; i += 8)
         for (int j = 0; j < 4; j++) {
-            a[i + j] = __builtin_shufflevector(
+            a[i + j] = DS_SHUFFLE(
                 b[i + j], b[i + j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-            a[i + j + 4] = __builtin_shufflevector(
+            a[i + j + 4] = DS_SHUFFLE(
                 b[i + j], b[i + j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
         }
     for (int j = 0; j < 8; j++) {
-        out[j] = __builtin_shufflevector(a[j], a[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        out[j] = DS_SHUFFLE(a[j], a[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
         out[j + 8] =
-            __builtin_shufflevector(a[j], a[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+            DS_SHUFFLE(a[j], a[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     }
 }
 

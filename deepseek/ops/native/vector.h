@@ -70,6 +70,12 @@ inline void store(uint16_t* p, Vf v) {
     std::memcpy(p, &h, sizeof(h));
 }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define DS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Vi){__VA_ARGS__})
+#endif
+
 template <class V>
 inline V select(Vi yes, V a, V b) {
     return (V)(((Vi)a & yes) | ((Vi)b & ~yes));
