@@ -15,11 +15,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
 #: No value-changing optimisation: a row must come out of every loop alike, and NaN must stay NaN.
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  # fmt: skip
 TARGET = ("-march=native",)
 LIMIT = 300.0  #: seconds for the compiler
@@ -104,14 +105,16 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], files: list[Path], target: Path) -> None:
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=".so", dir=target.parent)
-    os.close(handle)
-    made = Path(name)
-    try:
-        _run([compiler, *flags, "-o", name, *map(str, files)])
+    """All files at the same time, then the library."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{file.stem}.o" for file in files]
+        with ThreadPoolExecutor(len(files)) as threads:
+            commands = ([compiler, *flags, "-c", "-o", str(o), str(f)] for o, f in zip(objects, files))
+            for done in [threads.submit(_run, command) for command in commands]:
+                done.result()
+        made = Path(scratch) / target.name
+        _run([compiler, *flags, "-shared", "-o", str(made), *map(str, objects)])
         made.replace(target)
-    finally:
-        made.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> str:
