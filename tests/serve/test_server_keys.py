@@ -106,6 +106,24 @@ def test_a_file_that_changes_is_read_once_it_has_settled(tmp_path: Path) -> None
     assert (alice.running, alice.concurrent) == (1, 0)
 
 
+def test_a_secret_that_kubernetes_exchanges_is_read(tmp_path: Path) -> None:
+    """A mounted secret is a link to a file in a directory, which is a link that is exchanged."""
+    for name, key in (("one", ALICE), ("two", BOB)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "keys.toml").write_text(f'[alice]\nkey = "{key}"\n')
+    data, file = tmp_path / "..data", tmp_path / "keys.toml"
+    data.symlink_to("one")
+    file.symlink_to("..data/keys.toml")
+    ring = Keyring.load(file, {})
+    new = tmp_path / "..new"
+    new.symlink_to("two")
+    new.replace(data)
+    for _ in range(2):
+        ring.look()
+    assert ring.find(f"Bearer {ALICE}") is None
+    assert ring.find(f"Bearer {BOB}") is not None
+
+
 def test_a_file_that_is_no_good_leaves_the_keys_as_they_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
