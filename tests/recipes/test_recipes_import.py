@@ -339,12 +339,19 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(large, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_import_leaves_nothing_to_be_seen(large, tmp_path):
-    script = "import sys; from deepseek.recipes.import_model import import_model; import_model(*sys.argv[1:])"
+    script = """
+import sys, time
+from pathlib import Path
+from deepseek.recipes.import_model import import_model
+Path.rename = lambda *_: time.sleep(3600)  # the last step: it is killed before, however slow the killer is
+import_model(*sys.argv[1:])
+"""
     process = subprocess.Popen([sys.executable, "-c", script, str(large), str(tmp_path / "runs/a")])
     try:
-        for _ in range(6000):
-            if next((tmp_path / "runs").glob(".tmp-a-*/step-000000/model.safetensors"), None):
-                break
+        end = time.monotonic() + 180
+        while not next((tmp_path / "runs").glob(".tmp-a-*/step-000000/model.safetensors"), None):
+            assert time.monotonic() < end
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     finally:

@@ -606,51 +606,63 @@ class Bare:
         self.answer, self.continues, self.heard = answer, continues, b""
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self._run, daemon=True).start()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                with self.socket.accept()[0] as one:
+                with self.socket.accept()[0] as one, contextlib.suppress(ConnectionError, TimeoutError):
                     one.settimeout(60)
-                    head = b""
-                    while b"\r\n\r\n" not in head:
-                        head += one.recv(65536) or b"\r\n\r\n"
-                    if head.startswith(b"GET /ready"):
-                        one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-                        continue
-                    self.heard += head
-                    while (
-                        head.startswith(b"POST") and b"expect:" not in head.lower() and b"}" not in self.heard
-                    ):
-                        self.heard += one.recv(65536)
-                    one.sendall(self.answer)
+                    self._serve(one)
+
+    def _serve(self, one: socket.socket) -> None:
+        head = self._head(one)
+        if not head:
+            return
+        self.heard += head
+        while head.startswith(b"POST") and b"expect:" not in head.lower() and b"}" not in self.heard:
+            self.heard += more(one)
+        one.sendall(self.answer)
+
+    def _head(self, one: socket.socket) -> bytes:
+        """Of a request; nothing when that was for the readiness, which is answered."""
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += more(one)
+        if head.startswith(b"GET /ready"):
+            one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            return b""
+        return head
 
     def __enter__(self) -> Bare:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Not before its thread has ended: it might accept from the next socket that has the same number."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.thread.join(120)
         self.socket.close()
+        assert not self.thread.is_alive()
+
+
+def more(one: socket.socket) -> bytes:
+    data = one.recv(65536)
+    if not data:
+        raise ConnectionResetError("the router has gone")
+    return data
 
 
 class Torn(Bare):
     """Takes the whole request, says what it is told, and is gone."""
 
-    def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                with self.socket.accept()[0] as one:
-                    one.settimeout(60)
-                    head = b""
-                    while b"\r\n\r\n" not in head:
-                        head += one.recv(65536)
-                    if head.startswith(b"GET /ready"):
-                        one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-                        continue
-                    one.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    while b"}" not in self.heard:
-                        self.heard += one.recv(65536)
-                    one.sendall(self.answer)
+    def _serve(self, one: socket.socket) -> None:
+        if self._head(one):
+            one.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            while b"}" not in self.heard:
+                self.heard += more(one)
+            one.sendall(self.answer)
 
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -770,17 +782,12 @@ def test_one_that_never_says_continue_is_asked_so_once(monkeypatch: pytest.Monke
     good = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
     class Deaf(Bare):
-        def _run(self) -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    with self.socket.accept()[0] as one:
-                        data = b""
-                        while not data.endswith((b"}", b"\r\n\r\n")) or (
-                            b"POST" in data and b"}" not in data
-                        ):
-                            data += one.recv(65536) or b"}"
-                        self.heard += data
-                        one.sendall(good)
+        def _serve(self, one: socket.socket) -> None:
+            data = b""
+            while not data.endswith((b"}", b"\r\n\r\n")) or (b"POST" in data and b"}" not in data):
+                data += more(one)
+            self.heard += data
+            one.sendall(good)
 
     with Deaf(good) as deaf, routed(deaf.url) as router:
         assert router.complete().body == b"ok"

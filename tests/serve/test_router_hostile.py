@@ -31,7 +31,7 @@ def say(router: Routed, data: bytes, half: bool = True) -> bytes:
     """Everything that comes back for ``data``; ``half``: after which nothing more is sent."""
     got = b""
     with (
-        socket.create_connection(("127.0.0.1", router.port), 20) as one,
+        socket.create_connection(("127.0.0.1", router.port), 120) as one,
         contextlib.suppress(ConnectionError),
     ):
         one.sendall(data)
@@ -157,7 +157,7 @@ def test_a_client_that_waits_for_continue_gets_it(router: Routed) -> None:
         + CLOSE
         + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
     )
-    with socket.create_connection(("127.0.0.1", router.port), 20) as one:
+    with socket.create_connection(("127.0.0.1", router.port), 120) as one:
         one.sendall(head)
         assert one.recv(100).startswith(b"HTTP/1.1 100 ")
         one.sendall(body)
@@ -188,7 +188,8 @@ def test_a_thousand_idle_connections_do_no_harm(fake: FakeReplica) -> None:
     )
     with routed(fake, body_seconds=3.0, keep_alive=3.0) as router, contextlib.ExitStack() as stack:
         idle = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", router.port), 20)) for _ in range(1000)
+            stack.enter_context(socket.create_connection(("127.0.0.1", router.port), 120))
+            for _ in range(1000)
         ]
         for i, one in enumerate(idle):
             one.sendall(beginnings[i % 3])
@@ -204,7 +205,7 @@ def test_large_bodies_at_once_are_bounded_together(fake: FakeReplica) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: 150000\r\n\r\n"
     with routed(fake, max_body=200_000, max_bodies=300_000) as router, contextlib.ExitStack() as stack:
         first, second, third = (
-            stack.enter_context(socket.create_connection(("127.0.0.1", router.port), 20)) for _ in range(3)
+            stack.enter_context(socket.create_connection(("127.0.0.1", router.port), 120)) for _ in range(3)
         )
         for one in (first, second):
             one.sendall(head + b" " * 140_000)
