@@ -25,7 +25,8 @@ class Histogram:
 
     def __init__(self, reference_N: Array) -> None:
         n = len(reference_N)
-        self.edges = np.unique(reference_N[np.ceil(QUANTILES * n).astype(np.int64) - 1])
+        cuts = reference_N[np.ceil(QUANTILES * n).astype(np.int64) - 1]
+        self.edges = cuts[np.append(True, cuts[1:] != cuts[:-1])]
         self.shares = self._shares(reference_N)
 
     def psi(self, window_N: Array) -> float:

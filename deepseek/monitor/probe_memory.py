@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from deepseek.batch import Batch
+from deepseek.models.transformer import Transformer
 from deepseek.parallel.saved import SavedBytes
+from deepseek.train.losses import Loss
 from deepseek.train.step import TrainStep
 
 
@@ -55,21 +57,32 @@ class MemoryProbe:
             "optimizer": size_of([*state, *optimizer.masters.values()]),
         }
 
-    def _kept(self, batch: Batch) -> int:
-        """Bytes that one micro-batch leaves for its backward pass; its gradient is not computed.
+    def prepare(self) -> None:
+        """Count what the next step keeps of its first micro-batch while it runs, which costs next to nothing."""
+        if self.cuda or self._activations:
+            return
+        inner = self.step.loss_fn
 
-        They are counted for one row and for two: each more row leaves as much as the second did.
-        """
+        def counted(model: Transformer, part: Batch) -> Loss:
+            self.step.loss_fn = inner
+            with self._counting(part) as saved:
+                loss = inner(model, part)
+            self._activations = saved.total
+            return loss
+
+        self.step.loss_fn = counted
+
+    def _kept(self, batch: Batch) -> int:
+        """The same of a micro-batch that is computed for it alone; its gradient is not."""
         step = self.step
-        rows = min(step.micro_rows or batch.rows, batch.rows)
-        found = []
-        for shown in range(1, min(rows, 2) + 1):
-            part = batch.part(0, shown).to(step.device)
-            held = [*step.model.parameters(), *step.model.buffers(), part.tokens, part.targets]
-            with SavedBytes(held) as saved, step.policy.compute(step.device):
-                step.loss_fn(step.model, part)
-            found.append(saved.total)
-        return found[-1] + (rows - len(found)) * (found[-1] - found[0])
+        part = batch.part(0, min(step.micro_rows or batch.rows, batch.rows)).to(step.device)
+        with self._counting(part) as saved, step.policy.compute(step.device):
+            step.loss_fn(step.model, part)
+        return saved.total
+
+    def _counting(self, part: Batch) -> SavedBytes:
+        model = self.step.model
+        return SavedBytes([*model.parameters(), *model.buffers(), part.tokens, part.targets])
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -223,6 +223,7 @@ class Observer:
             self._cost = Cost(self.sampled.step.device)
             with self._cost:
                 self.sampled.prepare()
+                self.memory.prepare()
             self._prepared = step + 1
 
     def _look(self, step: int) -> None:
