@@ -19,6 +19,7 @@ const isRun = (p: Part): p is Run => typeof p === "object" && "run" in p;
 
 const DEEPEST = 8; // links within images within …
 const MOST_RUNS = 2000; // more than that is not emphasis
+const LONGEST = 50_000; // characters of one block that are read; what follows is shown as it is written
 const LONGEST_RUN = 16; // a longer one is a line of stars, and would nest as deep
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const NAMED: Record<string, string> = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", hellip: "…", mdash: "—", ndash: "–", times: "×", rarr: "→", larr: "←" };
@@ -35,7 +36,8 @@ export function safe(address: string): string | null {
 }
 
 export function inline(text: string, depth = 0, linked = false): Inline[] {
-  return emphasise(new Reader(text, depth, linked).parts());
+  const read = emphasise(new Reader(text.slice(0, LONGEST), depth, linked).parts());
+  return text.length > LONGEST ? [...read, text.slice(LONGEST)] : read;
 }
 
 class Reader {
