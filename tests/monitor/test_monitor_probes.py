@@ -446,6 +446,31 @@ def test_memory_by_class_is_what_the_tensors_take() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("micro_rows", [0, 1])
+def test_activations_counted_in_a_step_are_those_of_a_micro_batch_alone(micro_rows: int) -> None:
+    batch, weights, alone = packed(), [], 0.0
+    for counted in (False, True):
+        torch.manual_seed(0)
+        step = make_step(make_model(), micro_rows=micro_rows, name="adamw")
+        probe = MemoryProbe(step)
+        step(batch)
+        inner = step.loss_fn
+        if counted:
+            probe.prepare()
+            probe.prepare()
+            step(batch)
+            assert step.loss_fn is inner
+            assert probe(batch)["memory/activations"] == alone
+            probe.prepare()
+            assert step.loss_fn is inner  # once is enough
+        else:
+            alone = probe(batch)["memory/activations"]
+            step(batch)
+        weights.append([p.detach().clone() for p in step.parameters])
+    assert alone > 0
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
 def test_views_of_one_storage_count_once() -> None:
     x = torch.zeros(100)
     assert size_of([x, x[:10], x.view(10, 10)]) == 400
