@@ -61,10 +61,11 @@ def main() -> None:
     parser.add_argument("model", help="a run, a checkpoint, a Hugging Face directory or a GGUF file")
     parser.add_argument("--most", type=int, default=8, help="replicas at most")
     parser.add_argument("--gpus", type=float, default=1, help="per replica; 0 on machines without")
+    parser.add_argument("--host", default="127.0.0.1", help="of Ray's proxy; 0.0.0.0 for other machines")
     parser.add_argument("--port", type=int, default=8000)
     asked = parser.parse_args()
     if KEYS not in os.environ:
-        parser.error(f"Ray's proxy listens for other machines: set {KEYS}=NAME=KEY")
+        parser.error(f"every program on this machine reaches Ray's proxy, others with --host: set {KEYS}=NAME=KEY")
 
     from ray import serve
 
@@ -82,7 +83,7 @@ def main() -> None:
             "downscale_delay_s": 600,
         },
     )
-    serve.start(http_options={"host": "0.0.0.0", "port": asked.port})
+    serve.start(http_options={"host": asked.host, "port": asked.port})
     serve.run(deployment.bind(), name="deepseek", route_prefix="/", blocking=True)
 
 
