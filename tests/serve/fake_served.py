@@ -38,7 +38,7 @@ def process(place: Path, engine: str, **options: Any) -> Iterator[tuple[subproce
     finally:
         if running.poll() is None:
             running.kill()
-        running.communicate(timeout=30)
+        running.communicate(timeout=60)
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,19 +118,21 @@ def test_a_lost_replica_comes_back_and_all_end_together(tmp_path: Path) -> None:
 
 @linux
 def test_a_second_signal_ends_all_of_them_at_once(tmp_path: Path) -> None:
-    with served(tmp_path) as running, ThreadPoolExecutor(1) as pool:
+    with served(tmp_path, "f", "--drain", "600") as running:
         until(lambda: running.ready() == 2)
         now = running.pids()
-        answer = pool.submit(ask, running.port, prompt="x", stream=True, max_tokens=300, pause=0.1)
-        until(lambda: b'outstanding{replica="' in ask(running.port, "GET", "/metrics")[1])
-        time.sleep(0.5)
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=120)
+        endless = {"prompt": "x", "stream": True, "max_tokens": 100_000, "pause": 0.1}
+        connection.request("POST", "/v1/completions", json.dumps(endless))
+        answer = connection.getresponse()
+        assert (answer.status, answer.readline()[:6]) == (200, b"data: ")
         running.process.send_signal(signal.SIGTERM)
         until(lambda: running.ready() == 0)
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 143
-        until(lambda: all(gone(pid) for pid in now), 15)
-        status, body = answer.result()
-        assert status == 200
+        assert running.process.wait(60) == 143
+        until(lambda: all(gone(pid) for pid in now))
+        body = answer.read()
+        connection.close()
         assert json.loads(body.strip().rpartition(b"data: ")[2])["error"]["code"] == "aborted"
 
 

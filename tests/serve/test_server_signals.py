@@ -18,7 +18,7 @@ from fake_served import process
 ROOT = {"authorization": f"Bearer {ADMIN}"}
 
 
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come true"
@@ -31,27 +31,30 @@ def complete(url: str, key: str = KEY, **more: Any) -> httpx2.Response:
     return httpx2.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
-def running(url: str) -> int:
-    text = httpx2.get(f"{url}/metrics").text
-    line = next(x for x in text.splitlines() if x.startswith("vllm:num_requests_admitted{"))
-    return int(float(line.rpartition(" ")[2]))
+def metric(url: str, name: str, key: str = "") -> int:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    text = httpx2.get(f"{url}/metrics", headers=headers, timeout=60).text
+    found = [x for x in text.splitlines() if x.startswith(f"vllm:{name}{{")]
+    return sum(int(float(line.rpartition(" ")[2])) for line in found)
+
+
+def running(url: str, key: str = "") -> int:
+    return metric(url, "num_requests_admitted", key)
 
 
 @pytest.mark.parametrize(
     ("second", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_second_signal_ends_at_once_and_says_so(tmp_path: Path, second: int, status: int) -> None:
-    with process(tmp_path, "fake:step=0.02", drain=60) as (server, url), ThreadPoolExecutor(4) as pool:
+    with process(tmp_path, "fake:step=0.02", drain=600) as (server, url), ThreadPoolExecutor(4) as pool:
         streams = [pool.submit(complete, url, max_tokens=4000, stream=True) for _ in range(2)]
         whole = [pool.submit(complete, url, max_tokens=4000) for _ in range(2)]
         until(lambda: running(url) == 4)
+        until(lambda: metric(url, "generation_tokens_total") > 60)  # all have begun
         server.send_signal(signal.SIGTERM)
         until(lambda: httpx2.get(f"{url}/ready").status_code == 503)
-        time.sleep(0.2)
-        began = time.monotonic()
         server.send_signal(second)
-        assert server.wait(30) == status
-        assert time.monotonic() - began < 10
+        assert server.wait(60) == status
         for answer in (s.result() for s in streams):
             events = answer.text.strip().split("\n\n")
             assert answer.status_code == 200
@@ -71,35 +74,26 @@ def test_keys_change_while_the_server_runs(tmp_path: Path) -> None:
     with process(tmp_path, "fake:step=0.02", keys_file=file) as (server, url), ThreadPoolExecutor(1) as pool:
         assert complete(url, KEY).status_code == 200
         assert complete(url, bob).status_code == 401
-        long = pool.submit(complete, url, max_tokens=100)
-        until(
-            lambda: (
-                httpx2.get(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"}).text.count(
-                    "admitted"
-                )
-                > 0
-            )
-        )
-        time.sleep(0.2)
+        long = pool.submit(complete, url, max_tokens=200)
+        until(lambda: running(url, KEY) == 1)
         file.write_text(f'[bob]\nkey = "{bob}"\n')
         until(lambda: complete(url, bob).status_code == 200)
         assert complete(url, KEY).status_code == 401
         assert long.result().status_code == 200, "what was let in is finished"
         file.write_text("[carol")
         server.send_signal(signal.SIGHUP)
-        time.sleep(0.3)
-        assert complete(url, bob).status_code == 200
+        assert complete(url, bob).status_code == 200  # answered after the signal was, by the same loop
         file.unlink()
-        time.sleep(2.5)
+        server.send_signal(signal.SIGHUP)
         assert complete(url, bob).status_code == 200
         new = tmp_path / "new.toml"
         new.write_text(f'[bob]\nkey = "{bob}"\nrequests_per_minute = 1\n[carol]\nkey = "{carol}"\n')
         new.replace(file)
         server.send_signal(signal.SIGHUP)
-        until(lambda: complete(url, carol).status_code == 200, 1.5)
+        until(lambda: complete(url, carol).status_code == 200)
         assert [complete(url, bob).status_code for _ in range(2)] == [200, 429]
         server.send_signal(signal.SIGTERM)
-        _, said = server.communicate(timeout=30)
+        _, said = server.communicate(timeout=60)
         assert server.returncode == 0
     assert "new: bob; gone or changed: alice" in said
     assert "the keys stay as they were" in said
@@ -110,7 +104,7 @@ def test_keys_change_while_the_server_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["beside", pytest.param("inplace", marks=pytest.mark.slow)])
 def test_a_reload_is_one_at_a_time_and_drops_nobody(tmp_path: Path, how: str) -> None:
-    keys, new = tmp_path / "keys.toml", "fake:name=b,load=1.5,step=0.002"
+    keys, new = tmp_path / "keys.toml", "fake:name=b,load=5,step=0.002"
     keys.write_text(f'[root]\nkey = "{ADMIN}"\nadmin = true\n')
     (tmp_path / new).touch()
     with process(tmp_path, "fake:name=a,step=0.002", keys_file=keys, reload=how) as (_, url):
@@ -129,7 +123,7 @@ def test_a_reload_is_one_at_a_time_and_drops_nobody(tmp_path: Path, how: str) ->
         with ThreadPoolExecutor(6) as pool:
             flows = [pool.submit(flow) for _ in range(4)]
             first = pool.submit(reload, new)
-            time.sleep(0.3)
+            time.sleep(1.0)
             refused = [reload(path) for path in (new, "fake:name=a,step=0.002")]
             assert not first.done(), "they were not made to wait"
             for answer in refused:
