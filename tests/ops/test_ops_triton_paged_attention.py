@@ -33,7 +33,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "backend_for", lambda q, rows: "triton")
+    monkeypatch.setattr(paged, "backend_for", lambda *_: "triton")
 
 
 def near(y: Tensor, want: Tensor, tolerance: float) -> None:
@@ -137,7 +137,7 @@ def test_appending_is_rotating_writing_and_pooling(learned: bool, monkeypatch: p
     pooling = torch.rand(2, 2, 12, device=DEVICE) if learned else None
     results = []
     for backend in ("triton", "gathered"):
-        monkeypatch.setattr(paged, "backend_for", lambda q, rows, name=backend: name)
+        monkeypatch.setattr(paged, "backend_for", lambda *_, name=backend: name)
         pages, queries = Pages(case, page=16), []
         for step in ([(0, 21), (1, 1)], [(0, 1), (1, 30), (2, 9)], [(0, 28), (1, 1)]):
             rows = pages.rows(step, padding=2)
