@@ -33,7 +33,7 @@ const float FAR = -INFINITY;
 thread_local Scratch task_scratch;
 
 struct Task {
-    int64_t sequence, row, rows, head;
+    int64_t sequence, row, rows, head, heads;  // key heads from `head` on
 };
 
 inline void turn(const Vf* in, Vf* out) {  // 16 x 16
@@ -70,13 +70,11 @@ struct Attention {
     const float* q;  // [N, H, D]
     float* y;        // [N, H, D]
 
-    const T* slot(const char* pages, int64_t sequence, int64_t at, int64_t head) const {
-        const int64_t page = branch.table[sequence * branch.width + at / branch.slots];
-        const int64_t row = (page * branch.slots + at % branch.slots) * shape.kv_heads + head;
-        return reinterpret_cast<const T*>(pages) + row * shape.dim;
+    void run(Task task) const {
+        for (int64_t end = task.head + task.heads; task.head < end; task.head++, task.heads--) one_head(task);
     }
 
-    void run(const Task& task) const {
+    void one_head(const Task& task) const {
         const int64_t D = shape.dim, H = shape.heads, G = H / shape.kv_heads, M = task.rows * G;
         static thread_local Scratch scratch;
         float* qs = scratch.take<float>(MOST * D * 2 + KEYS * D + MOST * KEYS);
@@ -97,25 +95,19 @@ struct Attention {
         }
         std::memset(acc, 0, M * D * sizeof(float));
         if (branch.sink) see_sink(task.head, M, qs, acc, top, total);
-        const T *keys[KEYS], *values[KEYS];
-        for (int64_t first = least; first < most; first += KEYS) {
-            const int64_t count = most - first < KEYS ? most - first : KEYS;
-            for (int64_t i = 0; i < count; i++) {
-                keys[i] = slot(branch.k, task.sequence, first + i, task.head);
-                values[i] = slot(branch.v, task.sequence, first + i, task.head);
-                for (int64_t d = 0; d < D * (int64_t)sizeof(T); d += 64) {
-                    __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + d);
-                    __builtin_prefetch(reinterpret_cast<const char*>(values[i]) + d);
-                }
-            }
+        const T *keys[2][KEYS], *values[2][KEYS];  // of this block, and of the next one, which is fetched meanwhile
+        int64_t next = fetch(task, least, most, keys[0], values[0]);
+        for (int64_t first = least, turn = 0; first < most; first += KEYS, turn ^= 1) {
+            const int64_t count = next;
+            next = fetch(task, first + KEYS, most, keys[turn ^ 1], values[turn ^ 1]);
             const int64_t groups = ceil_div(count, LANES);
-            turn_keys(keys, count, turned);
+            turn_keys(keys[turn], count, turned);
             for (int64_t m = 0; m < M; m += 4)
                 for (int64_t g = 0; g < groups; g++) scores(qs + m * D, M - m, turned + g * D * LANES, score + m * KEYS + g * LANES);
             for (int64_t m = 0; m < M; m++)
                 weigh(score + m * KEYS, first, count, groups, low[m], high[m], acc + m * D, top[m], total[m]);
             for (int64_t m = 0; m < M; m += 4)
-                for (int64_t d = 0; d < D; d += 4 * LANES) add_values(values, count, score + m * KEYS, M - m, d, acc + m * D);
+                for (int64_t d = 0; d < D; d += 4 * LANES) add_values(values[turn], count, score + m * KEYS, M - m, d, acc + m * D);
         }
         for (int64_t m = 0; m < M; m++) {
             const int64_t row = task.row + m / G, head = task.head * G + m % G;
@@ -127,6 +119,28 @@ struct Attention {
             float* to = y + (row * H + head) * D;
             for (int64_t d = 0; d < D; d++) to[d] = acc[m * D + d] * part + (branch.add ? to[d] : 0);
         }
+    }
+
+    // Where the keys and values of a block are, on their way into the cache; how many there are.
+    int64_t fetch(const Task& task, int64_t first, int64_t most, const T** keys, const T** values) const {
+        const int64_t count = most - first < KEYS ? (most > first ? most - first : 0) : KEYS;
+        const int64_t step = shape.kv_heads * shape.dim, row = task.head * shape.dim;
+        const int32_t* table = branch.table + task.sequence * branch.width;
+        for (int64_t i = 0; i < count;) {
+            const int64_t page = (first + i) / branch.slots, slot = (first + i) % branch.slots;
+            const int64_t at = (table[page] * branch.slots + slot) * step + row;
+            const T* k = reinterpret_cast<const T*>(branch.k) + at;
+            const T* v = reinterpret_cast<const T*>(branch.v) + at;
+            for (int64_t s = slot; s < branch.slots && i < count; s++, i++, k += step, v += step) {
+                keys[i] = k;
+                values[i] = v;
+                for (int64_t d = 0; d < shape.dim * task.heads; d += 64 / (int64_t)sizeof(T)) {
+                    __builtin_prefetch(k + d);
+                    __builtin_prefetch(v + d);
+                }
+            }
+        }
+        return count;
     }
 
     void see_sink(int64_t head, int64_t M, const float* qs, float* acc, float* top, float* total) const {
@@ -252,15 +266,17 @@ extern "C" void ds_attention(
     const Shape* shape, const Branch* branches, int64_t count, const float* q_first, const float* q_second, float* y,
     int64_t threads) {
     const int64_t K = shape->kv_heads, G = shape->heads / K, tile = G < MOST ? MOST / G : 1;
-    int64_t tasks = 0;
-    for (int64_t s = 0; s < shape->sequences; s++) tasks += ceil_div(shape->ends[s + 1] - shape->ends[s], tile) * K;
+    int64_t tiles = 0;
+    for (int64_t s = 0; s < shape->sequences; s++) tiles += ceil_div(shape->ends[s + 1] - shape->ends[s], tile);
+    // Heads of a position lie side by side: one thread should read them all, if there is enough to do for every thread.
+    const int64_t heads = tiles >= 4 * threads ? K : 1, tasks = tiles * (K / heads);
     Task* task = task_scratch.take<Task>(tasks + 1);
     int64_t at = 0;
     for (int64_t s = 0; s < shape->sequences; s++)
         for (int64_t row = shape->ends[s]; row < shape->ends[s + 1]; row += tile)
-            for (int64_t head = 0; head < K; head++) {
+            for (int64_t head = 0; head < K; head += heads) {
                 const int64_t left = shape->ends[s + 1] - row;
-                task[at++] = Task{s, row, left < tile ? left : tile, head};
+                task[at++] = Task{s, row, left < tile ? left : tile, head, heads};
             }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && tasks > 1)
     for (int64_t i = 0; i < tasks; i++)
