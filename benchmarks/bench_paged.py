@@ -34,6 +34,7 @@ from torch import Tensor
 
 from deepseek.bench.ceilings import copy_tb_per_s
 from deepseek.ops.paged_attention import (
+    Pooled,
     StepRows,
     append_rows,
     paged_attention,
@@ -93,9 +94,8 @@ class Layer:
         self.turn += 1
         k, v, _ = self.caches[at]
         if self.case.kind == "H":
-            return paged_hybrid_attention(
-                self.q, self.q_rope, k, v, *self.pools[at], self.sink, self.gate, rows, WINDOW, BLOCK, STRIDE
-            )
+            pooled = Pooled(self.q, self.gate, *self.pools[at], self.sink, BLOCK, STRIDE)
+            return paged_hybrid_attention(self.q_rope, k, v, pooled, rows, WINDOW)
         return paged_attention(self.q, k, v, rows.global_SP, rows, WINDOW if self.case.kind == "L" else None)
 
     def planned(self) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepseek.ops import native
 from deepseek.ops.native import pointer
-from deepseek.ops.paged_rows import StepRows
+from deepseek.ops.paged_rows import Pooled, StepRows
 from deepseek.registry import register_op
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -137,26 +137,15 @@ def paged_attention(
 
 @register_op("paged_hybrid_attention", "native")
 def paged_hybrid_attention(
-    q_NHD: Tensor,
-    q_rope_NHD: Tensor,
-    k_PTKD: Tensor,
-    v_PTKD: Tensor,
-    pool_k_PJKD: Tensor,
-    pool_v_PJKD: Tensor,
-    sink: Tensor,
-    gate_NH: Tensor,
-    rows: StepRows,
-    window: int,
-    block: int,
-    stride: int,
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, pooled: Pooled, rows: StepRows, window: int
 ) -> Tensor:
     """``deepseek.ops.paged_attention.paged_hybrid_attention``."""
-    share, sinks = gate_NH.float().contiguous(), sink.float().contiguous()
+    share, sink = pooled.gate_NH.float().contiguous(), pooled.sink.float().contiguous()
     local = _branch(k_PTKD, v_PTKD, rows.window_SP, _positions(rows, window))
     local.share, local.flip = share.data_ptr(), 1
-    pooled = _branch(pool_k_PJKD, pool_v_PJKD, rows.global_SP, _blocks(rows, block, stride))
-    pooled.share, pooled.sink, pooled.add = share.data_ptr(), sinks.data_ptr(), 1
-    return _run([local, pooled], [q_rope_NHD, q_NHD], k_PTKD.shape[2], rows)
+    blocks = _branch(pooled.k_PJKD, pooled.v_PJKD, rows.global_SP, _blocks(rows, pooled.block, pooled.stride))
+    blocks.share, blocks.sink, blocks.add = share.data_ptr(), sink.data_ptr(), 1
+    return _run([local, blocks], [q_NHD, pooled.q_NHD], k_PTKD.shape[2], rows)
 
 
 class NativeAppend:

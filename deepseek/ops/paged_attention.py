@@ -26,11 +26,12 @@ from torch import Tensor
 from deepseek.ops import native_attention, paged_exact, paged_gathered, paged_static  # noqa: F401 - they register
 from deepseek.ops.attention import pick_backend
 from deepseek.ops.hybrid_attention import pooled_length
-from deepseek.ops.paged_rows import StepRows
+from deepseek.ops.paged_rows import Pooled, StepRows
 from deepseek.ops.triton import kernels
 from deepseek.registry import get_op, register_op
 
 __all__ = [
+    "Pooled",
     "StepRows",
     "append_rows",
     "paged_attention",
@@ -182,45 +183,19 @@ def paged_attention(
 
 
 def paged_hybrid_attention(
-    q_NHD: Tensor,
-    q_rope_NHD: Tensor,
-    k_PTKD: Tensor,
-    v_PTKD: Tensor,
-    pool_k_PJKD: Tensor,
-    pool_v_PJKD: Tensor,
-    sink: Tensor,
-    gate_NH: Tensor,
-    rows: StepRows,
-    window: int,
-    block: int,
-    stride: int,
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, pooled: Pooled, rows: StepRows, window: int
 ) -> Tensor:
     """``gate · attention over pooled blocks + (1 − gate) · attention over the window``, after ``pool_pages``.
 
     Args:
-        q_NHD, q_rope_NHD: queries, unrotated for the pooled blocks and rotated for the window.
-        k_PTKD, v_PTKD: window pages of rotated keys and of values.
-        pool_k_PJKD, pool_v_PJKD: global pages of pooled blocks.
-        sink: ``[2, K, D]``, the key and the value that are always seen beside the blocks.
-        gate_NH: in (0, 1).
+        q_NHD: rotated queries, for the window. k_PTKD, v_PTKD: window pages of rotated keys and of values.
+        pooled: the other branch.
 
     Returns:
         ``[N, H, D]``, equal to ``deepseek.nn.hybrid.HybridAttention`` over the whole sequence.
     """
-    return get_op("paged_hybrid_attention", backend_for(q_NHD, rows, k_PTKD))(
-        q_NHD,
-        q_rope_NHD,
-        k_PTKD,
-        v_PTKD,
-        pool_k_PJKD,
-        pool_v_PJKD,
-        sink,
-        gate_NH,
-        rows,
-        window,
-        block,
-        stride,
-    )
+    attend = get_op("paged_hybrid_attention", backend_for(q_NHD, rows, k_PTKD))
+    return attend(q_NHD, k_PTKD, v_PTKD, pooled, rows, window)
 
 
 @register_op("paged_attention", "triton")
@@ -234,32 +209,8 @@ def paged_attention_kernel(
 
 @register_op("paged_hybrid_attention", "triton")
 def paged_hybrid_attention_kernel(
-    q_NHD: Tensor,
-    q_rope_NHD: Tensor,
-    k_PTKD: Tensor,
-    v_PTKD: Tensor,
-    pool_k_PJKD: Tensor,
-    pool_v_PJKD: Tensor,
-    sink: Tensor,
-    gate_NH: Tensor,
-    rows: StepRows,
-    window: int,
-    block: int,
-    stride: int,
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, pooled: Pooled, rows: StepRows, window: int
 ) -> Tensor:
     """``paged_hybrid_attention`` with both branches and the blend in one fused kernel."""
-    y: Tensor = kernels("paged_attention").paged_hybrid_attention(
-        q_NHD,
-        q_rope_NHD,
-        k_PTKD,
-        v_PTKD,
-        pool_k_PJKD,
-        pool_v_PJKD,
-        sink,
-        gate_NH,
-        rows,
-        window,
-        block,
-        stride,
-    )
+    y: Tensor = kernels("paged_attention").paged_hybrid_attention(q_NHD, k_PTKD, v_PTKD, pooled, rows, window)
     return y

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.exact import exact_map
-from deepseek.ops.paged_rows import StepRows, gather, key_slots
+from deepseek.ops.paged_rows import Pooled, StepRows, gather, key_slots
 from deepseek.registry import register_op
 
 CHUNK = 64  #: keys
@@ -57,27 +57,15 @@ def paged_attention(
 
 @register_op("paged_hybrid_attention", "exact")
 def paged_hybrid_attention(
-    q_NHD: Tensor,
-    q_rope_NHD: Tensor,
-    k_PTKD: Tensor,
-    v_PTKD: Tensor,
-    pool_k_PJKD: Tensor,
-    pool_v_PJKD: Tensor,
-    sink: Tensor,
-    gate_NH: Tensor,
-    rows: StepRows,
-    window: int,
-    block: int,
-    stride: int,
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, pooled: Pooled, rows: StepRows, window: int
 ) -> Tensor:
     """``deepseek.ops.paged_attention.paged_hybrid_attention``."""
     sizes = (q_NHD.shape[1], *k_PTKD.shape[2:])
-    local = paged_attention(q_rope_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window)
-    made = rows.once(
-        ("exact pooled", block, stride, sizes), lambda: _pooled_tiles(rows, block, stride, *sizes)
-    )
-    whole = _over(made, q_NHD, pool_k_PJKD, pool_v_PJKD, sink.to(q_NHD.dtype))
-    g = gate_NH[..., None].to(local.dtype)
+    local = paged_attention(q_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window)
+    shape = pooled.block, pooled.stride
+    made = rows.once(("exact pooled", *shape, sizes), lambda: _pooled_tiles(rows, *shape, *sizes))
+    whole = _over(made, pooled.q_NHD, pooled.k_PJKD, pooled.v_PJKD, pooled.sink.to(q_NHD.dtype))
+    g = pooled.gate_NH[..., None].to(local.dtype)
     return g * whole + (1 - g) * local
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.ops.hybrid_attention import pooled_length
-from deepseek.ops.paged_rows import StepRows, gather, key_slots
+from deepseek.ops.paged_rows import Pooled, StepRows, gather, key_slots
 from deepseek.registry import register_op
 
 SHORT = 16  #: sequences with at most so many rows are attended together
@@ -50,33 +50,22 @@ def _positions(
 
 @register_op("paged_hybrid_attention", "gathered")
 def paged_hybrid_attention(
-    q_NHD: Tensor,
-    q_rope_NHD: Tensor,
-    k_PTKD: Tensor,
-    v_PTKD: Tensor,
-    pool_k_PJKD: Tensor,
-    pool_v_PJKD: Tensor,
-    sink: Tensor,
-    gate_NH: Tensor,
-    rows: StepRows,
-    window: int,
-    block: int,
-    stride: int,
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, pooled: Pooled, rows: StepRows, window: int
 ) -> Tensor:
     """``deepseek.ops.paged_attention.paged_hybrid_attention``."""
-    local = _positions(q_rope_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window)
-    q = _wide(q_NHD)
-    sizes = Sizes(q.shape[1], q.shape[2], k_PTKD.shape[2], q.dtype)
-    parts = rows.once(("pooled", block, stride, sizes), lambda: _pooled_parts(rows, block, stride, sizes))
-    first = sink.to(q.dtype)[:, None, :, None]
+    local = _positions(q_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window)
+    q = _wide(pooled.q_NHD)
+    sizes, shape = Sizes(q.shape[1], q.shape[2], k_PTKD.shape[2], q.dtype), (pooled.block, pooled.stride)
+    parts = rows.once(("pooled", *shape, sizes), lambda: _pooled_parts(rows, *shape, sizes))
+    first = pooled.sink.to(q.dtype)[:, None, :, None]
 
     def attend(part: Part, q: Tensor) -> Tensor:
-        pooled = part.keys(pool_k_PJKD, pool_v_PJKD, q.dtype)
-        k, v = (torch.cat((one.expand(len(x), -1, -1, -1), x), 2) for one, x in zip(first, pooled))
+        keys = part.keys(pooled.k_PJKD, pooled.v_PJKD, q.dtype)
+        k, v = (torch.cat((one.expand(len(x), -1, -1, -1), x), 2) for one, x in zip(first, keys))
         return part.attend(q, k, v)
 
     whole = _over(parts, q, attend)
-    return torch.lerp(local, whole, gate_NH[..., None].to(local.dtype)).to(q_NHD.dtype)
+    return torch.lerp(local, whole, pooled.gate_NH[..., None].to(local.dtype)).to(q_NHD.dtype)
 
 
 def _wide(q_NHD: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,24 @@ class StepRows:
     def starts(self) -> tuple[int, ...]:
         """The position of each sequence's first row."""
         return tuple(length - rows for length, rows in zip(self.lengths, self.rows))
+
+
+class Pooled(NamedTuple):
+    """The branch of a hybrid layer over pooled blocks.
+
+    Attributes:
+        q_NHD: queries, not rotated. gate_NH: this branch's share of the result, in (0, 1).
+        k_PJKD, v_PJKD: global pages of pooled blocks. sink: ``[2, K, D]``, a key and a value that are always seen.
+        block, stride: positions that a block covers, and from the start of one to the next.
+    """
+
+    q_NHD: Tensor
+    gate_NH: Tensor
+    k_PJKD: Tensor
+    v_PJKD: Tensor
+    sink: Tensor
+    block: int
+    stride: int
 
 
 _threads = threading.local()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepseek.ops.paged_rows import StepRows
+from deepseek.ops.paged_rows import Pooled, StepRows
 from deepseek.registry import register_op
 
 FAR = float("-inf")
@@ -34,30 +34,20 @@ def paged_attention(
 
 @register_op("paged_hybrid_attention", "static")
 def paged_hybrid_attention(
-    q_NHD: Tensor,
-    q_rope_NHD: Tensor,
-    k_PTKD: Tensor,
-    v_PTKD: Tensor,
-    pool_k_PJKD: Tensor,
-    pool_v_PJKD: Tensor,
-    sink: Tensor,
-    gate_NH: Tensor,
-    rows: StepRows,
-    window: int,
-    block: int,
-    stride: int,
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, pooled: Pooled, rows: StepRows, window: int
 ) -> Tensor:
     """``deepseek.ops.paged_attention.paged_hybrid_attention``."""
-    local = paged_attention(q_rope_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window)
-    pools = [_all_pages(pool, rows.global_SP) for pool in (pool_k_PJKD, pool_v_PJKD)]
+    local = paged_attention(q_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window)
+    block, stride = pooled.block, pooled.stride
+    pools = [_all_pages(pool, rows.global_SP) for pool in (pooled.k_PJKD, pooled.v_PJKD)]
     slots = pools[0].shape[1]
     # Slot s holds the block that position s·stride + (block − 1) mod stride completes.
     done_J = torch.arange(slots, device=q_NHD.device) * stride + (block - 1) % stride
     seen = (done_J >= block - 1) & (done_J <= rows.position_N[:, None])
-    first = [x.to(pools[0].dtype).expand(len(q_NHD), 1, -1, -1) for x in sink]
+    first = [x.to(pools[0].dtype).expand(len(q_NHD), 1, -1, -1) for x in pooled.sink]
     k, v = (torch.cat((a, b), 1) for a, b in zip(first, pools))
-    whole = _attend(q_NHD, k, v, torch.nn.functional.pad(seen, (1, 0), value=True))
-    g = gate_NH[..., None].to(local.dtype)
+    whole = _attend(pooled.q_NHD, k, v, torch.nn.functional.pad(seen, (1, 0), value=True))
+    g = pooled.gate_NH[..., None].to(local.dtype)
     return g * whole + (1 - g) * local
 
 

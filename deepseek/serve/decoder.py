@@ -30,6 +30,7 @@ from deepseek.ops.native_attention import NativeAppend
 from deepseek.ops.native_attention import takes as native_takes_heads
 from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
 from deepseek.ops.paged_attention import (
+    Pooled,
     StepRows,
     append_rows,
     paged_attention,
@@ -203,10 +204,8 @@ class DecoderLayer:
         gate = self._gates(h)
         if traced is not None:
             traced.gates[self.index] = gate.mean(1)
-        return paged_hybrid_attention(
-            qk[:, : c.heads], q, cache.k, cache.v, cache.pool_k, cache.pool_v, self.sink, gate, rows,
-            c.window, c.block, c.stride,
-        ).flatten(1)  # fmt: skip
+        pooled = Pooled(qk[:, : c.heads], gate, cache.pool_k, cache.pool_v, self.sink, c.block, c.stride)
+        return paged_hybrid_attention(q, cache.k, cache.v, pooled, rows, c.window).flatten(1)
 
     def _append(self, qk: Tensor, v: Tensor, rows: StepRows, rope: Rope, cache: LayerPages) -> Tensor:
         """Rotate, write keys and values, pool what is complete; the rotated queries."""

@@ -16,6 +16,7 @@ from deepseek.nn.attention import Attention, AttentionConfig, Context, FullAtten
 from deepseek.nn.hybrid import HybridAttention
 from deepseek.nn.rope import rope_table, rotate
 from deepseek.ops.paged_attention import (
+    Pooled,
     StepRows,
     paged_attention,
     paged_hybrid_attention,
@@ -170,10 +171,8 @@ class Pages:
             self.raw.flatten(0, 1).index_copy_(0, rows.window_slot_N, k)
             pool_pages(self.raw, self.v, self.pool_k, self.pool_v, rows, c.block, c.stride, layer.pooling())
             gate = self.gates(rows, step)
-            y = paged_hybrid_attention(
-                q, q_rope, self.k, self.v, self.pool_k, self.pool_v, layer.sink, gate, rows,
-                c.window, c.block, c.stride,
-            )  # fmt: skip
+            pooled = Pooled(q, gate, self.pool_k, self.pool_v, layer.sink, c.block, c.stride)
+            y = paged_hybrid_attention(q_rope, self.k, self.v, pooled, rows, c.window)
         elif self.case.kind == "L":
             write_pages(self.k, self.v, k_rope, v, rows.window_slot_N)
             y = paged_attention(q_rope, self.k, self.v, rows.window_SP, rows, c.window)

@@ -14,6 +14,22 @@ int64_t chunk_rows(const Weight& w) {
     return fit > TILE_ROWS ? fit : TILE_ROWS;
 }
 
+// Called by all threads of a region: rows, through the norm if there is one, as words.
+void prepare(
+    const Weight& w, const float* x, const float* norm, float eps, int64_t n, float* normed_rows, uint32_t* words,
+    float* scale) {
+    const int64_t C = w.inputs;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < n; r++) {
+        const float* from = x + r * C;
+        if (norm) {
+            normed(from, norm, eps, C, normed_rows + r * C);
+            from = normed_rows + r * C;
+        }
+        scale[r] = to_words(w.format, from, C, w.words, words + r * w.words);
+    }
+}
+
 // Called by all threads of a region: panels of four blocks are dealt out in turn.
 template <class Write>
 void panels(const Weight& w, const uint32_t* words, const float* scale, int64_t n, Write write) {
@@ -58,21 +74,12 @@ void write_out(
 extern "C" void ds_linear(
     const Weight* w, const float* x, const float* norm, float eps, const float* residual, float* y, int64_t n,
     int64_t threads) {
-    const int64_t C = w->inputs;
     uint32_t* words = rows_scratch.take<uint32_t>(n * w->words);
     float* scale = scale_scratch.take<float>(n);
-    float* all_rows = norm ? inner_scratch.take<float>(n * C) : nullptr;
+    float* all_rows = norm ? inner_scratch.take<float>(n * w->inputs) : nullptr;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < n; r++) {
-            const float* from = x + r * C;
-            if (norm) {
-                normed(from, norm, eps, C, all_rows + r * C);
-                from = all_rows + r * C;
-            }
-            scale[r] = to_words(w->format, from, C, w->words, words + r * w->words);
-        }
+        prepare(*w, x, norm, eps, n, all_rows, words, scale);
         panels(*w, words, scale, n, [&](int64_t r, int some, int64_t block, int blocks, const Vf* out) {
             write_out(*w, residual, y, r, some, block, blocks, out);
         });
@@ -84,23 +91,15 @@ extern "C" void ds_swiglu(
     const Weight* up, const Weight* down, const float* x, const float* norm, float eps, const float* residual, float* y,
     int64_t n, int64_t threads) {
     static thread_local Scratch hidden_scratch;
-    const int64_t C = up->inputs, F = down->inputs;
+    const int64_t F = down->inputs;
     const int64_t most = up->words > down->words ? up->words : down->words;
     uint32_t* words = rows_scratch.take<uint32_t>(n * most);
     float* scale = scale_scratch.take<float>(n);
-    float* all_rows = norm ? inner_scratch.take<float>(n * C) : nullptr;
+    float* all_rows = norm ? inner_scratch.take<float>(n * up->inputs) : nullptr;
     float* hidden = hidden_scratch.take<float>(n * F);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < n; r++) {
-            const float* from = x + r * C;
-            if (norm) {
-                normed(from, norm, eps, C, all_rows + r * C);
-                from = all_rows + r * C;
-            }
-            scale[r] = to_words(up->format, from, C, up->words, words + r * up->words);
-        }
+        prepare(*up, x, norm, eps, n, all_rows, words, scale);
         panels(*up, words, scale, n, [&](int64_t r, int some, int64_t block, int blocks, const Vf* out) {
             for (int i = 0; i < some; i++)
                 for (int b = 0; b < blocks; b += 2) {

@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from deepseek.ops.paged_rows import StepRows
+from deepseek.ops.paged_rows import Pooled, StepRows
 from deepseek.ops.triton.paged_kernels import append_kernel, attend_kernel, combine_kernel
 
 SHORT = 16  #: sequences with at most so many rows are worth splitting
@@ -84,18 +83,6 @@ def tuning_for(q: Tensor) -> Tuning:
     return _forced or (WIDE if q.dtype == torch.float32 else HALF[64 if q.shape[-1] <= 64 else 128])
 
 
-class Pool(NamedTuple):
-    """What a hybrid layer has beside its window: unrotated queries, pages of pooled blocks, sink, gate."""
-
-    q_NHD: Tensor
-    k_PJKD: Tensor
-    v_PJKD: Tensor
-    sink: Tensor
-    gate_NH: Tensor
-    block: int
-    stride: int
-
-
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -109,22 +96,11 @@ def paged_attention(
 
 
 def paged_hybrid_attention(
-    q_NHD: Tensor,
-    q_rope_NHD: Tensor,
-    k_PTKD: Tensor,
-    v_PTKD: Tensor,
-    pool_k_PJKD: Tensor,
-    pool_v_PJKD: Tensor,
-    sink: Tensor,
-    gate_NH: Tensor,
-    rows: StepRows,
-    window: int,
-    block: int,
-    stride: int,
+    q_NHD: Tensor, k_PTKD: Tensor, v_PTKD: Tensor, pooled: Pooled, rows: StepRows, window: int
 ) -> Tensor:
     """``deepseek.ops.paged_attention.paged_hybrid_attention``."""
-    pool = Pool(_rows(q_NHD), pool_k_PJKD, pool_v_PJKD, sink.contiguous(), gate_NH, block, stride)
-    return _attend(q_rope_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window, pool)
+    pool = pooled._replace(q_NHD=_rows(pooled.q_NHD), sink=pooled.sink.contiguous())
+    return _attend(q_NHD, k_PTKD, v_PTKD, rows.window_SP, rows, window, pool)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -138,7 +114,7 @@ def _attend(
     table_SP: Tensor,
     rows: StepRows,
     window: int | None,
-    pool: Pool | None,
+    pool: Pooled | None,
 ) -> Tensor:
     assert k.is_contiguous(), "pages are whole tensors"
     assert v.is_contiguous(), "pages are whole tensors"
@@ -181,7 +157,7 @@ def _launch(
     table_SP: Tensor,
     rows: StepRows,
     window: int | None,
-    pool: Pool | None,
+    pool: Pooled | None,
     out: Tensor,
     cut: Tensor | None,
     tiles: Tiles,
@@ -204,7 +180,7 @@ def _launch(
     if splits > 1:
         shape = (1 if pool is None else 2, end - first, H, splits)
         parts, lses = (q.new_empty(*shape, *x, dtype=torch.float32) for x in ((D,), ()))
-    p = pool or Pool(q, k, v, q, q, 1, 1)
+    p = pool or Pooled(q, k, v, q, q, 1, 1)
     gate = p.gate_NH.stride()[:2]
     pooled = table_SP if pool is None else rows.global_SP
     common = {"H": H, "D": D, "DP": DP, "POOLED": pool is not None}
