@@ -65,7 +65,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     asked = parser.parse_args()
     if KEYS not in os.environ:
-        parser.error(f"every program on this machine reaches Ray's proxy, others with --host: set {KEYS}=NAME=KEY")
+        parser.error(
+            f"every program on this machine reaches Ray's proxy, others with --host: set {KEYS}=NAME=KEY"
+        )
 
     from ray import serve
 

@@ -100,7 +100,9 @@ def _operations(device: torch.device) -> dict[str, str]:
 
 def _cpu_serving() -> str:
     if not native.available():
-        return "plain torch: no native kernels (they need Linux and a C++ compiler, and DEEPSEEK_NATIVE not 0)"
+        return (
+            "plain torch: no native kernels (they need Linux and a C++ compiler, and DEEPSEEK_NATIVE not 0)"
+        )
     own = [name for name in ("bf16", "int8") if native.has(name)]
     return f"native kernels; this processor's own products: {', '.join(['fp32', *own])}"
 
