@@ -54,6 +54,7 @@ from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, r
 from deepseek.serve.speculative import NgramProposer
 from deepseek.serve.text import TextStream, begins_text
 from deepseek.serve.transfer import Readback, put
+from deepseek.weights.gguf_parts import model_name
 
 LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
 
@@ -132,7 +133,7 @@ class Engine:
     def info(self) -> ModelInfo:
         shape, path = self.shape, self.path
         return ModelInfo(
-            name=self.config.name or path.name.removesuffix(".gguf"), path=str(path), max_length=self.max_length,
+            name=self.config.name or model_name(path), path=str(path), max_length=self.max_length,
             vocab_size=self.vocabulary, hidden=shape.hidden,
             parameters=self.parameters, step=self.training_step,
             adapters=self.bank.names, experts=shape.moe.experts,

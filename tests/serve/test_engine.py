@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deepseek.assemble import Loaded
+from deepseek.config import replace
 from deepseek.errors import EngineError, RequestError
 from deepseek.models import ModelConfig, Transformer
 from deepseek.nn.attention import AttentionConfig
@@ -31,6 +32,9 @@ SHAPES = {
     "hybrid": ("H", HEADS, MoEConfig()),
     "mixed": ("LHF", HEADS, EXPERTS),
     "overlapping": ("HLF", OVERLAPPING, MoEConfig(experts=6, top_k=3, expert_ffn=16, shared_experts=1)),
+    # Heads of 16 and more are attended to by the native kernels, where they can be compiled.
+    "mixed, native": ("LHF", replace(HEADS, head_dim=16), EXPERTS),
+    "overlapping, native": ("HLF", replace(OVERLAPPING, head_dim=16), MoEConfig()),
 }
 
 
