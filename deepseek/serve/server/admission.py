@@ -35,7 +35,8 @@ class Admission:
         self.capacity = max_running + max_waiting
         self.inside, self.draining = 0, False
         self._clock = clock
-        self._finished: deque[tuple[float, int]] = deque()
+        self._finished: deque[tuple[float, int]] = deque()  #: of the last ``MEMORY`` seconds
+        self._lately = 0  #: sequences in it
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -80,20 +81,26 @@ class Admission:
         self.inside -= sequences
         if done:
             self._finished.append((self._clock(), sequences))
+            self._lately += sequences
+            self._forget()
         if self.inside == 0:
             self._empty.set()
 
     def retry_after(self) -> int:
         """Whole seconds until one that is refused now may find room."""
-        now = self._clock()
-        while self._finished and self._finished[0][0] < now - MEMORY:
-            self._finished.popleft()
-        count = sum(n for _, n in self._finished)
-        if not count:
+        now = self._forget()
+        if not self._lately:
             return 5
         span = max(1.0, now - self._finished[0][0])
         ahead = max(1, self.inside - self.capacity // 2)
-        return max(1, min(LONGEST_WAIT, math.ceil(ahead * span / count)))
+        return max(1, min(LONGEST_WAIT, math.ceil(ahead * span / self._lately)))
+
+    def _forget(self) -> float:
+        """Drop what is too long ago; the time now."""
+        now = self._clock()
+        while self._finished and self._finished[0][0] < now - MEMORY:
+            self._lately -= self._finished.popleft()[1]
+        return now
 
     async def emptied(self) -> None:
         """Until nobody is inside."""
