@@ -113,7 +113,6 @@ inline Vf exponential(Vf x) {
     Vi power = ((Vi)shifted - (Vi)magic) << 23;
     return (Vf)((Vi)p + power);
 }
-inline Vf sigmoid(Vf x) { return 1.0f / (1.0f + exponential(-x)); }
 inline Vf silu(Vf x) { return x / (1.0f + exponential(-x)); }
 
 // Memory of the calling thread that the next call overwrites: fresh pages from the system cost more than the work.
