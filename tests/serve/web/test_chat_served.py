@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def test_stop_ends_the_request_in_the_engine_and_continue_goes_on(browser: Any) 
         client.delay, client.text = 0.0, " and so on."
         page.get_by_role("button", name="Continue").click()
         expect(page.locator(ANSWERS)).to_contain_text("and so on.")
-        assert page.inner_text(ANSWERS).startswith(kept)
+        # The last rendering may come after the text is there: what was kept is waited for like the rest.
+        expect(page.locator(ANSWERS)).to_contain_text(re.compile(rf"^\s*{re.escape(kept.strip())}"))
         window.true(lambda: client.running == set())
         assert len(client.aborted) == 1
 
