@@ -61,7 +61,7 @@ def test_a_reload_in_the_middle_of_an_answer(server: Any, window: Any) -> None:
     before = page.locator(ANSWERS).last.inner_text()
     page.reload()
     expect(page.locator(ANSWERS)).to_have_count(2)  # the same conversation is shown again
-    assert page.locator(ANSWERS).last.inner_text().startswith(before)
+    window.true(lambda: page.locator(ANSWERS).last.inner_text().startswith(before), "what was there is lost")
     expect(page.locator(".notice.lost")).to_contain_text("The connection ended")
     window.true(lambda: server.state.stopped == 1, "the engine went on for nobody")
     server.state.pause = 0.0
@@ -167,7 +167,7 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(server: Any, window: An
     came = page.inner_text(ANSWERS)
     page.locator(".notice").get_by_role("button", name="Continue").click()
     expect(page.locator(".notice.unreached")).to_be_visible()
-    assert page.inner_text(ANSWERS) == came, "what came is kept"
+    window.true(lambda: page.inner_text(ANSWERS) == came, "what came is not kept")
     again = FakeChatServer(port)
     again.state.ready, again.state.pause = False, 0.0
     with running(again):
@@ -178,7 +178,7 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(server: Any, window: An
         page.keyboard.press("Escape")
         finished(page)
         assert again.state.asked[0]["messages"][-1] == {"role": "assistant", "content": came}
-        assert page.inner_text(ANSWERS).startswith(came)
+        window.true(lambda: page.inner_text(ANSWERS).startswith(came), "what came is not kept")
 
 
 def test_a_server_that_says_that_it_ends_is_waited_for(server: Any, window: Any) -> None:

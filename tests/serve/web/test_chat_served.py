@@ -64,6 +64,7 @@ def test_stop_ends_the_request_in_the_engine_and_continue_goes_on(browser: Any) 
         page.keyboard.press("Escape")
         finished(page)
         expect(page.locator(".ended")).to_contain_text("Stopped.")
+        expect(page.locator(ANSWERS)).not_to_be_empty()
         kept = page.inner_text(ANSWERS)
         client.delay, client.text = 0.0, " and so on."
         page.get_by_role("button", name="Continue").click()
