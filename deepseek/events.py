@@ -57,18 +57,24 @@ def emit(name: str, step: int | None = None, /, **values: Any) -> None:
 
 @contextmanager
 def attached(*sinks: Sink) -> Iterator[None]:
-    """Attach ``sinks`` for the length of a ``with`` block, then close them."""
+    """Attach ``sinks`` for the length of a ``with`` block, then detach and close them, the last one first.
+
+    What a sink tells while it closes (what was found in the last step, say) is heard by those before it.
+    """
     with _lock:
         _sinks.extend(sinks)
     try:
         yield
     finally:
-        with _lock:
+        with ExitStack() as closing:
             for sink in sinks:
-                _sinks.remove(sink)
-        with ExitStack() as closing:  # without the lock: a sink may wait for a thread of its own that emits
-            for sink in sinks:
-                closing.callback(sink.close)  # every sink is closed, even if another one fails to
+                closing.callback(_detach, sink)  # every sink is closed, even if another one fails to
+
+
+def _detach(sink: Sink) -> None:
+    with _lock:
+        _sinks.remove(sink)
+    sink.close()  # without the lock: a sink may wait for a thread of its own that emits
 
 
 def plain(value: Any) -> Any:

@@ -53,6 +53,20 @@ def test_every_sink_is_detached_and_closed_although_one_fails() -> None:
     assert events._sinks == []
 
 
+def test_what_a_sink_tells_while_it_closes_is_heard_by_those_before_it() -> None:
+    class Late(MemorySink):
+        def close(self) -> None:
+            thread = threading.Thread(target=emit, args=("late", 1))  # a lock that is held would stop it
+            thread.start()
+            thread.join(30)
+
+    before, late, after = MemorySink(), Late(), MemorySink()
+    with attached(before, late, after):
+        pass
+    assert [[e.name for e in sink.events] for sink in (before, late, after)] == [["late"], [], []]
+    assert events._sinks == []
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

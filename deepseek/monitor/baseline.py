@@ -33,6 +33,7 @@ FIRST = 8  #: rows from which the first level, trend and scale are computed
 LONG_CAP, LONG_SLACK = 3.0, 0.8  #: of the sums that look for small and lasting shifts
 LAYOUTS = 16  #: sets of names whose places are remembered
 TINY = 1e-30  #: below it a positive quantity counts as zero
+FARTHEST = 1e9  #: standard deviations; what is farther away is as unusual
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Baselines:
         self.last[i] = x
         away = np.where(size * MAD > spread, rate, -rate)
         self.spread[i] = np.where(grown, np.maximum(spread * np.exp(away), floor), self.spread[i])
-        z = np.where(seen >= self.warmup[i], z, 0.0)
+        z = np.where(seen >= self.warmup[i], np.clip(z, -FARTHEST, FARTHEST), 0.0)
         gain = np.clip(z, -self.cap, self.cap)
         self.up[i] = np.maximum(self.up[i] + gain - self.slack, 0.0)
         self.down[i] = np.maximum(self.down[i] - gain - self.slack, 0.0)

@@ -87,12 +87,15 @@ class Watch:
         if step < self._step:
             self._go_back()
         self._step = step
-        scores = self.base.update(step, row)
-        view = View(step, time, row, scores, self.base, self._groups)
-        alarms = [alarm for detector in self.detectors for alarm in detector.check(view)]
-        changed = self._file(alarms)
-        changed += self._went_on(step)
-        return [incident for case in self._due(changed) if (incident := self._tell(case)) is not None]
+        with np.errstate(
+            all="ignore"
+        ):  # a row may hold any numbers; what overflows is infinite, and so found
+            scores = self.base.update(step, row)
+            view = View(step, time, row, scores, self.base, self._groups)
+            alarms = [alarm for detector in self.detectors for alarm in detector.check(view)]
+            changed = self._file(alarms)
+            changed += self._went_on(step)
+            return [incident for case in self._due(changed) if (incident := self._tell(case)) is not None]
 
     def idle(self, now: float) -> list[Incident]:
         """Look at the clock while no rows come; a hang shows here.
@@ -101,7 +104,8 @@ class Watch:
             now: Unix time, seconds.
         """
         alarms = [a for d in self.detectors if isinstance(d, Hang) for a in d.idle(now)]
-        return [i for case in self._file(alarms) if (i := self._tell(case)) is not None]
+        with np.errstate(all="ignore"):  # as in ``update``
+            return [i for case in self._file(alarms) if (i := self._tell(case)) is not None]
 
     tick = idle  #: the name by which a sink calls it
 

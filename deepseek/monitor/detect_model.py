@@ -174,8 +174,9 @@ class Weights(Detector):
         change[np.isnan(change)] = 0.0
         change[lost & ~np.isfinite(now) & (last > 0)] = np.inf
         allowed = self._allowed(view, labels) * gap
-        usual = np.asarray(self.memory.get("usual", change), float)
-        usual = usual if len(usual) == len(change) else change
+        bounded = np.minimum(change, 1.0)  # what a first sample may teach: infinity would stay for good
+        usual = np.asarray(self.memory.get("usual", bounded), float)
+        usual = np.where(np.isfinite(usual), usual, bounded) if len(usual) == len(change) else bounded
         odd = (change > 0.2 * allowed + 0.005) & (last > 0)
         growth = change / np.maximum(usual, 1e-4)
         odd &= (growth > 7) & (float(np.median(growth)) < 3)  # if all layers move, it is the optimizer

@@ -81,11 +81,13 @@ class Observer:
     def _sinks(self) -> list[Sink]:
         """Who keeps series and incidents, and who tells people about them."""
         c, found = self.config, list[Sink]()
+        if receivers := receivers_of(
+            c.webhook, c.command
+        ):  # first: it hears what the others find as they close
+            found.append(Guarded(AlertSink(self.run, receivers, severity=c.alert_from), "telling people"))
         if self.watch is not None:
             found.append(Guarded(WatchMemory(self.watch, self.run, self.resumed), "what detectors remember"))
         self._safely(STORE, lambda: found.append(Guarded(StoreSink(self.run, self.watch), STORE)))
-        if receivers := receivers_of(c.webhook, c.command):
-            found.append(Guarded(AlertSink(self.run, receivers, severity=c.alert_from), "telling people"))
         return found
 
     def begin(

@@ -258,6 +258,42 @@ def test_one_slow_step_is_nothing_but_one_long_wait_for_data_is() -> None:
     assert [i.kind for i in watched(data_stall)] == ["stall"]
 
 
+@pytest.mark.parametrize("bad", [1, 2, 3, 40])
+def test_weights_that_were_not_a_number_for_a_while_are_watched_as_before(bad: int) -> None:
+    """Wherever in the history the NaN was, the first row included: a norm's usual change is known again later."""
+    watch, row, found = Watch(), healthy(), dict[str, Incident]()
+    for step in range(1, 260):
+        values = row(step)
+        if bad <= step < bad + 2:
+            values.update({f"layer/{i}/weight_norm": math.nan for i in range(LAYERS)})
+        if step >= 200:
+            bit_flip(step, values)
+        for incident in watch.update(step, values, 0.5 * step):
+            found[incident.id] = incident
+    assert [i.kind for i in found.values()] == ["nan", "corruption"]
+    assert json.dumps(watch.state_dict()["detectors"]["Weights"], allow_nan=False)
+
+
+ODD = (math.nan, math.inf, -math.inf, 0.0, -1.0, 3.4e38, 1e39, 1e300, -1e300, 1e-300)
+
+
+@pytest.mark.parametrize("head", ["", "train/", "time/", "layer/", "expert/", "rank/", "data/", "memory/"])
+def test_no_numbers_that_a_row_may_hold_stop_the_watch(head: str) -> None:
+    """Warnings are errors here: what the arithmetic makes of them is not worth a line on the terminal either."""
+    random = np.random.default_rng(len(head))
+    for odd in (math.nan, math.inf, -1e300, None):
+        watch, row = Watch(), healthy()
+        for step in range(1, 45):
+            values = row(step)
+            for name in [n for n in values if n.startswith(head) and step > 15 and random.random() < 0.4]:
+                values[name] = float(random.choice(ODD)) if odd is None else odd
+            found = watch.update(step, values, 0.5 * step) + watch.tick(0.5 * step + 100.0)
+            json.dumps([incident.to_dict() for incident in found], allow_nan=False)
+        for array in (watch.base.level, watch.base.trend, watch.base.spread, watch.base.up, watch.base.down):
+            assert np.isfinite(array).all(), f"{head}: {odd} is remembered"
+        assert np.isfinite(watch.base.z).all()
+
+
 def test_going_back_to_a_checkpoint_is_no_incident() -> None:
     watch, row, found = Watch(), healthy(), []
     for step in [*range(1, 200), *range(150, 320)]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +182,11 @@ def test_a_store_that_cannot_be_opened_is_told_once_and_ends_nothing(tmp_path: P
 
 
 class FakeWatch:
-    """Finds one incident, at step 5, in what the sink shows it."""
+    """Finds one incident, at step ``at``, in what the sink shows it."""
 
-    def __init__(self, raises: bool = False) -> None:
+    def __init__(self, raises: bool = False, at: int = 5) -> None:
         self.rows: dict[int, dict[str, float]] = {}
-        self.raises, self.found = raises, 0
+        self.raises, self.at, self.found = raises, at, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": len(self.rows)}
@@ -191,7 +195,7 @@ class FakeWatch:
         self.rows.setdefault(step, {}).update(row)
         if self.raises:
             raise RuntimeError("a detector with a fault")
-        if step != 5 or self.found:
+        if step != self.at or self.found:
             return []
         self.found = 1
         return [FakeIncident()]
@@ -246,6 +250,25 @@ def test_a_detector_with_a_fault_is_told_once_and_ends_nothing(
     with RunStore(tmp_path / "run") as store:
         steps, _ = store.series.raw("train/loss", 0, 100)
     assert steps.tolist() == list(range(1, 9))  # the series go on
+
+
+def test_what_is_found_in_the_last_step_is_told_to_the_log_and_to_people(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found as the sinks close: whoever hears of incidents must close after the store does."""
+    monkeypatch.setattr("deepseek.recipes.observe.Watch", lambda config: FakeWatch(at=8))
+    write = "import os, sys; open(sys.argv[1], 'wb').write(sys.stdin.buffer.read()); os.rename(*sys.argv[1:])"
+    command = shlex.join([sys.executable, "-c", write, str(tmp_path / "part"), str(tmp_path / "alert.json")])
+    sink = MemorySink()
+    assert pretrain(watched(corpus, {"command": command}), tmp_path / "run", sinks=[sink]).finished
+    assert warnings_of(sink) == []
+    assert [e["id"] for e in events(tmp_path / "run") if e["event"] == "incident"] == ["spike-5"]
+    end = (
+        time.monotonic() + 60
+    )  # a run waits a few seconds for what is on its way, which here is a new process
+    while not (tmp_path / "alert.json").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert json.loads((tmp_path / "alert.json").read_text())["id"] == "spike-5"
 
 
 def test_runs_with_the_same_data_are_siblings_and_a_watch_remembers(tmp_path: Path, corpus: Path) -> None:
