@@ -52,6 +52,18 @@ def keep(page: Any, conversation: dict[str, Any]) -> None:
     )
 
 
+def texts(page: Any) -> set[str]:
+    """What is said in the first of them."""
+    return {message["text"] for message in kept(page)[0]["messages"].values()}
+
+
+def without(conversation: dict[str, Any], *heads: str) -> dict[str, Any]:
+    """The conversation less the messages that begin so."""
+    messages = {i: m for i, m in conversation["messages"].items() if not m["text"].startswith(heads)}
+    order = [i for i in conversation["order"] if i in messages]
+    return {**conversation, "order": order, "messages": messages}
+
+
 def test_a_reload_in_the_middle_of_an_answer(server: Any, window: Any) -> None:
     page = opened(window, server.url)
     ask(page, "say: one")
@@ -118,22 +130,57 @@ def test_two_tabs_in_one_conversation(server: Any, window: Any) -> None:
     other.fill(".reword textarea", "say: beside")
     other.keyboard.press("Enter")
     expect(other.locator(ANSWERS)).to_have_text("beside")
+    window.true(lambda: "beside" in texts(other), "it was not kept")  # it is shown first
     # a version of the conversation that knows nothing of what the first tab receives
-    mine = kept(page)[0]
-    gone = [m["id"] for m in mine["messages"].values() if m["text"].startswith(("slow", "word"))]
-    stale = {
-        **mine,
-        "order": [i for i in mine["order"] if i not in gone],
-        "messages": {i: m for i, m in mine["messages"].items() if i not in gone},
-    }
-    keep(other, stale)
-    window.true(lambda: any("word9" in m["text"] for m in kept(other)[0]["messages"].values()), "it was lost")
-    texts = {m["text"] for m in kept(other)[0]["messages"].values()}
-    assert {"say: begin", "begin", "say: beside", "beside"} <= texts
+    keep(other, without(kept(other)[0], "slow", "word"))
+    window.true(lambda: any("word9" in text for text in texts(other)), "it was lost")
+    window.true(lambda: {"say: begin", "begin", "say: beside", "beside"} <= texts(other), "that was lost")
     other.get_by_role("button", name="Delete say: begin").click()
     other.get_by_role("button", name="Delete", exact=True).click()
     window.true(lambda: server.state.stopped == 1, "an answer that nobody can see is worked on")
-    assert kept(other) == []
+    window.true(lambda: kept(other) == [], "what was deleted is there again")
+    assert window.troubles == []
+
+
+def test_versions_of_two_tabs_that_cross_lose_nothing(server: Any, window: Any) -> None:
+    """A third page on the server's address writes what a tab would that has not heard of the others yet."""
+    page = opened(window, server.url)
+    ask(page, "say: begin")
+    finished(page)
+    between = window.context.new_page()
+    between.goto(f"{server.url}icon.svg")
+    before = kept(between)[0]
+    ask(page, "say: more words")
+    finished(page)
+    window.true(lambda: "more words" in texts(between), "it was not kept")
+    said = kept(between)[0]
+    keep(between, before)  # nobody receives anything: it is what was said that is missing
+    window.true(lambda: {"say: more words", "more words"} <= texts(between), "it was lost")
+    cut = json.loads(json.dumps(said).replace('"text": "more words"', '"text": "mo"'))
+    for message in cut["messages"].values():
+        message["changes"] = min(message.get("changes", 0), 1)  # as it was when its answer had just begun
+    keep(between, cut)
+    window.true(lambda: "more words" in texts(between), "it was cut")
+    expect(page.locator(ANSWERS).last).to_have_text("more words")
+    assert window.troubles == []
+
+
+def test_what_is_deleted_stays_so_though_the_tab_that_receives_it_wrote_meanwhile(
+    server: Any, window: Any
+) -> None:
+    written = "e => e.newValue === null && localStorage.setItem(e.key, e.oldValue)"
+    window.page.add_init_script(f"addEventListener('storage', {written})")  # before the page's own listener
+    page = opened(window, server.url)
+    ask(page, f"slow: {WORDS}")
+    expect(page.locator(ANSWERS).last).to_contain_text("word5")
+    between = window.context.new_page()
+    between.goto(f"{server.url}icon.svg")
+    between.evaluate(
+        "localStorage.removeItem(Object.keys(localStorage).find(k => k.startsWith('deepseek.chat.c.')))"
+    )
+    window.true(lambda: server.state.stopped == 1, "an answer that nobody can see is worked on")
+    window.true(lambda: kept(between) == [], "it came back")
+    expect(page.locator("article")).to_have_count(0)
     assert window.troubles == []
 
 

@@ -74,12 +74,12 @@ export async function ask(conversation: string, id: string, onward = false): Pro
   const cell = new Cell<Live>(record.live());
   waiting.delete(id);
   const { model } = settings.value;
-  const keep = (part: Partial<Message>, stored: boolean) => update(conversation, (now) => change(now, id, part), stored);
+  const keep = (part: Partial<Message>) => update(conversation, (now) => change(now, id, part));
   const received = () => ({ text: record.text, thought: record.thought || undefined });
-  const save = () => keep({ ...received(), finish: undefined, trouble: { kind: "lost", text: "" } }, true);
+  const save = () => keep({ ...received(), finish: undefined, trouble: { kind: "lost", text: "" } });
   running.value = new Map(running.value).set(id, { cell, stop: () => abort.abort(), save, conversation });
   receiving.add(id);
-  keep({ trouble: undefined, finish: OPEN, text: before?.text ?? "", thought: before?.thought, numbers: undefined, model }, true);
+  keep({ trouble: undefined, finish: OPEN, text: before?.text ?? "", thought: before?.thought, numbers: undefined, model });
   const frames = new Frames(() => (cell.value = record.live()));
   let saved = Date.now();
   let end: Partial<Message> = {};
@@ -89,7 +89,7 @@ export async function ask(conversation: string, id: string, onward = false): Pro
       frames.ask();
       if (Date.now() - saved > SAVED_EVERY) {
         saved = Date.now();
-        keep(received(), true);
+        keep(received());
       }
       if (!get(conversation)?.messages[id]) abort.abort(); // deleted, here or in another tab
     }
@@ -103,7 +103,7 @@ export async function ask(conversation: string, id: string, onward = false): Pro
   const live = record.live();
   if (live.details.length) details.value = new Map(details.value).set(id, live.details);
   else if (!onward && details.value.has(id)) details.value = new Map([...details.value].filter(([key]) => key !== id));
-  keep({ text: live.text, thought: live.thought || undefined, numbers: live.numbers, ...end }, true);
+  keep({ text: live.text, thought: live.thought || undefined, numbers: live.numbers, ...end });
   receiving.delete(id);
   const left = new Map(running.value);
   left.delete(id);

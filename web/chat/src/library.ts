@@ -1,7 +1,7 @@
 // All conversations: one entry of localStorage each, so that two tabs do not overwrite each other's.
 
 import { Cell } from "../../src/cell";
-import { type Conversation, checked, conversation, newId, upTo } from "./tree";
+import { type Conversation, checked, conversation, lacks, merge, newId } from "./tree";
 
 const PREFIX = "deepseek.chat.c.";
 const FORMAT = "deepseek-chat-1";
@@ -38,7 +38,7 @@ current.watch(() => {
     // as above
   }
 });
-/** Messages that this page is receiving: another tab's version of their conversation may not have them yet. */
+/** Messages that this page is receiving: they are written every now and then, and at their end. */
 export const receiving = new Set<string>();
 /** Set when the browser keeps no more: the words for the reader. */
 export const full = new Cell(false);
@@ -79,16 +79,18 @@ export function get(id: string): Conversation | undefined {
   return library.value.get(id) ?? (blank.value.id === id ? blank.value : undefined);
 }
 
-/** Change a conversation by its id; whoever looks at it sees the change, and storage has it unless ``keep`` is false. */
-export function update(id: string, how: (c: Conversation) => Conversation, keep = true): void {
+/** Change a conversation by its id; whoever looks at it sees the change, and so does storage. */
+export function update(id: string, how: (c: Conversation) => Conversation): void {
   const before = get(id);
   if (!before) return;
   const after = how(before);
   if (after === before) return;
   if (!after.order.length && !library.value.has(id)) blank.value = after;
   else {
-    library.value = new Map(library.value).set(id, after);
-    if (keep) write(after);
+    const there = stored(id); // what another tab wrote a moment ago, or while this page was asleep
+    const whole = there && lacks(after, there, receiving) ? merge(after, there) : after;
+    library.value = new Map(library.value).set(id, whole);
+    write(whole);
   }
 }
 
@@ -105,6 +107,14 @@ export function remove(id: string): void {
   full.value = false;
 }
 
+function stored(id: string): Conversation | null {
+  try {
+    return parsed(localStorage.getItem(PREFIX + id));
+  } catch {
+    return null;
+  }
+}
+
 function write(c: Conversation): void {
   try {
     localStorage.setItem(PREFIX + c.id, JSON.stringify(c));
@@ -114,26 +124,24 @@ function write(c: Conversation): void {
   }
 }
 
+// Another tab wrote. Each tab writes whole conversations, so that a version may come that knows nothing of what this page
+// had just written: what is merged then is written again, until a version comes that lacks nothing.
 addEventListener("storage", (e) => {
   if (!e.key?.startsWith(PREFIX)) return;
+  const id = e.key.slice(PREFIX.length);
+  const [theirs, mine, there] = [parsed(e.newValue), library.value.get(id), stored(id)];
   const next = new Map(library.value);
-  const one = parsed(e.newValue);
-  if (one) next.set(one.id, withReceiving(one, next.get(one.id)));
-  else next.delete(e.key.slice(PREFIX.length));
+  if (theirs && there) {
+    const whole = mine ? merge(theirs, mine) : theirs;
+    next.set(id, whole);
+    if (lacks(there, whole, receiving)) write(whole);
+  } else {
+    next.delete(id);
+    // what this page received in the meantime does not bring back what was deleted
+    if (there && mine?.order.some((m) => receiving.has(m))) localStorage.removeItem(e.key);
+  }
   library.value = next;
 });
-
-/** ``theirs``, and of ``mine`` what this page is receiving, with the messages that lead to it. */
-function withReceiving(theirs: Conversation, mine: Conversation | undefined): Conversation {
-  let kept = theirs;
-  for (const id of mine?.order ?? []) {
-    if (!receiving.has(id)) continue;
-    const missing = upTo(mine!, id).filter((m) => !Object.hasOwn(kept.messages, m.id) || m.id === id);
-    const added = missing.filter((m) => !Object.hasOwn(kept.messages, m.id)).map((m) => m.id);
-    kept = { ...kept, messages: { ...kept.messages, ...Object.fromEntries(missing.map((m) => [m.id, m])) }, order: [...kept.order, ...added] };
-  }
-  return kept;
-}
 
 export function exported(which: Conversation[]): string {
   return JSON.stringify({ format: FORMAT, conversations: which }, null, 1);

@@ -11,6 +11,7 @@ export interface Message {
   text: string;
   thought?: string; // what a reasoning model said to itself
   time: number; // ms
+  changes?: number; // so far: of two tabs' versions the one with more is the later
   model?: string;
   numbers?: Numbers;
   finish?: string; // why the answer ended
@@ -88,7 +89,8 @@ export function add(c: Conversation, message: Message): Conversation {
 
 export function change(c: Conversation, id: string, part: Partial<Message>): Conversation {
   if (!c.messages[id]) return c;
-  return { ...c, updated: Date.now(), messages: { ...c.messages, [id]: { ...c.messages[id], ...part } } };
+  const changed = { ...c.messages[id], ...part, changes: changes(c.messages[id]) + 1 };
+  return { ...c, updated: Date.now(), messages: { ...c.messages, [id]: changed } };
 }
 
 /** Show the sibling ``by`` places further on; the rest of its own branch comes with it. */
@@ -99,13 +101,24 @@ export function turn(c: Conversation, id: string, by: number): Conversation {
   return next ? { ...c, chosen: choose(c.chosen, parent, next) } : c;
 }
 
-/** Take out a message and all that follows from it. */
-export function remove(c: Conversation, id: string): Conversation {
-  const gone = new Set([id]);
-  for (const each of c.order) if (gone.has(c.messages[each].parent ?? ROOT)) gone.add(each);
-  const order = c.order.filter((each) => !gone.has(each));
-  return { ...c, updated: Date.now(), order, messages: Object.fromEntries(order.map((each) => [each, c.messages[each]])) };
+/** Two tabs' versions of one conversation as one: no message is lost, and of each the version with more changes counts. */
+export function merge(theirs: Conversation, mine: Conversation): Conversation {
+  const messages = { ...mine.messages };
+  for (const id of theirs.order) {
+    const [a, b] = [theirs.messages[id], mine.messages[id]];
+    messages[id] = b && changes(b) > changes(a) ? b : a;
+  }
+  const order = [...theirs.order, ...mine.order.filter((id) => !Object.hasOwn(theirs.messages, id))];
+  const named = mine.named && !theirs.named ? { title: mine.title, named: true } : {};
+  return { ...theirs, ...named, updated: Math.max(theirs.updated, mine.updated), messages, order, chosen: { ...mine.chosen, ...theirs.chosen } };
 }
+
+/** Whether ``c`` lacks a message of ``whole``, or has an older version of one that is not among ``growing``. */
+export function lacks(c: Conversation, whole: Conversation, growing: ReadonlySet<string>): boolean {
+  return whole.order.some((id) => !Object.hasOwn(c.messages, id) || (!growing.has(id) && changes(c.messages[id]) < changes(whole.messages[id])));
+}
+
+const changes = (m: Message) => m.changes ?? 0;
 
 export function titleFrom(text: string): string {
   const line = text.trim().split("\n")[0].replace(/\s+/g, " ");
@@ -121,6 +134,7 @@ const KINDS: Trouble[] = ["key", "busy", "starting", "lost", "unreached", "refus
 function checkedMessage(id: string, m: Partial<Message>, parent: string | null): Message {
   const out: Message = { id, parent, role: m.role === "user" ? "user" : "assistant", text: text(m.text), time: number(m.time) ?? 0 };
   for (const name of ["thought", "model", "finish"] as const) if (text(m[name])) out[name] = text(m[name]);
+  if (number(m.changes)) out.changes = m.changes;
   if (m.numbers && typeof m.numbers === "object") {
     const names = ["prompt", "cached", "answer", "first", "speed", "seconds"] as const;
     out.numbers = Object.fromEntries(names.map((n) => [n, number(m.numbers![n])]).filter(([, v]) => v !== undefined));
