@@ -256,21 +256,39 @@ def test_a_step_on_a_gpu_waits_for_nothing() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_a_replayed_step_that_is_not_finite_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs a GPU"))]
+)
+@pytest.mark.parametrize("micro_rows", [0, 2])
+@pytest.mark.parametrize("policy", [FP32, BF16])
+def test_a_replayed_step_that_is_not_finite_changes_nothing(
+    policy: Policy, micro_rows: int, device: str
+) -> None:
     def loss(net: Transformer, part: Batch) -> Loss:  # token 0 in the first place poisons the batch
         found = next_token_loss(net, part)
-        bad = (part.tokens[0, 0] == 0).float() * torch.inf
-        return found._replace(total=found.total + torch.nan_to_num(bad * 0, nan=torch.nan) * found.total)
+        poison = torch.where(part.tokens[0, 0] == 0, torch.nan, 0.0)
+        return found._replace(total=found.total * (1 + poison))
 
-    step = step_of(BF16, 0, "muon", "cuda")
+    step = step_of(policy, micro_rows, "muon", device)
     step.loss_fn = loss
-    graphed, good, bad = GraphedStep(step, warmup=2), batch(1, length=128), batch(2, length=128)
+    graphed = GraphedStep(step, warmup=2, record=Rerun(step) if device == "cpu" else None)
+    good, bad = batch(1, length=128), batch(2, length=128)
     good.tokens[0, 0], bad.tokens[0, 0] = 1, 0
+    good, bad = good.to(device), bad.to(device)
+
+    def everything() -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in (step.model.state_dict() | step.optimizer.state_dict()).items()}
+
     for _ in range(4):
-        graphed(good.to("cuda"))
-    before = {k: v.clone() for k, v in (step.model.state_dict() | step.optimizer.state_dict()).items()}
-    assert graphed(bad.to("cuda")).skipped
-    after = step.model.state_dict() | step.optimizer.state_dict()
+        assert not graphed(good).skipped
+    assert graphed._captured is not None
+    before = everything()
+    result = graphed(bad)
+    assert result.skipped
+    assert not result.grad_norm.isfinite()
+    after = everything()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert not graphed(good.to("cuda")).skipped
+    assert not graphed(good).skipped
+    after = everything()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert all(v.isfinite().all() for v in after.values())
