@@ -71,7 +71,7 @@ def test_buffers_hold_what_the_tables_say_however_little_is_sent() -> None:
         before = mine._tables_there
         tokens = [rng.randrange(90) for _ in some]
         if rng.random() < 0.5:
-            drawn = torch.tensor([[t, 7] for t in tokens[::-1]])
+            drawn = torch.tensor([[t, 7] for t in tokens[::-1]], device=decoder.device)
             mine.fill(DrawnTokens(drawn[:, 0], list(range(len(some)))[::-1]), host)
         else:
             mine.fill(tokens, host)
