@@ -6,8 +6,9 @@ torch (``expert_rows``). Two choices make backward cheap: the gate is folded int
 that the outputs of the experts need not be kept; and only the first projection's output is kept, the gathered rows
 and the inner activation are made again.
 
-``grouped_linear`` has the backends ``grouped_mm`` (one call, CUDA and CPU) and ``loop`` (one matmul per expert: the
-reference). Routing may be as skewed as it likes and experts may be empty.
+``grouped_linear`` has the backends ``grouped_mm`` (one call, CUDA and CPU), ``tiles`` (batched matmuls, CUDA in fp32:
+``expert_tiles``) and ``loop`` (one matmul per expert: the reference, which waits for the device). Routing may be as
+skewed as it likes and experts may be empty.
 
 Shape letters: N tokens, K experts per token, E experts, A = N·K + S assignments, S rescue slots, R = A rows, D hidden
 size, F expert size.
@@ -22,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops import expert_rows
+from deepseek.ops import expert_rows, expert_tiles
 from deepseek.ops.triton import available, kernels
 from deepseek.registry import get_op, register_op
 
-Backend = Literal["auto", "grouped_mm", "loop"]
+Backend = Literal["auto", "grouped_mm", "tiles", "loop"]
 
 
 class Dispatch(NamedTuple):
@@ -80,13 +81,19 @@ def grouped_linear_grouped_mm(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) 
     return _ContiguousGrad.apply(y[:, : y.shape[1] - outer].contiguous() if outer else y)
 
 
+@register_op("grouped_linear", "tiles")
+def grouped_linear_tiles(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """The same in one batched matmul over tiles of rows: any dtype, nothing asked of the host."""
+    return expert_tiles.linear(x_RD, weight_EDF, ends_E)
+
+
 def grouped_linear(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: str = "auto") -> Tensor:
     """``y[r] = x[r] @ weight[e]`` for the rows r of expert e.
 
     Args:
         x_RD: rows sorted by expert. weight_EDF: one matrix per expert.
         ends_E: int32, where each expert's rows end; what rows beyond the last end hold afterwards is undefined.
-        backend: 'auto', 'grouped_mm', 'loop', or one an extension registered.
+        backend: 'auto', 'grouped_mm', 'tiles', 'loop', or one an extension registered.
 
     Returns:
         ``[R, F]`` in the dtype of ``x``.
@@ -96,8 +103,12 @@ def grouped_linear(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor, backend: st
 
 def grouped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor, backend: str = "auto") -> Tensor:
     """``w[e] = x[rows of e]ᵀ @ y[rows of e]``: the weight gradient of ``grouped_linear``, ``[E, D, F]``."""
-    unit = 16 // x_RD.element_size()
-    if pick_backend(x_RD, backend) != "grouped_mm" or x_RD.shape[1] % unit or y_RF.shape[1] % unit:
+    unit, chosen = 16 // x_RD.element_size(), pick_backend(x_RD, backend)
+    if chosen == "grouped_mm" and (x_RD.shape[1] % unit or y_RF.shape[1] % unit):
+        chosen = "tiles" if x_RD.is_cuda else "loop"
+    if chosen == "tiles":
+        return expert_tiles.outer(x_RD, y_RF, ends_E)
+    if chosen != "grouped_mm":
         sizes = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
         used = sum(sizes)
         return torch.stack([x.T @ y for x, y in zip(x_RD[:used].split(sizes), y_RF[:used].split(sizes))])
@@ -105,11 +116,16 @@ def grouped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor, backend: str = "au
 
 
 def pick_backend(x: Tensor, backend: str = "auto") -> str:
-    """What 'auto' means for ``x``: CUDA's grouped kernel takes bf16 only, the CPU's all but fp64; others have none."""
+    """What 'auto' means for ``x``.
+
+    The grouped kernel of a CPU takes all but fp64, CUDA's bf16 only; other dtypes go by tiles there, and other devices
+    by a loop.
+    """
     if backend != "auto":
         return backend
-    grouped = x.dtype == torch.bfloat16 if x.is_cuda else x.is_cpu and x.dtype != torch.float64
-    return "grouped_mm" if grouped else "loop"
+    if x.is_cuda:
+        return "grouped_mm" if x.dtype == torch.bfloat16 else "tiles"
+    return "grouped_mm" if x.is_cpu and x.dtype != torch.float64 else "loop"
 
 
 def swiglu(x: Tensor) -> Tensor:

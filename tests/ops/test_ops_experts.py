@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from deepseek.errors import ConfigError
 from deepseek.ops.experts import (
@@ -54,7 +55,7 @@ def placed(expert_NK: Tensor, n: int, floor: int = 0, valid: Tensor | None = Non
     skew=st.sampled_from(["uniform", "all to one", "some empty"]),
     seed=st.integers(0, 99),
 )
-@pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("backend", ["grouped_mm", "tiles", "loop"])
 def test_backends_equal_one_token_at_a_time(
     tokens: int, n: int, hidden: int, inner: int, skew: str, seed: int, backend: str
 ) -> None:
@@ -142,8 +143,31 @@ def test_the_outer_product_is_the_gradient_of_the_grouped_matmul() -> None:
     w = torch.randn(3, 8, 4, requires_grad=True)
     ends = torch.tensor([2, 2, 9], dtype=torch.int32)
     (want,) = torch.autograd.grad(grouped_linear(x, w, ends, "loop"), w, dy)
-    for backend in ("loop", "grouped_mm"):
+    for backend in ("loop", "grouped_mm", "tiles"):
         torch.testing.assert_close(grouped_outer(x, dy, ends, backend), want)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (70, 0, 0), (0, 0, 70), (1, 33, 16), (16, 32, 17)])
+def test_tiles_hold_every_row_whatever_lies_beyond_the_last_end(sizes: tuple[int, ...], rows: int) -> None:
+    sizes = tuple(min(n, rows // 3) if rows < 70 else n for n in sizes)
+    ends, used = torch.tensor(sizes).cumsum(0).int(), sum(sizes)
+    x, dy, w = torch.randn(rows, 5), torch.randn(rows, 4), torch.randn(3, 5, 4)
+    want = [grouped_linear(x, w, ends, "loop")[:used], grouped_outer(x, dy, ends, "loop")]
+    x[used:], dy[used:] = torch.nan, torch.nan
+    got = [grouped_linear(x, w, ends, "tiles")[:used], grouped_outer(x, dy, ends, "tiles")]
+    torch.testing.assert_close(got, want)
+
+
+def test_tiles_ask_nothing_of_the_host() -> None:
+    """Tensors without values cannot be read, as those of a step while a CUDA graph is captured."""
+    with FakeTensorMode():
+        x, dy, w = torch.empty(90, 8), torch.empty(90, 6), torch.empty(5, 8, 6)
+        ends = torch.empty(5, dtype=torch.int32)
+        assert grouped_linear(x, w, ends, "tiles").shape == (90, 6)
+        assert grouped_outer(x, dy, ends, "tiles").shape == (5, 8, 6)
+        with pytest.raises(DataDependentOutputException):
+            grouped_linear(x, w, ends, "loop")
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -213,3 +237,6 @@ def test_auto_takes_the_grouped_kernel_only_where_there_is_one() -> None:
         pick_backend(torch.empty(1, device="meta")) == "loop"
     )  # stands for any device that is neither CPU nor CUDA
     assert pick_backend(torch.empty(1, device="meta"), "grouped_mm") == "grouped_mm"
+    with FakeTensorMode():
+        assert pick_backend(torch.empty(1, device="cuda")) == "tiles"
+        assert pick_backend(torch.empty(1, device="cuda", dtype=torch.bfloat16)) == "grouped_mm"
