@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from deepseek.ops.native_linear import NativeSwiGLU
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GEMV_ROWS = 4  #: up to how many rows a product on CUDA is a matter of reading the weight
+GEMV_ROWS = 1  #: up to how many rows a product on CUDA is a matter of reading the weight
 SMALL = 1 << 16  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
 
 
@@ -48,8 +48,13 @@ Norm = tuple[Tensor, float]  #: weight ``[C]`` and epsilon of an RMSNorm
 
 
 def normed(x_NC: Tensor, norm: Norm | None) -> Tensor:
-    """``x`` through an RMSNorm, fp32 inside, or as it is."""
-    return x_NC if norm is None else F.rms_norm(x_NC, norm[0].shape, *norm)
+    """``x`` through an RMSNorm, fp32 inside, or as it is; a row's result does not depend on the others."""
+    if norm is None:
+        return x_NC
+    if x_NC.is_cuda and x_NC.dim() == 2 and available():
+        y: Tensor = kernels("rows").rms_norm(x_NC, *norm)
+        return y
+    return F.rms_norm(x_NC, norm[0].shape, *norm)
 
 
 class PackedLinear(ABC):
@@ -69,7 +74,10 @@ class PackedLinear(ABC):
         """``[N, C]`` → ``[N, F]`` in the dtype of ``x``: fp32 or bf16, on the weight's device, contiguous; N ≥ 1."""
 
     def fused(self, x_NC: Tensor, norm: Norm | None = None, residual_NF: Tensor | None = None) -> Tensor:
-        """``residual + self(norm(x))``: what surrounds a product in a decoder; one kernel where the format has it."""
+        """``residual + self(norm(x))``: what surrounds a product in a decoder; one kernel where the format has it.
+
+        ``residual`` may be overwritten by the result.
+        """
         y = self(normed(x_NC, norm))
         return y if residual_NF is None else residual_NF + y
 
@@ -134,6 +142,8 @@ class PackedSwiGLU:
             self.gate_up = pack_linear(gate_up_F2C, gate_up_bias_F2, format, device, exact=exact)
             self.down = pack_linear(down_CF, down_bias_C, format, device, exact=exact)
         self.activation = exact_swiglu if exact else swiglu
+        if isinstance(self.gate_up, TritonLinear) and not exact:
+            self.activation = kernels("rows").swiglu
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +153,7 @@ class PackedSwiGLU:
         return self.fused(x_NC)
 
     def fused(self, x_NC: Tensor, norm: Norm | None = None, residual_NC: Tensor | None = None) -> Tensor:
-        """``residual + self(norm(x))``."""
+        """``residual + self(norm(x))``; ``residual`` may be overwritten by the result."""
         if self.native is not None:
             return self.native(x_NC, norm, residual_NC)
         up = self.gate_up
@@ -198,10 +208,12 @@ class TritonLinear(PlainLinear):
         return self.stream(x_NC) if self.streams(x_NC) else F.linear(x_NC, self.weight, self.bias)
 
     def fused(self, x_NC: Tensor, norm: Norm | None = None, residual_NF: Tensor | None = None) -> Tensor:
-        if not self.streams(x_NC):
+        if self.streams(x_NC):
+            residual = None if residual_NF is None else residual_NF.contiguous()
+            return self.stream(x_NC, norm=norm, residual_NF=residual)
+        if self.exact or residual_NF is None or self.bias is not None:
             return super().fused(x_NC, norm, residual_NF)
-        residual = None if residual_NF is None else residual_NF.contiguous()
-        return self.stream(x_NC, norm=norm, residual_NF=residual)
+        return residual_NF.addmm_(normed(x_NC, norm), self.weight.mT)  # the product adds to what is there
 
 
 class OneDNNLinear(PackedLinear):

@@ -28,7 +28,7 @@ from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.exact import exact_map
 from deepseek.ops.native_attention import NativeAppend
 from deepseek.ops.native_attention import takes as native_takes_heads
-from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, pack_linear
+from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, normed, pack_linear
 from deepseek.ops.paged_attention import (
     Pooled,
     StepRows,
@@ -93,7 +93,7 @@ class Norm(NamedTuple):
         return cls(norm.weight.detach().to(device, dtype), norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return normed(x, self)
 
 
 class DecoderLayer:

@@ -95,14 +95,14 @@ class Engine:
         )
         most = Size(running, self.decoder.tables.width)
         captured = config.graphs and self.device.type == "cuda"
-        self.graphs = DecodeGraphs(self.decoder, most) if captured else None
+        self.vocabulary = min(
+            loaded.tokenizer.vocab_size if loaded.tokenizer else shape.vocab_size, shape.vocab_size
+        )
+        self.graphs = DecodeGraphs(self.decoder, most, self.vocabulary) if captured else None
         self.ahead = captured if config.ahead is None else config.ahead
         self._readback = Readback(self.device)
         self._flight: InFlight | None = None
         self._read_at = 0.0  #: when the last step was read
-        self.vocabulary = min(
-            loaded.tokenizer.vocab_size if loaded.tokenizer else shape.vocab_size, shape.vocab_size
-        )
         adapters = {name: load_adapter(place, shape) for name, place in config.adapters.items()}
         kept = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.bank = AdapterBank(adapters, kept, self.device, exact=config.deterministic)
@@ -285,15 +285,15 @@ class Engine:
             samples = [w.samples and not w.sequence.request.embed for w in work]
         else:
             tokens, samples = before.hand_on(w.sequence for w in work), [True] * len(work)
-        hidden, logits, traced = self._run(work, tokens)
+        hidden, logits, best, traced = self._run(work, tokens)
         flight = InFlight(work, samples, hidden, traced, began)
         if rows := flight.rows():
             if logits is None or len(rows) < len(hidden):
-                logits = self.decoder.logits(hidden[put(rows, hidden.device)])
+                logits, best = self.decoder.logits(hidden[put(rows, hidden.device)]), None
             pairs = [(w.sequence.engine.state, w.sequence.draft[: w.drafts]) for w in flight.sampling]
             ahead, like = (0, None) if before is None else (1, before.drawing)
             flight.drawing = Drawing(
-                logits[:, : self.vocabulary], pairs, ahead=ahead, fetch=self._readback, like=like
+                logits[:, : self.vocabulary], pairs, ahead=ahead, fetch=self._readback, like=like, best=best
             )
         flight.follows = before is not None or (
             all(samples)
@@ -302,8 +302,12 @@ class Engine:
         )
         return flight
 
-    def _run(self, work: list[Work], tokens: Tokens) -> tuple[Tensor, Tensor | None, Traced | None]:
-        """Hidden states of all rows; their logits too when the step was captured; what the layers did, if asked."""
+    def _run(
+        self, work: list[Work], tokens: Tokens
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Traced | None]:
+        """Hidden states of all rows; when the step was captured their logits and likeliest tokens too; what the
+        layers did, if asked.
+        """
         host, adapters = self.decoder.host_rows(work), self._row_adapters(work)
         traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
         if self.graphs is not None and adapters is None and traced is None:
@@ -314,7 +318,7 @@ class Engine:
             tokens_N = tokens.gather()
         else:
             tokens_N = put(tokens, self.device)
-        return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, traced
+        return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, None, traced
 
     def _read(self, flight: InFlight) -> list[Output]:
         """Wait for a step's tokens; what follows from them, and from its prompts."""

@@ -24,11 +24,12 @@ from torch import Tensor
 from deepseek.ops.paged_attention import StepRows
 from deepseek.serve.ahead import DrawnTokens, Tokens
 from deepseek.serve.decoder import Decoder, HostRows
+from deepseek.serve.distribution import likeliest
 
 SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WIDEN = 4  #: a table is so many times as wide as the next smaller one
 
-Run = Callable[[], tuple[Tensor, Tensor]]
+Run = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 class Size(NamedTuple):
@@ -142,7 +143,7 @@ class CudaCapture:
         with torch.cuda.graph(graph, pool=self._pool):
             out = run()
 
-        def replay() -> tuple[Tensor, Tensor]:
+        def replay() -> tuple[Tensor, Tensor, Tensor]:
             graph.replay()
             return out
 
@@ -154,11 +155,14 @@ class DecodeGraphs:
 
     Args:
         most: sequences and pages of one, at most.
+        vocabulary: tokens there are; further logits are padding.
         capture: makes a function replayable; ``None``: ``CudaCapture``.
     """
 
-    def __init__(self, decoder: Decoder, most: Size, capture: Callable[[Run], Run] | None = None) -> None:
-        self._decoder, self._most = decoder, most
+    def __init__(
+        self, decoder: Decoder, most: Size, vocabulary: int, capture: Callable[[Run], Run] | None = None
+    ) -> None:
+        self._decoder, self._most, self._vocabulary = decoder, most, vocabulary
         self._capture = capture or CudaCapture()
         self._sequences = [s for s in SEQUENCES if s < most.sequences] + [most.sequences]
         self._widths = [most.width]
@@ -174,10 +178,11 @@ class DecodeGraphs:
             next(s for s in self._sequences if s >= sequences), next(w for w in self._widths if w >= width)
         )
 
-    def run(self, tokens: Tokens, host: HostRows) -> tuple[Tensor, Tensor] | None:
-        """Hidden states ``[S, C]`` and logits ``[S, V]`` of a step in which every sequence has one row, else ``None``.
+    def run(self, tokens: Tokens, host: HostRows) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Hidden states ``[S, C]``, logits ``[S, V]`` and their ``likeliest`` tokens, or ``None``.
 
-        They are overwritten by the next step.
+        Steps in which every sequence has one row are captured, up to a size; the others are not. The three are
+        overwritten by the next step.
         """
         n = len(host.rows)
         size = self.size_for(n, host.width) if host.decodes == n else None
@@ -187,15 +192,16 @@ class DecodeGraphs:
             self._made[size] = self._make(size)
         buffers, replay = self._made[size]
         buffers.fill(tokens, host)
-        hidden, logits = replay()
-        return hidden[:n], logits[:n]
+        hidden, logits, best = replay()
+        return hidden[:n], logits[:n], best[:n]
 
     def _make(self, size: Size) -> tuple[StepBuffers, Run]:
         decoder = self._decoder
         buffers = StepBuffers(size, decoder.layout.page, decoder.device, decoder.exact)
 
-        def run() -> tuple[Tensor, Tensor]:
+        def run() -> tuple[Tensor, Tensor, Tensor]:
             hidden = decoder.hidden(buffers.tokens, buffers.rows)
-            return hidden, decoder.logits(hidden)
+            logits = decoder.logits(hidden)
+            return hidden, logits, likeliest(logits[:, : self._vocabulary])
 
         return buffers, self._capture(run)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deepseek.serve.distribution import Filters, best_tokens, draw_all, draw_best, parts
+from deepseek.serve.distribution import Filters, best_tokens, draw_all, draw_best, likeliest, parts
 from deepseek.serve.request import TokenLogprobs
 from deepseek.serve.sampling_config import SamplingConfig
 from deepseek.serve.sampling_state import Numbers, SamplingState, Updates
@@ -98,6 +98,7 @@ class Drawing:
             ``foreseeable`` states only.
         fetch: how the result comes to the host.
         like: the drawing of the step before: what their options say is not worked out again for the same requests.
+        best: what ``likeliest`` says of these logits, if it is known; may be overwritten once this drawing is queued.
 
     Attributes:
         redrawn: after ``read``, the rows whose token is not the one that the device had first.
@@ -111,6 +112,7 @@ class Drawing:
         ahead: int = 0,
         fetch: Fetch = lambda x: x.cpu,
         like: Drawing | None = None,
+        best: Tensor | None = None,
     ) -> None:
         rows: list[_Row] = []
         used: list[
@@ -126,8 +128,8 @@ class Drawing:
             first += 1 + len(draft)
         assert first == logits_NV.shape[0], f"{first} rows of drafts, {logits_NV.shape[0]} rows of logits"
         if len(used) < first:
-            logits_NV = logits_NV[put(used, logits_NV.device)]
-        self._drawn: _Draw = _Draw(logits_NV, rows, fetch, None if like is None else like._drawn)
+            logits_NV, best = logits_NV[put(used, logits_NV.device)], None
+        self._drawn: _Draw = _Draw(logits_NV, rows, fetch, None if like is None else like._drawn, best)
 
     @property
     def token_N(self) -> Tensor:
@@ -226,6 +228,7 @@ class _Ways:
     Attributes:
         top: log-probabilities asked for at a place; asked: which rows want any.
         again: a row may need a second look.
+        likeliest: every row wants its likeliest token, and nothing else.
     """
 
     def __init__(self, states: list[SamplingState], vocabulary: int, device: torch.device) -> None:
@@ -248,6 +251,7 @@ class _Ways:
             self.asked = slice(None) if len(asked) == len(states) else put(asked, device)
         self.top = max((c.logprobs or 0 for c in configs), default=0)
         self.again = self.top > 0 or any(group.sorts for group in self.groups)
+        self.likeliest = self.plain and not self.groups and not asked
 
 
 class _Draw:
@@ -259,6 +263,7 @@ class _Draw:
         rows: Sequence[_Row],
         fetch: Fetch = lambda x: x.cpu,
         like: _Draw | None = None,
+        best: Tensor | None = None,
     ) -> None:
         self._rows, self._logits = rows, logits_RV
         self.redrawn: list[int] = []
@@ -271,7 +276,7 @@ class _Draw:
         else:
             self.ways = _Ways(states, logits_RV.shape[-1], logits_RV.device)
         if rows:
-            self.packed = _launch(logits_RV, rows, self.ways.top, self._looks[0], self.ways)
+            self.packed = _launch(logits_RV, rows, self.ways.top, self._looks[0], self.ways, best)
             self._wait = fetch(self.packed)
 
     def keep(self) -> None:
@@ -298,12 +303,19 @@ class _Draw:
 
 
 def _launch(
-    logits_RV: Tensor, rows: Sequence[_Row], top: int, candidates: int, ways: _Ways | None = None
+    logits_RV: Tensor,
+    rows: Sequence[_Row],
+    top: int,
+    candidates: int,
+    ways: _Ways | None = None,
+    best_R2: Tensor | None = None,
 ) -> Tensor:
     """Queue all of a step's work; ``[R, 2 or more]`` int64 on the device: token, health, log-probabilities."""
     device = logits_RV.device
     if ways is None:
         ways = _Ways([row.state for row in rows], logits_RV.shape[-1], device)
+    if ways.likeliest:
+        return likeliest(logits_RV) if best_R2 is None else best_R2
     edited = not ways.plain and not all(map(_bare, rows))
     scores_RV = _edited(logits_RV, rows) if edited else logits_RV
     if ways.greedy:

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 
 from deepseek.ops.experts import swiglu
 from deepseek.ops.packed_linear import PackedSwiGLU, TritonLinear, rows_agree
-from deepseek.ops.triton.linear import gemv, row_matmul
+from deepseek.ops.triton.linear import Tile, forced_tile, gemv, row_matmul
+from deepseek.ops.triton.rows import swiglu as kernel_swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -63,17 +64,28 @@ def test_the_layer_picks_a_kernel_by_the_number_of_rows(exact: bool) -> None:
         assert rows_agree(linear, torch.float32, DEVICE)
 
 
+@pytest.mark.parametrize("tile", [Tile(2, 512, 1), Tile(8, 1024, 4), Tile(4, 4096, 8)])
+@pytest.mark.parametrize("swiglu_", [False, True])
+def test_every_tile_gives_the_product(tile: Tile, swiglu_: bool) -> None:
+    weight, x, norm = make(0, 2 * 11, 2100) / 46, make(1, 2, 2100), (make(2, 2100), 1e-5)
+    want = F.linear(F.rms_norm(x, (2100,), *norm), weight)
+    with forced_tile(tile):
+        got = gemv(x, weight, norm=norm, swiglu=swiglu_)
+    torch.testing.assert_close(got, swiglu(want) if swiglu_ else want, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 6])
-def test_norm_and_residual_around_a_product(rows: int, norm: bool, residual: bool) -> None:
-    weight, bias, x = make(0, 9, 2100), make(1, 9), make(2, rows, 2100)
+def test_norm_and_residual_around_a_product(rows: int, biased: bool, norm: bool, residual: bool) -> None:
+    weight, bias, x = make(0, 9, 2100), make(1, 9) if biased else None, make(2, rows, 2100)
     around = (make(3, 2100), 1e-5) if norm else None
     add = make(4, rows, 9) if residual else None
     want = F.linear(x if around is None else F.rms_norm(x, (2100,), *around), weight, bias)
     linear = TritonLinear(weight, bias, exact=False)
-    got = linear.fused(x, around, add)
-    torch.testing.assert_close(got, want if add is None else want + add, rtol=1e-4, atol=1e-3)
+    want = want if add is None else want + add
+    torch.testing.assert_close(linear.fused(x, around, add), want, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -90,6 +102,7 @@ def test_a_dense_layer_with_its_norm_and_residual(rows: int, bias: bool) -> None
         TritonLinear(*weights[:2], exact=False),
         TritonLinear(*weights[2:], exact=False),
     )
+    layer.activation = kernel_swiglu
     x, residual, norm = make(4, rows, 48), make(5, rows, 48), (make(6, 48), 1e-5)
     h = swiglu(F.linear(F.rms_norm(x, (48,), *norm), *weights[:2]))
     want = residual + F.linear(h, *weights[2:])

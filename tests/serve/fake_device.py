@@ -99,22 +99,27 @@ class Capture:
 
     def __call__(self, run: Run) -> Run:
         self.queue.wait()
-        out = tuple(t.clone().fill_(float("nan")) for t in run())
+        out = tuple(spoil(t.clone()) for t in run())
         self.made.append(out)  # type: ignore[arg-type]
 
         def execute() -> None:
             found = run()
             for mine in self.made:
                 for t in mine:
-                    t.fill_(float("nan"))
+                    spoil(t)
             for to, x in zip(out, found):
                 to.copy_(x)
 
-        def replay() -> tuple[Tensor, Tensor]:
+        def replay() -> tuple[Tensor, Tensor, Tensor]:
             self.queue.put(execute)
             return out  # type: ignore[return-value]
 
         return replay
+
+
+def spoil(x: Tensor) -> Tensor:
+    """What memory holds that has not been written."""
+    return x.fill_(float("nan") if x.is_floating_point() else GARBAGE)
 
 
 def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Queue:
@@ -124,13 +129,15 @@ def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Que
     take, side = StepBuffers._take, graphs._HostSide.__init__
     hidden = engine.decoder.hidden
 
-    def launched(logits: Tensor, rows: Any, top: int, candidates: int, ways: Any = None) -> Tensor:
+    def launched(
+        logits: Tensor, rows: Any, top: int, candidates: int, ways: Any = None, best: Tensor | None = None
+    ) -> Tensor:
         if candidates != sampling.CANDIDATES:  # a second look: somebody is waiting
             queue.wait()
             return launch(logits, rows, top, candidates, ways)
         asked = any(row.state.config.logprobs is not None for row in rows)
         packed = torch.full((len(rows), 4 + 2 * top if asked else 2), GARBAGE)
-        queue.put(lambda: packed.copy_(launch(logits, rows, top, candidates, ways)))
+        queue.put(lambda: packed.copy_(launch(logits, rows, top, candidates, ways, best)))
         return packed
 
     def kept(draw: Any) -> None:
@@ -161,5 +168,5 @@ def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Que
     patch.setattr(engine.decoder, "hidden", at_once)
     engine._readback = Readback(queue)  # type: ignore[assignment]
     most = Size(engine.scheduler.max_running, engine.decoder.tables.width)
-    engine.graphs = DecodeGraphs(engine.decoder, most, Capture(queue))
+    engine.graphs = DecodeGraphs(engine.decoder, most, engine.vocabulary, Capture(queue))
     return queue

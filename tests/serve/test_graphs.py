@@ -25,7 +25,9 @@ def test_steps_from_buffers_answer_as_the_plain_model(shape: str) -> None:
         made_for.append(run)
         return run
 
-    engine.graphs = DecodeGraphs(engine.decoder, Size(64, engine.decoder.tables.width), capture)
+    engine.graphs = DecodeGraphs(
+        engine.decoder, Size(64, engine.decoder.tables.width), engine.vocabulary, capture
+    )
     found: dict[str, list[Output]] = {str(i): [] for i in range(len(prompts))}
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), tuple(prompt), GREEDY))
@@ -95,7 +97,7 @@ def test_buffers_hold_what_the_tables_say_however_little_is_sent() -> None:
 
 def test_the_smallest_size_that_holds_a_step_is_taken() -> None:
     engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01))
-    graphs = DecodeGraphs(engine.decoder, Size(40, 200), lambda run: run)
+    graphs = DecodeGraphs(engine.decoder, Size(40, 200), 90, lambda run: run)
     assert graphs.size_for(1, 1) == (1, 13)
     assert graphs.size_for(5, 14) == (8, 50)
     assert graphs.size_for(33, 51) == (40, 200)
@@ -105,7 +107,7 @@ def test_the_smallest_size_that_holds_a_step_is_taken() -> None:
 
 def test_static_steps_go_to_the_static_kernels() -> None:
     engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01))
-    graphs = DecodeGraphs(engine.decoder, Size(4, 5), lambda run: run)
+    graphs = DecodeGraphs(engine.decoder, Size(4, 5), 90, lambda run: run)
     buffers, _ = graphs._make(Size(2, 5))
     assert backend_for(torch.zeros(2, 4, 8), buffers.rows) == "static"
 
@@ -113,5 +115,5 @@ def test_static_steps_go_to_the_static_kernels() -> None:
 def test_captured_steps_are_as_exact_as_others() -> None:
     for exact in (False, True):
         engine = Engine(made("full"), EngineConfig(precision="fp32", memory_gib=0.01, deterministic=exact))
-        graphs = DecodeGraphs(engine.decoder, Size(4, 5), lambda run: run)
+        graphs = DecodeGraphs(engine.decoder, Size(4, 5), 90, lambda run: run)
         assert graphs._make(Size(2, 5))[0].rows.exact == exact

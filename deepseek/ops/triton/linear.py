@@ -1,8 +1,9 @@
 """Triton kernels of small-batch linear layers: weights are read once, at the speed of memory.
 
 ``gemv`` is for a few rows: no matrix units, each program streams a few rows of the weight with 16-byte loads and keeps
-per-lane sums until the end. Where a weight has too few rows to occupy the chip, programs share a row's inputs and a
-second kernel adds their parts in a fixed order: no atomics, the same bits every time.
+per-lane sums until the end. Its first tile of the weight is on its way before the kernel before has ended (``chain``),
+and every other before the one in hand is used. Where a weight has too few rows to occupy the chip, programs share a
+row's inputs and a second kernel adds their parts in a fixed order: no atomics, the same bits every time.
 
 ``row_matmul`` is for results that must not depend on the batch: one tile shape for every number of rows and the inputs
 in one order, so that a row meets the same instructions in any company.
@@ -15,47 +16,70 @@ Shape letters: N rows, C inputs, F outputs, S parts of the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from deepseek.ops.triton.chain import begin, options, wait
 
 MOST_ROWS = 8  #: of ``gemv``
 PROGRAMS = 264  #: two for each of an H100's or H200's 132 multiprocessors
 
 
 @triton.jit
+def _tile(row, f, c, first_row, outputs, last, inputs):
+    """Weights ``[BF, BC]`` of rows ``first_row + f``, inputs ``c``; zeros beyond."""
+    there = (f < outputs)[:, None] & (c < last)[None, :]
+    return tl.load(
+        row + first_row * inputs + c[None, :], mask=there, other=0.0, eviction_policy="evict_first"
+    )
+
+
+@triton.jit
 def _gemv_kernel(
     x, weight, bias, scale, residual, out, n_rows, inputs, outputs, per_part, eps,
     NP: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
-    SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
+    SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """``out [S, N, F]``; with one part, it is the result. ``SWIGLU``: the weight is gate above up, ``[2F, C]``."""
+    begin(CHAIN)
     f = tl.program_id(0) * BF + tl.arange(0, BF)
     part = tl.program_id(1)
     n = tl.arange(0, NP)
     row = weight + f.to(tl.int64)[:, None] * inputs
+    up_row = outputs.to(tl.int64) if SWIGLU else 0
+    first = part * per_part
+    last = tl.minimum(first + per_part, inputs)
+    c = first + tl.arange(0, BC)
+    w = _tile(row, f, c, 0, outputs, last, inputs)
+    u = _tile(row, f, c, up_row, outputs, last, inputs) if SWIGLU else w
+    wait(CHAIN)
     total = tl.zeros((NP, BF, BC), dtype=tl.float32)
     ups = tl.zeros((NP, BF, BC), dtype=tl.float32)
     squares = tl.zeros((NP, BC), dtype=tl.float32)
-    first = part * per_part
-    for start in range(first, tl.minimum(first + per_part, inputs), BC):
+    for start in range(first, last, BC):
         c = start + tl.arange(0, BC)
-        there = (f < outputs)[:, None] & (c < inputs)[None, :]
-        w = tl.load(row + c[None, :], mask=there, other=0.0)
         a = tl.load(
             x + n[:, None] * inputs + c[None, :],
-            mask=(n < n_rows)[:, None] & (c < inputs)[None, :],
+            mask=(n < n_rows)[:, None] & (c < last)[None, :],
             other=0.0,
         )
+        w_next = _tile(row, f, c + BC, 0, outputs, last, inputs)
+        u_next = _tile(row, f, c + BC, up_row, outputs, last, inputs) if SWIGLU else w_next
         a = a.to(tl.float32)
         if NORM:
             squares += a * a
-            a *= tl.load(scale + c, mask=c < inputs, other=0.0).to(tl.float32)[None, :]
+            a *= tl.load(scale + c, mask=c < last, other=0.0).to(tl.float32)[None, :]
         total += a[:, None, :] * w.to(tl.float32)[None, :, :]
         if SWIGLU:
-            w = tl.load(row + outputs.to(tl.int64) * inputs + c[None, :], mask=there, other=0.0)
-            ups += a[:, None, :] * w.to(tl.float32)[None, :, :]
+            ups += a[:, None, :] * u.to(tl.float32)[None, :, :]
+        w = w_next
+        u = u_next
     y = tl.sum(total, 2)
     up = tl.sum(ups, 2)
     if NORM:
@@ -78,8 +102,10 @@ def _gemv_kernel(
 @triton.jit
 def _add_parts_kernel(
     parts, bias, residual, out, n_rows, outputs,
-    S: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BF: tl.constexpr,
+    S: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BF: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    begin(CHAIN)
+    wait(CHAIN)
     n = tl.program_id(0)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     total = tl.zeros((BF,), dtype=tl.float32)
@@ -91,6 +117,37 @@ def _add_parts_kernel(
     if RESIDUAL:
         total += tl.load(residual + at, mask=f < outputs, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=f < outputs)
+
+
+class Tile(NamedTuple):
+    """Rows of the weight (gate and up count as one, halved) and inputs that a program reads at a time; its warps."""
+
+    rows: int
+    inputs: int
+    warps: int
+
+
+TILE = Tile(4, 1024, 4)
+
+_forced: Tile | None = None
+
+
+@contextmanager
+def forced_tile(tile: Tile) -> Iterator[None]:
+    """Use ``tile`` inside a ``with`` block, for finding better ones."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def tile_for(rows: int, inputs: int, swiglu: bool) -> Tile:
+    """How ``gemv`` cuts a weight of so many inputs for so many rows (padded to a power of two)."""
+    tile = _forced or TILE
+    width = min(tile.inputs, triton.next_power_of_2(inputs))
+    return Tile(max(1, (tile.rows // 2 if swiglu else tile.rows) // rows), width, tile.warps)
 
 
 def gemv(
@@ -119,8 +176,7 @@ def gemv(
     rows, inputs = x_NC.shape
     outputs = weight_FC.shape[0] // 2 if swiglu else weight_FC.shape[0]
     padded = triton.next_power_of_2(rows)
-    block_f = max(1, (2 if swiglu else 4) // padded)
-    block_c = min(1024, triton.next_power_of_2(inputs))
+    block_f, block_c, warps = tile_for(padded, inputs, swiglu)
     programs = triton.cdiv(outputs, block_f)
     most = max(1, inputs // (2 * block_c))
     parts = 1 if swiglu or norm is not None else parts or min(most, triton.cdiv(PROGRAMS, programs))
@@ -128,16 +184,17 @@ def gemv(
     out = x_NC.new_empty(rows, outputs, dtype=dtype or x_NC.dtype)
     split = out if parts == 1 else out.new_empty(parts, rows, outputs, dtype=torch.float32)
     scale, eps = norm or (None, 0.0)
+    chain = options(x_NC.device)
     _gemv_kernel[(programs, parts)](
         x_NC, weight_FC, bias_F, scale, residual_NF, split, rows, inputs, outputs, per_part, eps,
         NP=padded, BF=block_f, BC=block_c, BIAS=bias_F is not None and parts == 1, NORM=norm is not None,
-        SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1, num_warps=4,
+        SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1, num_warps=warps, **chain,
     )  # fmt: skip
     if parts > 1:
         block = min(256, triton.next_power_of_2(outputs))
         _add_parts_kernel[(rows, triton.cdiv(outputs, block))](
             split, bias_F, residual_NF, out, rows, outputs,
-            S=parts, BIAS=bias_F is not None, RESIDUAL=residual_NF is not None, BF=block, num_warps=2,
+            S=parts, BIAS=bias_F is not None, RESIDUAL=residual_NF is not None, BF=block, num_warps=2, **chain,
         )  # fmt: skip
     return out
 

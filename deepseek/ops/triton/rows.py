@@ -1,0 +1,119 @@
+"""Triton kernels over the rows of a serving step: what stands between products, each one short kernel of a ``chain``.
+
+A step has few rows, so a kernel's time is its launch and one trip to memory; torch takes two or three kernels for what
+is one here, and none of them begins before the last has ended.
+
+Shape letters: N rows, C features, F features after the activation, V vocabulary, P parts of a row.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepseek.ops.triton.chain import begin, options, wait
+
+PART = 2048  #: logits that one program looks at
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, weight, out, features, row_stride, eps, BC: tl.constexpr, CHAIN: tl.constexpr
+):  # fmt: skip
+    begin(CHAIN)
+    c = tl.arange(0, BC)
+    inside = c < features
+    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    wait(CHAIN)
+    n = tl.program_id(0).to(tl.int64)
+    a = tl.load(x + n * row_stride + c, mask=inside, other=0.0).to(tl.float32)
+    y = a * (1 / tl.sqrt(tl.sum(a * a, 0) / features + eps)) * w
+    tl.store(out + n * features + c, y.to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) · weight`` of each row, fp32 inside; contiguous, in the dtype of ``x``."""
+    x = x_NC if x_NC.stride(-1) == 1 else x_NC.contiguous()
+    rows, features = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(features)
+    _rms_norm_kernel[(rows,)](
+        x, weight_C, out, features, x.stride(0), eps,
+        BC=block, num_warps=min(16, max(1, block // 512)), **options(x.device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _swiglu_kernel(x, out, features, BF: tl.constexpr, CHAIN: tl.constexpr):
+    begin(CHAIN)
+    wait(CHAIN)
+    n = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    inside = f < features
+    gate = tl.load(x + n * 2 * features + f, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + (2 * n + 1) * features + f, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n * features + f, (up * gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty), mask=inside)
+
+
+def swiglu(x_N2F: Tensor) -> Tensor:
+    """``silu(gate) · up`` of rows with gate before up, fp32 inside: ``[N, F]``."""
+    x = x_N2F.contiguous()
+    rows, features = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(rows, features)
+    block = min(1024, triton.next_power_of_2(features))
+    _swiglu_kernel[(rows, triton.cdiv(features, block))](
+        x, out, features, BF=block, num_warps=4, **options(x.device)
+    )
+    return out
+
+
+# --- the likeliest token --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _best_kernel(
+    logits, best, at, vocabulary, row_stride, parts, PART: tl.constexpr, CHAIN: tl.constexpr
+):  # fmt: skip
+    begin(CHAIN)
+    wait(CHAIN)
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v = part * PART + tl.arange(0, PART)
+    x = tl.load(logits + n * row_stride + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
+    x = tl.where(x != x, float("inf"), x)  # a maximum passes over what is not a number
+    top = tl.max(x, 0)
+    tl.store(best + n * parts + part, top)
+    tl.store(at + n * parts + part, tl.min(tl.where(x == top, v, 2147483647), 0))
+
+
+@triton.jit
+def _token_kernel(best, at, out, parts, PP: tl.constexpr, CHAIN: tl.constexpr):
+    begin(CHAIN)
+    wait(CHAIN)
+    n = tl.program_id(0).to(tl.int64)
+    p = tl.arange(0, PP)
+    tops = tl.load(best + n * parts + p, mask=p < parts, other=float("-inf"))
+    first = tl.load(at + n * parts + p, mask=p < parts, other=2147483647)
+    top = tl.max(tops, 0)
+    tl.store(out + 2 * n, tl.min(tl.where(tops == top, first, 2147483647), 0).to(tl.int64))
+    tl.store(out + 2 * n + 1, tl.where(tl.abs(top) < float("inf"), 0, 1).to(tl.int64))
+
+
+def likeliest(logits_NV: Tensor) -> Tensor:
+    """int64 ``[N, 2]``: the first of each row's largest logits; 0, or 1 if that logit is not finite."""
+    logits = logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
+    rows, vocabulary = logits.shape
+    parts = triton.cdiv(vocabulary, PART)
+    best = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    at = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
+    out = torch.empty(rows, 2, dtype=torch.int64, device=logits.device)
+    chain = options(logits.device)
+    _best_kernel[(rows, parts)](
+        logits, best, at, vocabulary, logits.stride(0), parts, PART=PART, num_warps=4, **chain
+    )
+    _token_kernel[(rows,)](best, at, out, parts, PP=triton.next_power_of_2(parts), num_warps=1, **chain)
+    return out
