@@ -160,7 +160,7 @@ def hybrid_forward(
     block: int,
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blend, global branch (both ``[B, H, T, D]``), and what ``[2, B, H, T]`` backward needs of the softmaxes.
+    """The blend, each row's branch of the lesser weight, and what ``[2, B, H, T]`` backward needs of the softmaxes.
 
     Args:
         q, q_rope: ``[B, H, T, D]``; k_rope, v: ``[B, K, T, D]``; k_pool, v_pool: ``[B, K, J, D]``; sink: ``[2, K, D]``;
@@ -173,17 +173,17 @@ def hybrid_forward(
     B, H, T, D = q.shape
     tuning, sink = tuning_for(q), sink.contiguous()
     tiles, (tma, loops) = tuning.forward, _read(tuning.forward, k_rope, v, k_pool, v_pool)
-    out, whole = _new(q), _new(q)
+    out, lesser = _new(q), _new(q)
     lse = q.new_empty(2, B, H, T, dtype=torch.float32)
     docs = doc_start is not None
     forward_kernel[(B * H, triton.cdiv(T, tiles.own))](
-        q, q_rope, *loops, sink, gate, out, whole, lse,
+        q, q_rope, *loops, sink, gate, out, lesser, lse,
         doc_start if docs else lse, slots if docs else lse,
         *strides_of(q, q_rope, k_rope, v, k_pool, v_pool, gate, out),
         B, H, T, k_pool.shape[2], _window_or_row(window, q), D**-0.5,
         POOLED=True, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k_rope, window, block, stride, tiles, docs),
     )  # fmt: skip
-    return out, whole, lse
+    return out, lesser, lse
 
 
 @hybrid_forward.register_fake
@@ -206,7 +206,7 @@ def hybrid_backward(
     sink: Tensor,
     gate: Tensor,
     out: Tensor,
-    whole: Tensor,
+    lesser: Tensor,
     lse: Tensor,
     doc_start: Tensor | None,
     doc_end: Tensor | None,
@@ -232,7 +232,7 @@ def hybrid_backward(
     dsink = q.new_empty(2, B, K, (H // K) * query_tiles, D, dtype=torch.float32)
     strides = strides_of(q, q_rope, k_rope, v, k_pool, v_pool)
     queries_kernel[(B * H, query_tiles)](
-        q, q_rope, *loops, sink, gate, out, whole, lse,
+        q, q_rope, *loops, sink, gate, out, lesser, lse,
         doc_start if docs else lse, slots if docs else lse, do, delta, dq, dq_rope, dgate, dsink,
         *strides, *strides_of(gate, out, do), B, H, T, J, limit, D**-0.5,
         POOLED=True, BM=tiles.own, BN=tiles.step, TMA=tma, **_common(q, k_rope, window, block, stride, tiles, docs),
@@ -259,7 +259,7 @@ def hybrid_backward(
 
 
 @hybrid_backward.register_fake
-def _(do, q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, out, whole, lse, doc_start, doc_end, slots, seen, window,
+def _(do, q, q_rope, k_rope, v, k_pool, v_pool, sink, gate, out, lesser, lse, doc_start, doc_end, slots, seen, window,
       block, stride):  # fmt: skip
     B, H, T, _ = q.shape
     dk, dv = (x.new_empty(x.shape) for x in (k_pool, v_pool))
