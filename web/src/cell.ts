@@ -1,6 +1,6 @@
 // A value that components watch: the smallest store that serves a page of this size.
 
-import { useEffect, useReducer } from "preact/hooks";
+import { useLayoutEffect, useReducer } from "preact/hooks";
 
 export class Cell<T> {
   private watchers = new Set<() => void>();
@@ -19,9 +19,10 @@ export class Cell<T> {
   }
 }
 
+/** Listens from its drawing on: an effect comes after the next frame, and would miss what changes before. */
 export function useCell<T>(cell: Cell<T>): T {
   const [, redraw] = useReducer((n: number) => n + 1, 0);
-  useEffect(() => cell.watch(() => redraw(undefined as never)), [cell]);
+  useLayoutEffect(() => cell.watch(() => redraw(undefined as never)), [cell]);
   return cell.value;
 }
 

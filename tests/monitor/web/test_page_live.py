@@ -62,9 +62,14 @@ def test_from_red_pin_to_cause_to_rollback(root: Path) -> None:
     from deepseek.monitor.store import RunStore
 
     with chromium() as browser:
-        found = until(lambda: [e for e in events(root) if e["event"] == "incident" and e["verdict"] == "DATA"], 300,
-                      "the spike was not seen, or its cause was not found")  # fmt: skip
-        assert found[0]["step"] == BAD
+
+        def judged() -> list[int]:
+            """Steps of incidents of the numbers: a slow machine may have others, of time, that are the data's too."""
+            told = [e for e in events(root) if e["event"] == "incident" and e["verdict"] == "DATA"]
+            return [e["step"] for e in told if e["kind"] in ("loss_spike", "gradient_spike")]
+
+        found = until(judged, 300, "the spike was not seen, or its cause was not found")
+        assert found[0] == BAD
         with dashboard(root) as address, watched(browser) as window:
             began = time.monotonic()
             page = window.open(f"{address}#/run/live", ".pin")

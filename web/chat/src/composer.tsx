@@ -1,6 +1,6 @@
 // Where the question is written: Enter sends, Shift+Enter makes a line, Escape stops the answer.
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Cell, useCell } from "../../src/cell";
 import { Icon } from "../../src/icons";
 import { t } from "../../src/text";
@@ -26,7 +26,7 @@ export function Composer({ id, onEditLast }: { id: string; onEditLast: () => voi
     // Not in a conversation that is only looked at, where keys walk on; nor on a phone, where it opens the keyboard.
     if (!shown().order.length && matchMedia("(hover: hover)").matches) field.current!.focus();
   }, []);
-  useEffect(() => proposed.watch(() => {
+  useLayoutEffect(() => proposed.watch(() => {
     setText(proposed.value);
     field.current!.focus();
   }), []);

@@ -1,6 +1,6 @@
 // A part of a cell: whoever looks at it is drawn again when the part changes, not when the rest does.
 
-import { useEffect, useReducer, useRef } from "preact/hooks";
+import { useLayoutEffect, useReducer, useRef } from "preact/hooks";
 import type { Cell } from "../../src/cell";
 
 export function usePart<T, P>(cell: Cell<T>, part: (value: T) => P): P {
@@ -9,6 +9,6 @@ export function usePart<T, P>(cell: Cell<T>, part: (value: T) => P): P {
   const pick = useRef(part);
   pick.current = part;
   seen.current = part(cell.value);
-  useEffect(() => cell.watch(() => Object.is(pick.current(cell.value), seen.current) || redraw(undefined as never)), [cell]);
+  useLayoutEffect(() => cell.watch(() => Object.is(pick.current(cell.value), seen.current) || redraw(undefined as never)), [cell]);
   return seen.current;
 }

@@ -16,7 +16,7 @@ const NEAR = 48; // px from the end that still count as at the end
 
 export function useShown(): Conversation {
   const [, redraw] = useReducer((n: number) => n + 1, 0);
-  useEffect(() => watchShown(() => redraw(undefined as never)), []);
+  useLayoutEffect(() => watchShown(() => redraw(undefined as never)), []);
   return shown();
 }
 
