@@ -332,7 +332,7 @@ def sweep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ]
     for case in cases:
         layer = Layer(case, args, torch.bfloat16, 8 if case.rows == 1 else 1)
-        base = tuning_for(layer.q)
+        base = tuning_for(layer.q, case.kind)
         if case.rows <= 16:
             options = [
                 replace(base, short=Tiles(16, keys, warps, stages), waves=waves, least=least)

@@ -86,7 +86,7 @@ def test_half_precision_and_larger_pages(kind: str, page: int, tuning: Tuning) -
 @pytest.mark.parametrize("config", SHAPES, ids=range(len(SHAPES)))
 @pytest.mark.parametrize("kind", ["F", "L", "H"])
 def test_default_sizes_in_bf16(kind: str, config: AttentionConfig, page: int) -> None:
-    default = HALF[64 if config.head_dim <= 64 else 128]
+    default = HALF[64 if config.head_dim <= 64 else 128][kind]
     compare(kind, config, torch.bfloat16, default, 2e-2, page)
     compare(kind, config, torch.bfloat16, replace(default, least=16), 2e-2, page)
 

@@ -1,4 +1,4 @@
-"""Attention over a paged cache: sizes of tiles, splits and launches; what runs is in ``paged_kernels``.
+"""Attention over a paged cache: tiles, splits and launches; what runs is in ``paged_kernels``, ``paged_append``.
 
 Everything that shapes a launch comes from the host's numbers (``StepRows.rows``, ``lengths``), never from the device:
 a step can be captured in a CUDA graph. Then ``lengths`` are the most that the graph is for, the device's ``length_S``
@@ -26,7 +26,9 @@ import triton
 from torch import Tensor
 
 from deepseek.ops.paged_rows import Pooled, StepRows
-from deepseek.ops.triton.paged_kernels import append_kernel, attend_kernel, combine_kernel
+from deepseek.ops.triton import chain
+from deepseek.ops.triton.paged_append import append_kernel
+from deepseek.ops.triton.paged_kernels import attend_kernel, combine_kernel, decode_kernel
 
 SHORT = 16  #: sequences with at most so many rows are worth splitting
 
@@ -47,19 +49,24 @@ class Tuning:
 
     Attributes:
         short, long: tiles of decodes and other short sequences, and of prefill chunks.
-        waves: programs per multiprocessor that splitting aims for. least: keys that are worth a split.
+        waves: programs per multiprocessor up to which keys are split (and a decode's branches are apart).
+        least: keys that are worth a split.
     """
 
     short: Tiles
     long: Tiles
     waves: float = 2.0
-    least: int = 256
+    least: int = 128
 
 
-#: For 16-bit inputs by padded head size. Page numbers are read a stage ahead: five stages hold two tiles of keys.
+_NARROW = Tuning(Tiles(16, 64, 4, 4), Tiles(64, 64, 4, 3))
+_FULL = Tuning(Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3))
+_WINDOW = Tuning(Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 3), least=64)
+
+#: For 16-bit inputs by padded head size and kind: F all positions, L a window, H a window and pooled blocks.
 HALF = {
-    64: Tuning(Tiles(16, 64, 4, 5), Tiles(64, 64, 4, 3)),
-    128: Tuning(Tiles(16, 64, 4, 5), Tiles(64, 64, 8, 3)),
+    64: {"F": _NARROW, "L": _NARROW, "H": _NARROW},
+    128: {"F": _FULL, "L": _WINDOW, "H": _WINDOW},
 }
 #: fp32 by three tf32 products.
 WIDE = Tuning(Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 2))
@@ -78,9 +85,9 @@ def forced_tuning(tuning: Tuning) -> Iterator[None]:
         _forced = before
 
 
-def tuning_for(q: Tensor) -> Tuning:
-    """The sizes for queries of this dtype."""
-    return _forced or (WIDE if q.dtype == torch.float32 else HALF[64 if q.shape[-1] <= 64 else 128])
+def tuning_for(q: Tensor, kind: str) -> Tuning:
+    """The sizes for queries of this dtype in a layer of kind F, L or H."""
+    return _forced or (WIDE if q.dtype == torch.float32 else HALF[64 if q.shape[-1] <= 64 else 128][kind])
 
 
 @cache
@@ -118,14 +125,16 @@ def _attend(
 ) -> Tensor:
     assert k.is_contiguous(), "pages are whole tensors"
     assert v.is_contiguous(), "pages are whole tensors"
-    q, tuning = _rows(q_NHD), tuning_for(q_NHD)
+    q = _rows(q_NHD)
+    tuning = tuning_for(q, "H" if pool is not None else "F" if window is None else "L")
     out, group = q.new_empty(q.shape), triton.next_power_of_2(q.shape[1] // k.shape[2])
     used, decodes = sum(rows.rows), 0 if rows.exact else rows.decodes
     if used < len(q):
         out[used:].zero_()
+    inputs = q, k, v, table_SP, rows, window, pool, out
     if decodes:
         tiles = replace(tuning.short, rows=max(tuning.short.rows, group))
-        _launch(q, k, v, table_SP, rows, window, pool, out, None, tiles, (0, decodes), tuning)
+        _launch(*inputs, None, tiles, (0, decodes), tuning)
     if counts := rows.rows[decodes:]:
         tiles, long = tuning.long, rows.exact or max(counts) > SHORT
         if not long:
@@ -133,9 +142,7 @@ def _attend(
         tiles = replace(tiles, rows=max(group, min(tiles.rows, tuning.long.rows)))
         size = tiles.rows // group
         cut = rows.once(("tiles", size), lambda: _cut(rows, decodes, size, q.device))
-        _launch(
-            q, k, v, table_SP, rows, window, pool, out, cut, tiles, (decodes, used), tuning, split=not long
-        )
+        _launch(*inputs, cut, tiles, (decodes, used), tuning, split=not long)
     return out
 
 
@@ -170,36 +177,72 @@ def _launch(
     DP, (first, end) = triton.next_power_of_2(D), span
     programs = (end if cut is None else len(cut)) * K
     longest = max(rows.lengths[:end] if cut is None else rows.lengths[first:])
-    keys = longest if window is None else min(longest, window + SHORT + BN)
+    keys = longest if window is None else min(longest, window + (0 if cut is None else SHORT + BN))
     blocks = 0 if pool is None else max(0, longest - pool.block) // pool.stride + 1
-    splits, least = 1, triton.cdiv(tuning.least, BN) * BN
-    if split:
-        wanted = triton.cdiv(int(tuning.waves * _processors(q.device)), programs)
-        splits = max(1, min(wanted, triton.cdiv(max(keys, blocks), least), 128))
+    least = triton.cdiv(tuning.least, BN) * BN
+    wanted = min(128, int(tuning.waves * _processors(q.device) / programs)) if split else 1
+    pools, splits = _splits(wanted, triton.cdiv(keys, least), triton.cdiv(blocks, least), cut is None)
     parts = lses = out
     if splits > 1:
-        shape = (1 if pool is None else 2, end - first, H, splits)
+        shape = (end - first, H, splits)
         parts, lses = (q.new_empty(*shape, *x, dtype=torch.float32) for x in ((D,), ()))
     p = pool or Pooled(q, k, v, q, q, 1, 1)
     gate = p.gate_NH.stride()[:2]
     pooled = table_SP if pool is None else rows.global_SP
-    common = {"H": H, "D": D, "DP": DP, "POOLED": pool is not None}
-    attend_kernel[(programs // K, K, splits)](
-        p.q_NHD, q, k, v, p.k_PJKD, p.v_PJKD, p.sink, p.gate_NH, out, parts, lses,
-        rows.ends_S if cut is None else cut, rows.ends_S, rows.length_S, table_SP, pooled,
-        *p.q_NHD.stride()[:2], *q.stride()[:2], *gate, table_SP.stride(0), pooled.stride(0),
-        end - first, first, window or 0, least, D**-0.5,
-        K=K, G=H // K, GP=triton.next_power_of_2(H // K), BLOCK=p.block, STRIDE=p.stride, PAGE=rows.page,
-        WINDOW=window is not None, TILES=cut is not None, SPLIT=splits > 1, BM=tiles.rows, BN=BN,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **common,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    common = {"H": H, "D": D, "DP": DP, "POOLED": pool is not None, **chain.options(q.device)}
+    tensors = p.q_NHD, q, k, v, p.k_PJKD, p.v_PJKD, p.sink, p.gate_NH, out, parts, lses
+    tables = rows.length_S, table_SP, pooled
+    strides = *p.q_NHD.stride()[:2], *q.stride()[:2], *gate, table_SP.stride(0), pooled.stride(0)
+    sizes = {
+        "K": K, "G": H // K, "GP": triton.next_power_of_2(H // K), "BLOCK": p.block, "STRIDE": p.stride,
+        "PAGE": rows.page, "WINDOW": window is not None, "SPLIT": splits > 1, "BM": tiles.rows, "BN": BN,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", **common,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+    if cut is None:
+        decode_kernel[(end, K, splits)](
+            *tensors,
+            *tables,
+            *strides,
+            table_SP.shape[1],
+            pooled.shape[1],
+            window or 0,
+            least,
+            pools,
+            D**-0.5,
+            **sizes,
+        )
+    else:
+        # programs of both branches, of the same splits
+        grid = len(cut), K, splits if pool is None else max(1, splits // 2)
+        attend_kernel[grid](
+            *tensors, cut, rows.ends_S, *tables, *strides, first, window or 0, least, D**-0.5, **sizes
+        )
     if splits > 1:
         SP = triton.next_power_of_2(splits)
         combine_kernel[(end - first, H)](
-            parts, lses, p.gate_NH, out, end - first, first, splits, *gate,
-            SP=SP, **common, num_warps=max(2, SP * DP // 2048),
+            parts, lses, p.gate_NH, out, first, splits, pools, *gate,
+            SP=SP, **common, num_warps=min(8, max(1, SP * DP // 1024)),
         )  # fmt: skip
+
+
+def _splits(wanted: int, keys: int, blocks: int, decodes: bool) -> tuple[int, int]:
+    """How many of the splits are of pooled blocks, and how many there are.
+
+    Args:
+        wanted: splits that there is room for. keys, blocks: how many the keys and the pooled blocks are worth; no
+            blocks: not a hybrid layer.
+        decodes: branches may be in programs of their own; otherwise a program has a split of each.
+    """
+    if not blocks:
+        return 0, max(1, min(wanted, keys))
+    if not decodes:
+        splits = max(1, min(wanted, max(keys, blocks)))
+        return (splits, 2 * splits) if splits > 1 else (0, 1)
+    if wanted < 2:
+        return 1, 1
+    pools = min(blocks, max(wanted // 2, wanted - keys))
+    return pools, pools + min(keys, wanted - pools)
 
 
 # --- filling the cache ----------------------------------------------------------------------------------------------
@@ -243,6 +286,8 @@ def append(
         rows.window_SP, rows.global_SP, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         rows.window_SP.stride(0), rows.global_SP.stride(0),
         H=H, K=K, G=H // K, D=D, DP=triton.next_power_of_2(D), PAGE=rows.page, BLOCK=block, STRIDE=stride,
-        ROTATE=rope is not None, WRITE=write, POOL=pool is not None, LEARNED=learned is not None, num_warps=1,
+        ROTATE=rope is not None, WRITE=write, POOL=pool is not None, LEARNED=learned is not None,
+        GP=triton.next_power_of_2(H // K), BP=triton.next_power_of_2(block), **chain.options(k.device),
+        num_warps=1 if pool is None else 4,
     )  # fmt: skip
     return q_out
