@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from deepseek.monitor.series import Row, SeriesReader
@@ -29,6 +30,7 @@ class RowFollower:
         self.reader, self.most = reader, most
         self._version = -1
         self._newest: Row | None = None
+        self._since = -math.inf  #: Unix time of the newest row before the run last went back
         self._started = False
 
     def look(self) -> News:
@@ -44,9 +46,11 @@ class RowFollower:
             return News([], False)
         before, self._newest = self._newest, None
         rewound = before is not None and last < before.step
+        if rewound and before is not None:
+            self._since = before.time
         rows = self.reader.rows(self._start(before, last, rewound), self.most)
-        if rewound and before is not None:  # what was logged since, wherever it went back to
-            rows = [row for row in rows if row.time > before.time]
+        if before is None or rewound:  # what was logged since, wherever it went back to
+            rows = [row for row in rows if row.time > self._since]
         self._newest = rows[-1] if rows else None if rewound else before
         fresh = [row for row in rows if row != before] if self._started else []
         self._started = True

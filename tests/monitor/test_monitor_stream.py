@@ -20,7 +20,8 @@ from monitor_web import client, make_run, values
 from deepseek.monitor import stream
 from deepseek.monitor.commands import Commands
 from deepseek.monitor.dashboard import application, bind, server
-from deepseek.monitor.series import SeriesWriter
+from deepseek.monitor.follow import RowFollower
+from deepseek.monitor.series import SeriesReader, SeriesWriter
 from deepseek.monitor.store import RunStore
 from deepseek.monitor.stream import row_messages
 
@@ -141,6 +142,20 @@ def test_a_run_that_goes_back_says_so(tmp_path: Path) -> None:
             assert reader.until("gap")
             assert [row["step"] for row in reader.until("row", 4)] == [51, 52, 53, 54]
         reader.close()
+
+
+def test_a_look_between_going_back_and_the_first_new_row_repeats_no_old_ones(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "live", steps=100, status="running")
+    rows_of = RowFollower(SeriesReader(run / "monitor"))
+    assert rows_of.look() == ([], False)
+    with SeriesWriter(run / "monitor") as writer:
+        for back in (50, 20):
+            writer.rewind(back)
+            assert rows_of.look() == ([], True)
+            for step in (back + 1, back + 2):
+                writer.log(step, values(step))
+                rows, rewound = rows_of.look()
+                assert ([row.step for row in rows], rewound) == ([step], False)
 
 
 def test_rare_events_are_told(tmp_path: Path) -> None:
