@@ -31,7 +31,9 @@ if not torch.cuda.is_available():
 
 from deepseek.ops.triton.linear import TILE, Tile, forced_tile, gemv
 
-CANDIDATES = [Tile(*t) for t in itertools.product((2, 4, 8), (512, 1024, 2048), (1, 2, 4, 8))]
+CUTS = [*itertools.product((1, 2, 4), (1024, 2048), (2, 4, 8)), (8, 2048, 8), (8, 1024, 4), (1, 8192, 8), (2, 8192, 8),
+        (2, 8192, 16)]  # fmt: skip
+CANDIDATES = [Tile(*cut, blocks) for cut in CUTS for blocks in (1, 2, 4, 8, 64)]
 BYTES = 512 << 20  #: of weights that take turns
 
 
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--processes", type=int, default=12)
     args = parser.parse_args()
-    jobs = [(case, tile, args.rows) for case in CASES for tile in CANDIDATES]
+    jobs = [(case, tile, args.rows) for case in CASES for tile in CANDIDATES if tile.blocks == 64]
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         for problem in filter(None, pool.map(compile_one, jobs, chunksize=6)):
             print("left out:", problem)

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from deepseek.ops.experts import swiglu
 from deepseek.ops.packed_linear import PackedSwiGLU, TritonLinear, rows_agree
+from deepseek.ops.triton import linear
 from deepseek.ops.triton.linear import Tile, forced_tile, gemv, row_matmul
 from deepseek.ops.triton.rows import swiglu as kernel_swiglu
 
@@ -64,11 +65,14 @@ def test_the_layer_picks_a_kernel_by_the_number_of_rows(exact: bool) -> None:
         assert rows_agree(linear, torch.float32, DEVICE)
 
 
-@pytest.mark.parametrize("tile", [Tile(2, 512, 1), Tile(8, 1024, 4), Tile(4, 4096, 8)])
+@pytest.mark.parametrize(
+    "tile", [Tile(2, 512, 1, 4), Tile(8, 1024, 4, 1), Tile(4, 4096, 8, 1), Tile(1, 4096, 4, 64)]
+)
 @pytest.mark.parametrize("swiglu_", [False, True])
-def test_every_tile_gives_the_product(tile: Tile, swiglu_: bool) -> None:
+def test_every_tile_gives_the_product(tile: Tile, swiglu_: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, norm = make(0, 2 * 11, 2100) / 46, make(1, 2, 2100), (make(2, 2100), 1e-5)
     want = F.linear(F.rms_norm(x, (2100,), *norm), weight)
+    monkeypatch.setattr(linear, "MULTIPROCESSORS", 2)  # so that a program has several tiles
     with forced_tile(tile):
         got = gemv(x, weight, norm=norm, swiglu=swiglu_)
     torch.testing.assert_close(got, swiglu(want) if swiglu_ else want, rtol=1e-4, atol=1e-3)

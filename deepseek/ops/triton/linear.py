@@ -1,9 +1,10 @@
 """Triton kernels of small-batch linear layers: weights are read once, at the speed of memory.
 
-``gemv`` is for a few rows: no matrix units, each program streams a few rows of the weight with 16-byte loads and keeps
-per-lane sums until the end. Its first tile of the weight is on its way before the kernel before has ended (``chain``),
-and every other before the one in hand is used. Where a weight has too few rows to occupy the chip, programs share a
-row's inputs and a second kernel adds their parts in a fixed order: no atomics, the same bits every time.
+``gemv`` is for a few rows: no matrix units, each program streams tiles of a few rows of the weight with 16-byte loads.
+Its first tile is on its way before the kernel before has ended (``chain``), and every other before the one in hand is
+used, so that memory is never waited for twice; the inputs stay in registers. Where a weight has too few rows to occupy
+the chip, programs share a row's inputs and a second kernel adds their parts in a fixed order: no atomics, the same bits
+every time.
 
 ``row_matmul`` is for results that must not depend on the batch: one tile shape for every number of rows and the inputs
 in one order, so that a row meets the same instructions in any company.
@@ -28,75 +29,98 @@ from torch import Tensor
 from deepseek.ops.triton.chain import begin, options, wait
 
 MOST_ROWS = 8  #: of ``gemv``
-PROGRAMS = 264  #: two for each of an H100's or H200's 132 multiprocessors
+MULTIPROCESSORS = 132  #: of an H100 or H200
+PROGRAMS = 264  #: from how many on all of them are busy
 
 
 @triton.jit
-def _tile(row, f, c, first_row, outputs, last, inputs):
-    """Weights ``[BF, BC]`` of rows ``first_row + f``, inputs ``c``; zeros beyond."""
+def _weights(weight, f, c, outputs, last, inputs):
+    """``[BF, BC]``: rows ``f``, inputs ``c``; zeros beyond."""
     there = (f < outputs)[:, None] & (c < last)[None, :]
-    return tl.load(
-        row + first_row * inputs + c[None, :], mask=there, other=0.0, eviction_policy="evict_first"
-    )
+    return tl.load(weight + f.to(tl.int64)[:, None] * inputs + c[None, :], mask=there, other=0.0)
 
 
 @triton.jit
 def _gemv_kernel(
     x, weight, bias, scale, residual, out, n_rows, inputs, outputs, per_part, eps,
-    NP: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
-    SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, CHAIN: tl.constexpr,
+    NP: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """``out [S, N, F]``; with one part, it is the result. ``SWIGLU``: the weight is gate above up, ``[2F, C]``."""
+    """``out [S, N, F]``; with one part, it is the result. ``SWIGLU``: the weight is gate above up, ``[2F, C]``.
+
+    A program takes every so-many-th tile of BF rows. ``WHOLE``: a tile has all inputs of the part, and ``x`` is read
+    once; else tiles are read in pieces of BC inputs.
+    """
     begin(CHAIN)
-    f = tl.program_id(0) * BF + tl.arange(0, BF)
-    part = tl.program_id(1)
-    n = tl.arange(0, NP)
-    row = weight + f.to(tl.int64)[:, None] * inputs
-    up_row = outputs.to(tl.int64) if SWIGLU else 0
+    part, n, i = tl.program_id(1), tl.arange(0, NP), tl.arange(0, BF)
+    up = weight + outputs.to(tl.int64) * inputs if SWIGLU else weight
     first = part * per_part
     last = tl.minimum(first + per_part, inputs)
     c = first + tl.arange(0, BC)
-    w = _tile(row, f, c, 0, outputs, last, inputs)
-    u = _tile(row, f, c, up_row, outputs, last, inputs) if SWIGLU else w
+    f = tl.program_id(0) * BF + i
+    w = _weights(weight, f, c, outputs, last, inputs)
+    u = _weights(up, f, c, outputs, last, inputs) if SWIGLU else w
     wait(CHAIN)
-    total = tl.zeros((NP, BF, BC), dtype=tl.float32)
-    ups = tl.zeros((NP, BF, BC), dtype=tl.float32)
+    a = tl.zeros((NP, BC), dtype=tl.float32)
     squares = tl.zeros((NP, BC), dtype=tl.float32)
-    for start in range(first, last, BC):
-        c = start + tl.arange(0, BC)
+    if WHOLE:
         a = tl.load(
-            x + n[:, None] * inputs + c[None, :],
-            mask=(n < n_rows)[:, None] & (c < last)[None, :],
-            other=0.0,
+            x + n[:, None] * inputs + c[None, :], mask=(n < n_rows)[:, None] & (c < last)[None, :], other=0.0
         )
-        w_next = _tile(row, f, c + BC, 0, outputs, last, inputs)
-        u_next = _tile(row, f, c + BC, up_row, outputs, last, inputs) if SWIGLU else w_next
         a = a.to(tl.float32)
+        squares = a * a
         if NORM:
-            squares += a * a
             a *= tl.load(scale + c, mask=c < last, other=0.0).to(tl.float32)[None, :]
-        total += a[:, None, :] * w.to(tl.float32)[None, :, :]
-        if SWIGLU:
-            ups += a[:, None, :] * u.to(tl.float32)[None, :, :]
-        w = w_next
-        u = u_next
-    y = tl.sum(total, 2)
-    up = tl.sum(ups, 2)
-    if NORM:
-        shrink = 1 / tl.sqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
-        y *= shrink
-        up *= shrink
-    if BIAS:
-        y += tl.load(bias + f, mask=f < outputs, other=0.0).to(tl.float32)[None, :]
-    if SWIGLU:
+    for tile in range(tl.program_id(0), tl.cdiv(outputs, BF), tl.num_programs(0)):
+        f = tile * BF + i
+        f_next = f + tl.num_programs(0) * BF
+        if WHOLE:
+            w_next = _weights(weight, f_next, c, outputs, last, inputs)
+            u_next = _weights(up, f_next, c, outputs, last, inputs) if SWIGLU else w_next
+            y = tl.sum(a[:, None, :] * w.to(tl.float32)[None, :, :], 2)
+            y_up = tl.sum(a[:, None, :] * u.to(tl.float32)[None, :, :], 2) if SWIGLU else y
+            w = w_next
+            u = u_next
+        else:
+            total = tl.zeros((NP, BF, BC), dtype=tl.float32)
+            total_up = tl.zeros((NP, BF, BC), dtype=tl.float32)
+            squares = tl.zeros((NP, BC), dtype=tl.float32)
+            for start in range(first, last, BC):
+                c = start + tl.arange(0, BC)
+                more = start + BC < last
+                f_then = tl.where(more, f, f_next)
+                c_then = tl.where(more, c + BC, first + tl.arange(0, BC))
+                w_next = _weights(weight, f_then, c_then, outputs, last, inputs)
+                u_next = _weights(up, f_then, c_then, outputs, last, inputs) if SWIGLU else w_next
+                a = tl.load(
+                    x + n[:, None] * inputs + c[None, :],
+                    mask=(n < n_rows)[:, None] & (c < last)[None, :], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                if NORM:
+                    squares += a * a
+                    a *= tl.load(scale + c, mask=c < last, other=0.0).to(tl.float32)[None, :]
+                total += a[:, None, :] * w.to(tl.float32)[None, :, :]
+                if SWIGLU:
+                    total_up += a[:, None, :] * u.to(tl.float32)[None, :, :]
+                w = w_next
+                u = u_next
+            y = tl.sum(total, 2)
+            y_up = tl.sum(total_up, 2)
+        if NORM:
+            shrink = 1 / tl.sqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
+            y *= shrink
+            y_up *= shrink
         if BIAS:
-            up += tl.load(bias + outputs + f, mask=f < outputs, other=0.0).to(tl.float32)[None, :]
-        y = up * y / (1 + tl.exp(-y))
-    at = (part * n_rows + n[:, None]).to(tl.int64) * outputs + f[None, :]
-    mask = (n < n_rows)[:, None] & (f < outputs)[None, :]
-    if RESIDUAL:
-        y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+            y += tl.load(bias + f, mask=f < outputs, other=0.0).to(tl.float32)[None, :]
+        if SWIGLU:
+            if BIAS:
+                y_up += tl.load(bias + outputs + f, mask=f < outputs, other=0.0).to(tl.float32)[None, :]
+            y = y_up * y / (1 + tl.exp(-y))
+        at = (part * n_rows + n[:, None]).to(tl.int64) * outputs + f[None, :]
+        mask = (n < n_rows)[:, None] & (f < outputs)[None, :]
+        if RESIDUAL:
+            y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -120,14 +144,20 @@ def _add_parts_kernel(
 
 
 class Tile(NamedTuple):
-    """Rows of the weight (gate and up count as one, halved) and inputs that a program reads at a time; its warps."""
+    """How ``gemv`` is cut.
+
+    Attributes:
+        rows, inputs: of the weight that a program reads at a time; of gate and up, half as many rows each.
+        blocks: programs of a multiprocessor, at most; each takes as many tiles as there are for it.
+    """
 
     rows: int
     inputs: int
     warps: int
+    blocks: int
 
 
-TILE = Tile(4, 1024, 4)
+TILE = Tile(4, 2048, 4, 4)
 
 _forced: Tile | None = None
 
@@ -147,7 +177,7 @@ def tile_for(rows: int, inputs: int, swiglu: bool) -> Tile:
     """How ``gemv`` cuts a weight of so many inputs for so many rows (padded to a power of two)."""
     tile = _forced or TILE
     width = min(tile.inputs, triton.next_power_of_2(inputs))
-    return Tile(max(1, (tile.rows // 2 if swiglu else tile.rows) // rows), width, tile.warps)
+    return tile._replace(rows=max(1, (tile.rows // 2 if swiglu else tile.rows) // rows), inputs=width)
 
 
 def gemv(
@@ -176,19 +206,19 @@ def gemv(
     rows, inputs = x_NC.shape
     outputs = weight_FC.shape[0] // 2 if swiglu else weight_FC.shape[0]
     padded = triton.next_power_of_2(rows)
-    block_f, block_c, warps = tile_for(padded, inputs, swiglu)
-    programs = triton.cdiv(outputs, block_f)
+    block_f, block_c, warps, blocks = tile_for(padded, inputs, swiglu)
+    tiles = triton.cdiv(outputs, block_f)
     most = max(1, inputs // (2 * block_c))
-    parts = 1 if swiglu or norm is not None else parts or min(most, triton.cdiv(PROGRAMS, programs))
+    parts = 1 if swiglu or norm is not None else parts or min(most, triton.cdiv(PROGRAMS, tiles))
     per_part = triton.cdiv(triton.cdiv(inputs, parts), block_c) * block_c
     out = x_NC.new_empty(rows, outputs, dtype=dtype or x_NC.dtype)
     split = out if parts == 1 else out.new_empty(parts, rows, outputs, dtype=torch.float32)
     scale, eps = norm or (None, 0.0)
     chain = options(x_NC.device)
-    _gemv_kernel[(programs, parts)](
+    _gemv_kernel[(min(tiles, blocks * MULTIPROCESSORS), parts)](
         x_NC, weight_FC, bias_F, scale, residual_NF, split, rows, inputs, outputs, per_part, eps,
-        NP=padded, BF=block_f, BC=block_c, BIAS=bias_F is not None and parts == 1, NORM=norm is not None,
-        SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1, num_warps=warps, **chain,
+        NP=padded, BF=block_f, BC=block_c, WHOLE=per_part <= block_c, BIAS=bias_F is not None and parts == 1,
+        NORM=norm is not None, SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1, num_warps=warps, **chain,
     )  # fmt: skip
     if parts > 1:
         block = min(256, triton.next_power_of_2(outputs))
