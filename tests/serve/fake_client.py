@@ -93,9 +93,9 @@ class FakeClient:
                     done = output.finish is not None
                     yield output
         finally:
-            self.running.discard(request.id)
             if not done:
                 self.aborted.append(request.id)
+            self.running.discard(request.id)  # last: a test in another thread waits for it
 
     async def _outputs(self, request: Request) -> AsyncIterator[Output]:
         sampling, first = request.sampling, True

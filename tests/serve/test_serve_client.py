@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -89,6 +90,13 @@ def held() -> tuple[set[str], int, list[str]]:
     return set(children), len(list(Path("/proc/self/fd").iterdir())), threads
 
 
+def more_than(before: tuple[set[str], int, list[str]]) -> str:
+    """What is held now and was not before; nothing: ``""``."""
+    (was, open_then, running), (now, open_now, threads) = before, held()
+    new = [*sorted(now - was), *(Counter(threads) - Counter(running)).elements()]
+    return ", ".join([*new, *([f"{open_now - open_then} files"] if open_now > open_then else [])])
+
+
 def run(test: Coroutine[Any, Any, Any]) -> Any:
     """``test`` in a loop of its own, after which nothing of it is left."""
     before = held()
@@ -100,7 +108,10 @@ def run(test: Coroutine[Any, Any, Any]) -> Any:
         return found
 
     found = asyncio.run(guarded())
-    assert held() == before
+    end = time.monotonic() + 60  # what ends beside us needs a moment; what other tests left may end meanwhile
+    while left := more_than(before):
+        assert time.monotonic() < end, f"left behind: {left}"
+        time.sleep(0.01)
     return found
 
 
@@ -279,10 +290,13 @@ def test_what_is_on_the_way_to_the_engine_is_counted_once() -> None:
     """A burst comes within one step: the engine's own account knows of it only after that step."""
 
     async def test() -> None:
-        engine = FakeEngine(step=0.2)
+        engine = FakeEngine(step=0.4)
         async with LocalClient(engine, Supervision(first_token=100.0, max_crashes=0)) as c:
-            first = asyncio.create_task(collect(c, request("first", 2)))
+            first = asyncio.create_task(collect(c, request("first", 3)))
             await until(lambda: c.stats().running == 1)
+            begun = engine.steps
+            await until(lambda: engine.steps > begun)
+            await asyncio.sleep(0.1)  # in the middle of a step
             burst = [asyncio.create_task(collect(c, Request(f"b{i}", (7,) * 50, SamplingConfig(max_tokens=1))))
                      for i in range(10)]  # fmt: skip
             await asyncio.sleep(0)
@@ -353,7 +367,7 @@ def test_a_drain_waits_for_requests_that_are_tried_again() -> None:
             await asyncio.sleep(0)
             assert c.pid is not None
             os.kill(c.pid, signal.SIGKILL)
-            await c.drain(20)
+            await c.drain(600)
             assert (await task).tokens == want(asked)
 
     run(test())

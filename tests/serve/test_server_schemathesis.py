@@ -60,7 +60,9 @@ def test_the_description_names_every_route_and_status() -> None:
     import httpx2
 
     with serving(keys=keyring()) as server:
-        told = httpx2.get(f"{server.url}/openapi.json", headers={"authorization": f"Bearer {ADMIN}"}).json()
+        told = httpx2.get(
+            f"{server.url}/openapi.json", headers={"authorization": f"Bearer {ADMIN}"}, timeout=60
+        ).json()
     assert told["openapi"] == "3.1.0"
     served = {
         "/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize",

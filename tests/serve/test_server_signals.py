@@ -52,7 +52,7 @@ def test_a_second_signal_ends_at_once_and_says_so(tmp_path: Path, second: int, s
         until(lambda: running(url) == 4)
         until(lambda: metric(url, "generation_tokens_total") > 60)  # all have begun
         server.send_signal(signal.SIGTERM)
-        until(lambda: httpx2.get(f"{url}/ready").status_code == 503)
+        until(lambda: httpx2.get(f"{url}/ready", timeout=60).status_code == 503)
         server.send_signal(second)
         assert server.wait(60) == status
         for answer in (s.result() for s in streams):
@@ -130,7 +130,7 @@ def test_a_reload_is_one_at_a_time_and_drops_nobody(tmp_path: Path, how: str) ->
                 assert (answer.status_code, answer.headers["retry-after"]) == (409, "2")
                 assert answer.json()["error"]["code"] == "reload_in_progress"
                 assert f"{new} is being loaded" in answer.json()["error"]["message"]
-            assert httpx2.get(f"{url}/ready").status_code == (200 if how == "beside" else 503)
+            assert httpx2.get(f"{url}/ready", timeout=60).status_code == (200 if how == "beside" else 503)
             assert first.result().status_code == 200
             time.sleep(0.2)
             stop.append(True)
