@@ -1,14 +1,10 @@
 """The experts of a serving step on a CPU: rows sorted by expert on the host, two products for every chosen expert.
 
 Everything between the products is done once for all rows, whose order is worked out in NumPy: its calls cost a third of
-torch's. A group of rows that share an expert may carry a row more than its own:
+torch's. In int8 every group of rows that share an expert ends with the row that pins the range of FBGEMM's quantization
+(``deepseek.ops.int8_linear``), so that rows are scaled once for all experts instead of once for each.
 
-* ``exact`` fp32 and bf16: a group of one row holds it twice, because oneDNN computes a single row another way
-  (``deepseek.ops.packed_linear``);
-* int8: every group ends with the row that pins the range of FBGEMM's quantization (``deepseek.ops.int8_linear``), so
-  that rows are scaled once for all experts instead of once for each.
-
-Shape letters: N rows, E experts, K experts per row, A = N·K assignments, P places (A and the added rows), C hidden
+Shape letters: N rows, E experts, K experts per row, A = N·K assignments, P places (A and the limiting rows), C hidden
 size, F expert size.
 """
 
@@ -44,12 +40,12 @@ class Groups(NamedTuple):
     last: Tensor
 
 
-def group(expert_NK: Tensor, *, twice: bool = False, limits: bool = False) -> Groups:
+def group(expert_NK: Tensor, *, limits: bool = False) -> Groups:
     """Sort assignments by expert, stably.
 
     Args:
         expert_NK: int64, on the CPU.
-        twice: a group of one row holds it twice. limits: every group ends with a limiting row.
+        limits: every group ends with a limiting row.
     """
     top_k = expert_NK.shape[1]
     expert = expert_NK.numpy().reshape(-1)
@@ -63,12 +59,6 @@ def group(expert_NK: Tensor, *, twice: bool = False, limits: bool = False) -> Gr
         sizes = sizes + 1
         assignment = np.full(len(order) + len(chosen), len(order))
         assignment[place] = order
-    elif twice:
-        copies = np.where(sizes == 1, 2, 1)
-        copies_A = np.repeat(copies, sizes)
-        place = copies_A.cumsum() - copies_A
-        sizes = sizes * copies
-        assignment = np.repeat(order, copies_A)
     else:
         assignment = order
     place_A = np.empty_like(place)
@@ -120,18 +110,16 @@ class HostExperts:
         return expert, gate / gate.sum(-1, keepdim=True) if self.normalise else gate
 
     def one(self, x_1C: Tensor, expert_1K: Tensor, gate_1K: Tensor) -> Tensor:
-        """A single row: nothing to sort; ``exact`` computes it twice, as ``group`` would."""
-        chosen, copies, dtype = expert_1K[0].tolist(), 1, x_1C.dtype
+        """A single row: nothing to sort."""
+        chosen, dtype = expert_1K[0].tolist(), x_1C.dtype
         x_1C = x_1C.to(self.dtype)
-        if self.exact:
-            x_1C, gate_1K, copies = torch.cat((x_1C, x_1C)), gate_1K.repeat_interleave(2, 1), 2
         inner = self.swiglu(torch.cat([self.gate_up[e](x_1C) for e in chosen])).mul_(gate_1K.T)
-        y = torch.cat([self.down[e](rows) for e, rows in zip(chosen, inner.split(copies))])
-        return y.view(1, self.top_k, -1)[..., : y.shape[1]].sum(1, dtype=torch.float32).to(dtype)
+        y = torch.cat([self.down[e](row) for e, row in zip(chosen, inner.split(1))])
+        return y.view(1, self.top_k, -1).sum(1, dtype=torch.float32).to(dtype)
 
     def many(self, x_NC: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
         """Any number of rows, by ``group``."""
-        g = group(expert_NK, twice=self.exact)
+        g = group(expert_NK)
         rows = x_NC.to(self.dtype).index_select(0, g.source_P).split(g.sizes)
         inner = self.swiglu(torch.cat([self.gate_up[e](part) for e, part in zip(g.chosen, rows)]))
         inner.mul_(gate_NK.flatten().index_select(0, g.assignment_P)[:, None])

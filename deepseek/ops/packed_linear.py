@@ -8,10 +8,10 @@ signature, registered as ``register_op("packed_linear", name)``, that returns it
 On a CPU the formats are native kernels of ours (``deepseek.ops.native``), compiled where they run: a row's sums are
 taken in one order however many rows there are, so they are ``exact`` anyway. Where there is no C++ compiler, or no
 instructions for a format, or AMX for bf16, ``fp32`` and ``bf16`` are oneDNN products over weights in oneDNN's own
-blocked layout: from two rows up they beat a plain product (which MKL runs row by row there), and again each row's sum
-runs in the same order. Only a single row goes another way: under ``exact`` it is computed as two (``rows_agree`` checks
-the claim on this machine for every shape, and a layer for which it does not hold is computed row by row). ``int8``: see
-``deepseek.ops.int8_linear``.
+blocked layout: from two rows up they beat a plain product (which MKL runs row by row there). In which order oneDNN adds
+up a row may depend on how many there are (with AMX it does, for some numbers of rows and not for most: trying some
+proves nothing), so ``exact`` never goes there: with AMX it is ours all the same, and where ours cannot be had a product
+for every row. ``int8``: see ``deepseek.ops.int8_linear``.
 
 On CUDA a few rows go through a kernel that streams the weight once, more through the vendor's product, and ``exact``
 through a product of one tile shape for every number of rows (``deepseek.ops.triton.linear``).
@@ -22,7 +22,6 @@ Shape letters: N rows, C inputs, F outputs of a layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,7 +130,7 @@ class PackedSwiGLU:
         self.native: NativeSwiGLU | None = None
         self.gate_up: PackedLinear
         self.down: PackedLinear
-        if torch.device(device).type == "cpu" and native_takes(format):
+        if torch.device(device).type == "cpu" and native_takes(format, exact):
             from deepseek.ops.native_linear import NativeSwiGLU
 
             self.native = NativeSwiGLU(
@@ -178,11 +177,16 @@ class PlainLinear(PackedLinear):
 
 
 class RowwiseLinear(PlainLinear):
-    """One product a row: bit-identical rows on any machine, and no faster than a row at a time."""
+    """One product a row: bit-identical rows on any machine, and no faster than a row at a time.
+
+    Every row is copied to a place of its own first: where in a cache line numbers begin may decide in which order a
+    library adds them up.
+    """
 
     def __call__(self, x_NC: Tensor) -> Tensor:
         x = x_NC.to(self.weight.dtype)
-        return torch.cat([F.linear(row[None], self.weight, self.bias) for row in x]).to(x_NC.dtype)
+        rows = [F.linear(row.clone(), self.weight, self.bias) for row in x.split(1)]
+        return torch.cat(rows).to(x_NC.dtype)
 
 
 class TritonLinear(PlainLinear):
@@ -217,36 +221,33 @@ class TritonLinear(PlainLinear):
 
 
 class OneDNNLinear(PackedLinear):
-    """A oneDNN product over a weight in its blocked layout; ``exact`` never lets it see a single row."""
+    """A oneDNN product over a weight in its blocked layout."""
 
-    def __init__(self, weight_FC: Tensor, bias_F: Tensor | None, exact: bool) -> None:
+    def __init__(self, weight_FC: Tensor, bias_F: Tensor | None) -> None:
         self.out_features, self.in_features = weight_FC.shape
         self.nbytes = weight_FC.nbytes
-        self.exact, self.bias, self.dtype = exact, bias_F, weight_FC.dtype
+        self.bias, self.dtype = bias_F, weight_FC.dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_FC.contiguous(), None)
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x_NC: Tensor) -> Tensor:
         x = x_NC if x_NC.dtype == self.dtype else x_NC.to(self.dtype)
-        if self.exact and x.shape[0] == 1:
-            pair = torch.cat((x, x))
-            y: Tensor = self._product(pair, self.weight, self.bias, "none", [], "")[:1]
-        else:
-            y = self._product(x, self.weight, self.bias, "none", [], "")
+        y: Tensor = self._product(x, self.weight, self.bias, "none", [], "")
         return y if y.dtype == x_NC.dtype else y.to(x_NC.dtype)
 
 
-def native_takes(format: str) -> bool:
+def native_takes(format: str, exact: bool = False) -> bool:
     """Whether the native CPU kernels are how to compute in this format here.
 
-    With AMX oneDNN's products of many bf16 rows are beyond what ours reach; a format that the processor has no
-    instructions for is left to who has made something of that.
+    With AMX oneDNN's products of many bf16 rows are beyond what ours reach, but not ``exact``; a format that the
+    processor has no instructions for is left to who has made something of that.
     """
     if not native.available():
         return False
     if format == "fp32":
         return True
-    return native.has(format) and not (format == "bf16" and torch.cpu._is_amx_tile_supported())
+    beaten = format == "bf16" and torch.cpu._is_amx_tile_supported()
+    return native.has(format) and (exact or not beaten)
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
@@ -259,7 +260,10 @@ def has_onednn(dtype: torch.dtype) -> bool:
 def rows_agree(
     linear: PackedLinear, dtype: torch.dtype, device: torch.device | str = "cpu", most: int = 97
 ) -> bool:
-    """Whether a row's result was bit-identical in every one of some compositions of up to ``most`` rows."""
+    """Whether a row's result was bit-identical in every one of some compositions of up to ``most`` rows.
+
+    For tests of ``exact`` formats: it can refute the claim, not prove it.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(most, linear.in_features, generator=generator).to(device, dtype)
     whole = linear(x)
@@ -268,13 +272,6 @@ def rows_agree(
             if not linear(x[first : first + rows]).equal(whole[first : first + rows]):
                 return False
     return True
-
-
-@cache
-def _exact_by_onednn(inputs: int, outputs: int, dtype: torch.dtype, threads: int) -> bool:
-    """``rows_agree`` for a shape; how oneDNN divides the work depends on nothing else."""
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return rows_agree(OneDNNLinear(weight, None, exact=True), dtype)
 
 
 def _pack(weight: Tensor, bias: Tensor | None, device: torch.device, exact: bool, name: str) -> PackedLinear:
@@ -290,17 +287,14 @@ def _pack(weight: Tensor, bias: Tensor | None, device: torch.device, exact: bool
                 "newer and the extra 'kernels'; use the CPU, or do without `exact`"
             )
         return PlainLinear(weight, bias)
-    if native_takes(name):
+    if native_takes(name, exact):
         from deepseek.ops.native_linear import NativeLinear
 
         return NativeLinear.pack(weight, bias, name)
-    small = dtype == torch.float32 and weight.numel() < SMALL and not exact
-    if small or not has_onednn(dtype):
-        return RowwiseLinear(weight, bias) if exact else PlainLinear(weight, bias)
-    outputs, inputs = weight.shape
-    if exact and not _exact_by_onednn(inputs, outputs, dtype, torch.get_num_threads()):
+    if exact:
         return RowwiseLinear(weight, bias)
-    return OneDNNLinear(weight, bias, exact)
+    small = dtype == torch.float32 and weight.numel() < SMALL
+    return PlainLinear(weight, bias) if small or not has_onednn(dtype) else OneDNNLinear(weight, bias)
 
 
 @register_op("packed_linear", "fp32")

@@ -62,10 +62,7 @@ def test_equals_a_wide_product(format: str, inputs: int, outputs: int, bias: boo
 def test_exact_rows_do_not_depend_on_the_others(format: str, inputs: int, outputs: int, threads: int) -> None:
     dtype = DTYPES[format]
     linear = pack_linear(make(0, outputs, inputs), None, format, CPU, exact=True)
-    fast = format == "int8" or (  # oneDNN has bf16 on some CPUs only, and divides the work as the CPU has it
-        packed_linear.has_onednn(dtype) and packed_linear._exact_by_onednn(inputs, outputs, dtype, threads)
-    )
-    assert isinstance(linear, packed_linear.RowwiseLinear) == (not fast)
+    assert not isinstance(linear, packed_linear.OneDNNLinear)  # its sums may depend on the number of rows
     x = make(1, 140, inputs).to(dtype)
     x[3] *= 1000  # a loud neighbour
     whole = linear(x)
@@ -87,17 +84,27 @@ def test_exact_rows_are_the_same_on_one_thread_and_two(inputs: int) -> None:
     assert results[0].equal(results[1])
 
 
-def test_where_onednn_depends_on_the_rows_they_are_computed_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_exact_products_are_ours_with_amx_too(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    """oneDNN is the faster one in bf16 there, and adds up a row in another order for some numbers of rows."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    for format, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        ours = native.has("bf16") if format == "bf16" else native.available()
+        linear = pack_linear(make(0, 100, 3000), None, format, CPU, exact=True)
+        assert isinstance(linear, packed_linear.RowwiseLinear) == (not ours)
+        layer = PackedSwiGLU(make(0, 64, 96), None, make(1, 96, 32), None, format, CPU, exact=True)
+        assert (layer.native is not None) == ours
+        x = make(2, 20, 96).to(dtype)
+        assert layer(x)[7:8].equal(layer(x[7:8]))
+    if native.has("bf16") and packed_linear.has_onednn(torch.bfloat16):
+        fast = pack_linear(make(0, 100, 3000), None, "bf16", CPU)
+        assert isinstance(fast, packed_linear.OneDNNLinear) == amx
+
+
+def test_what_computes_rows_one_by_one_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_agree(packed_linear.RowwiseLinear(make(0, 100, 3001), None), torch.float32)
     monkeypatch.setenv("DEEPSEEK_NATIVE", "0")
-    monkeypatch.setattr(packed_linear, "_exact_by_onednn", lambda *_: False)
-    linear = pack_linear(make(0, 100, 3000), None, "fp32", CPU, exact=True)
-    assert isinstance(linear, packed_linear.RowwiseLinear)
-    assert rows_agree(linear, torch.float32)
     monkeypatch.setattr(packed_linear, "has_onednn", lambda _: False)
-    linear = pack_linear(make(0, 10, 30), None, "bf16", CPU, exact=True)
-    assert isinstance(linear, packed_linear.RowwiseLinear)
     assert type(pack_linear(make(0, 10, 30), None, "bf16", CPU)) is packed_linear.PlainLinear
 
     class Uneven(packed_linear.PlainLinear):
