@@ -324,47 +324,6 @@ def same_bits(args: argparse.Namespace) -> dict[str, bool]:
     return same
 
 
-def sweep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from deepseek.ops.triton.paged_attention import Tiles, forced_tuning, tuning_for
-
-    cases = [
-        Case(k, *s) for k in "FH" for s in ((1, 2048), (1, 8192), (64, 1024), (32, 1024, 5), (1, 4096, 2048))
-    ]
-    for case in cases:
-        layer = Layer(case, args, torch.bfloat16, 8 if case.rows == 1 else 1)
-        base = tuning_for(layer.q, case.kind)
-        if case.rows <= 16:
-            options = [
-                replace(base, short=Tiles(16, keys, warps, stages), waves=waves, least=least)
-                for keys in (32, 64, 128)
-                for warps in (2, 4, 8)
-                for stages in (3, 5, 7)
-                for waves in (1.0, 2.0, 4.0)
-                for least in (128, 256, 512)
-            ]
-        else:
-            options = [
-                replace(base, long=Tiles(rows, keys, warps, stages))
-                for rows in (64, 128)
-                for keys in (32, 64, 128)
-                for warps in (4, 8)
-                for stages in (2, 3, 4)
-            ]
-        found = []
-        end = time.monotonic() + args.sweep_seconds
-        for tuning in options:
-            with forced_tuning(tuning):
-                took = _tried(layer.attend)
-            if isinstance(took, float):
-                found.append(
-                    (took, str(tuning.short if case.rows <= 16 else tuning.long), tuning.waves, tuning.least)
-                )
-            if time.monotonic() > end:
-                break
-        found.sort()
-        yield {"case": case.name, "tried": len(found), "of": len(options), "best": found[:5]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -376,7 +335,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="for each figure on a CPU")
     parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention too")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--sweep-seconds", type=float, default=40, help="for each case")
+    parser.add_argument("--cases", help="of the sweep, as F64x640,F8x512x512: kind, streams x length, x rows")
+    parser.add_argument("--sweep-seconds", type=float, default=100, help="for the whole sweep")
+    parser.add_argument("--jobs", type=int, help="processes that compile, 0: none; the cores but four")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -391,6 +352,8 @@ def main() -> None:
         "load": os.getloadavg()[0], "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim,
         "page": args.page, "results": [],
     }  # fmt: skip
+    if args.sweep:
+        from tune_paged import sweep
     with torch.inference_mode():
         for row in sweep(args) if args.sweep else on_gpu(args) if cuda else on_cpu(args):
             found["results"].append(row)

@@ -24,7 +24,7 @@ def _halves(x, at, seen, D: tl.constexpr):
     return a, tl.load(x + at + D // 2, mask=seen, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_s", "pool_table_s"])
 def append_kernel(
     q, k, v, cos, sin, q_out, k_pages, v_pages, raw_pages, pool_k, pool_v, pooling, slot, position, sequence,
     lengths, ends, table, pool_table, q_n, q_h, k_n, k_h, v_n, v_h, table_s, pool_table_s,
@@ -57,9 +57,9 @@ def append_kernel(
             qa, qb = _halves(q, n * q_n + head * q_h + e[None, :], some, D)
             tl.store(k_pages + to + e, (a * c - b * w).to(k_pages.dtype.element_ty), mask=half)
             tl.store(k_pages + to + D // 2 + e, (b * c + a * w).to(k_pages.dtype.element_ty), mask=half)
-            c, w, into = c[None, :], w[None, :], q_out + (n * H + head) * D + e[None, :]
-            tl.store(into, (qa * c - qb * w).to(q_out.dtype.element_ty), mask=some)
-            tl.store(into + D // 2, (qb * c + qa * w).to(q_out.dtype.element_ty), mask=some)
+            qc, qw, into = c[None, :], w[None, :], q_out + (n * H + head) * D + e[None, :]
+            tl.store(into, (qa * qc - qb * qw).to(q_out.dtype.element_ty), mask=some)
+            tl.store(into + D // 2, (qb * qc + qa * qw).to(q_out.dtype.element_ty), mask=some)
         else:
             tl.store(k_pages + to + d, key, mask=inside)
         tl.store(v_pages + to + d, value, mask=inside)
@@ -73,8 +73,8 @@ def append_kernel(
             number = tl.load(table + s.to(tl.int64) * table_s + at // PAGE, mask=covered, other=0).to(
                 tl.int64
             )
-            to = tl.load(pool_table + s.to(tl.int64) * pool_table_s + t // PAGE).to(tl.int64)
-            to = ((to * (PAGE // STRIDE) + (t % PAGE) // STRIDE) * K + h) * D + d
+            page = tl.load(pool_table + s.to(tl.int64) * pool_table_s + t // PAGE).to(tl.int64)
+            into_pool = ((page * (PAGE // STRIDE) + (t % PAGE) // STRIDE) * K + h) * D + d
             start = t + 1  # of the positions that this step brought
             if WRITE:
                 start = tl.load(lengths + s) - (tl.load(ends + s + 1) - tl.load(ends + s))
@@ -88,8 +88,8 @@ def append_kernel(
             x, y = tl.sum(x, 0), tl.sum(y, 0)
             if not LEARNED:
                 x, y = x * (1.0 / BLOCK), y * (1.0 / BLOCK)
-            tl.store(pool_k + to, x.to(pool_k.dtype.element_ty), mask=inside)
-            tl.store(pool_v + to, y.to(pool_v.dtype.element_ty), mask=inside)
+            tl.store(pool_k + into_pool, x.to(pool_k.dtype.element_ty), mask=inside)
+            tl.store(pool_v + into_pool, y.to(pool_v.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -179,9 +180,8 @@ def _launch(
     longest = max(rows.lengths[:end] if cut is None else rows.lengths[first:])
     keys = longest if window is None else min(longest, window + (0 if cut is None else SHORT + BN))
     blocks = 0 if pool is None else max(0, longest - pool.block) // pool.stride + 1
-    least = triton.cdiv(tuning.least, BN) * BN
-    wanted = min(128, int(tuning.waves * _processors(q.device) / programs)) if split else 1
-    pools, splits = _splits(wanted, triton.cdiv(keys, least), triton.cdiv(blocks, least), cut is None)
+    cutting = tuning if split else replace(tuning, waves=0)
+    pools, splits, least = share_out(cutting, BN, programs, keys, blocks, q.device, cut is None)
     parts = lses = out
     if splits > 1:
         shape = (end - first, H, splits)
@@ -213,9 +213,7 @@ def _launch(
             **sizes,
         )
     else:
-        # programs of both branches, of the same splits
-        grid = len(cut), K, splits if pool is None else max(1, splits // 2)
-        attend_kernel[grid](
+        attend_kernel[(len(cut), K, splits - pools)](
             *tensors, cut, rows.ends_S, *tables, *strides, first, window or 0, least, D**-0.5, **sizes
         )
     if splits > 1:
@@ -226,23 +224,43 @@ def _launch(
         )  # fmt: skip
 
 
-def _splits(wanted: int, keys: int, blocks: int, decodes: bool) -> tuple[int, int]:
-    """How many of the splits are of pooled blocks, and how many there are.
+class Shares(NamedTuple):
+    """How many splits are of the pooled blocks and how many there are, and the keys that one takes at least."""
+
+    pools: int
+    splits: int
+    least: int
+
+
+def share_out(
+    tuning: Tuning,
+    tile: int,
+    programs: int,
+    keys: int,
+    blocks: int,
+    device: torch.device,
+    decodes: bool = True,
+) -> Shares:
+    """How keys are split.
 
     Args:
-        wanted: splits that there is room for. keys, blocks: how many the keys and the pooled blocks are worth; no
-            blocks: not a hybrid layer.
+        tile: keys read at a time. programs: without splits. keys, blocks: the most that a row sees, blocks 0 but in a
+            hybrid layer.
         decodes: branches may be in programs of their own; otherwise a program has a split of each.
     """
-    if not blocks:
-        return 0, max(1, min(wanted, keys))
+    least = triton.cdiv(tuning.least, tile) * tile
+    wanted = min(128, int(tuning.waves * _processors(device) / programs))
+    keys, blocks = triton.cdiv(keys, least), triton.cdiv(blocks, least)
     if not decodes:
         splits = max(1, min(wanted, max(keys, blocks)))
-        return (splits, 2 * splits) if splits > 1 else (0, 1)
+        pools = splits if splits > 1 and blocks else 0
+        return Shares(pools, splits + pools, least)
+    if not blocks:
+        return Shares(0, max(1, min(wanted, keys)), least)
     if wanted < 2:
-        return 1, 1
+        return Shares(1, 1, least)
     pools = min(blocks, max(wanted // 2, wanted - keys))
-    return pools, pools + min(keys, wanted - pools)
+    return Shares(pools, pools + min(keys, wanted - pools), least)
 
 
 # --- filling the cache ----------------------------------------------------------------------------------------------

@@ -27,6 +27,13 @@ import triton.language as tl
 from deepseek.ops.triton.chain import begin, wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
+#: What differs from step to step and from graph to graph: one kernel for all of it.
+_ANY = {
+    "do_not_specialize": [
+        "table_s", "pool_table_s", "width", "pool_width", "first_row", "window", "least", "pools", "splits",
+    ],
+    "do_not_specialize_on_alignment": ["lengths", "table", "pool_table"],
+}  # fmt: skip
 
 
 @triton.jit
@@ -141,7 +148,7 @@ def _store_part(parts, lses, part, acc, top, total, real, D: tl.constexpr, DP: t
     tl.store(parts + part[:, None] * D + d[None, :], acc / safe[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(**_ANY)
 def attend_kernel(
     q, q_rope, k, v, pool_k, pool_v, sink, gate, out, parts, lses,
     tiles, ends, lengths, table, pool_table, q_n, q_h, qr_n, qr_h, g_n, g_h, table_s, pool_table_s,
@@ -258,7 +265,7 @@ def _decode(
     return acc, top, total + tl.sum(sums, 1)
 
 
-@triton.jit
+@triton.jit(**_ANY)
 def decode_kernel(
     q, q_rope, k, v, pool_k, pool_v, sink, gate, out, parts, lses, lengths, table, pool_table,
     q_n, q_h, qr_n, qr_h, g_n, g_h, table_s, pool_table_s, width, pool_width, window, least, pools, sm_scale,
@@ -314,7 +321,7 @@ def decode_kernel(
             tl.store(out + (row * H + head[:, None]) * D + d[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(**_ANY)
 def combine_kernel(
     parts, lses, gate, out, first_row, splits, pools, g_n, g_h,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, POOLED: tl.constexpr, CHAIN: tl.constexpr,
