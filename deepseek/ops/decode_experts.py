@@ -85,18 +85,14 @@ class PackedExperts:
         self, x_NC: Tensor, norm: Norm | None = None, residual_NC: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with ``residual + experts(norm(x))`` as ``out``: fewer kernels where the device has them."""
-        layer = self._layer
-        if isinstance(layer, NativeExperts):
-            out, expert, gate = layer(x_NC, norm, residual_NC)
-            return out if self.shared is None else self.shared.fused(x_NC, norm, out), expert, gate
-        if isinstance(layer, DeviceExperts) and layer.streams(x_NC):
-            out, expert, gate = layer.stream(x_NC, norm, residual_NC)
-            return out if self.shared is None else self.shared.fused(x_NC, norm, out), expert, gate
-        x_NC = normed(x_NC, norm)
-        out, expert, gate = layer(x_NC)
-        if self.shared is not None:
-            out = out + self.shared(x_NC)
-        return out if residual_NC is None else residual_NC + out, expert, gate
+        if isinstance(self._layer, HostExperts):
+            x_NC = normed(x_NC, norm)
+            out, expert, gate = self._layer(x_NC)
+            if self.shared is not None:
+                out = out + self.shared(x_NC)
+            return out if residual_NC is None else residual_NC + out, expert, gate
+        out, expert, gate = self._layer(x_NC, norm, residual_NC)
+        return out if self.shared is None else self.shared.fused(x_NC, norm, out), expert, gate
 
 
 class DeviceExperts:
@@ -123,33 +119,21 @@ class DeviceExperts:
         self.router_nbytes = self.router.nbytes
         self.experts_nbytes = self.gate_up.nbytes + self.down.nbytes
 
-    def streams(self, x_NC: Tensor) -> bool:
-        """Whether ``stream`` is how to compute these rows."""
-        return self.kernels is not None and not self.exact and x_NC.shape[0] <= STREAM_ROWS
-
-    def stream(
+    def __call__(
         self, x_NC: Tensor, norm: Norm | None = None, residual_NC: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Few rows, with the norm before and the residual after."""
-        assert self.kernels is not None
-        out: tuple[Tensor, Tensor, Tensor] = self.kernels.few(
-            x_NC.contiguous(), self.router, self.bias, self.gate_up, self.down, self.top_k, self.normalise,
-            norm=norm, residual_NC=None if residual_NC is None else residual_NC.contiguous(),
-        )  # fmt: skip
-        return out
-
-    def __call__(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.streams(x_NC):
-            return self.stream(x_NC)
         if self.kernels is not None and (self.exact or x_NC.shape[0] <= KERNEL_ROWS):
-            out: tuple[Tensor, Tensor, Tensor] = self.kernels.grouped(
-                x_NC.contiguous(), self.router, self.bias, self.gate_up, self.down, self.top_k, self.normalise
-            )
+            few = not self.exact and x_NC.shape[0] <= STREAM_ROWS
+            out: tuple[Tensor, Tensor, Tensor] = (self.kernels.few if few else self.kernels.grouped)(
+                x_NC.contiguous(), self.router, self.bias, self.gate_up, self.down, self.top_k, self.normalise,
+                norm=norm, residual_NC=None if residual_NC is None else residual_NC.contiguous(),
+            )  # fmt: skip
             return out
+        x_NC = normed(x_NC, norm)
         probs, expert, gate = route(x_NC, self.router, self.bias, self.top_k, self.normalise)
         where = dispatch(expert, probs)
         y, _ = run_experts(x_NC, gates(gate, probs, where), where, self.gate_up.mT, self.down.mT)
-        return y, expert, gate
+        return y if residual_NC is None else residual_NC + y, expert, gate
 
 
 def experts_reference(

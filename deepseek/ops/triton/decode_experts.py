@@ -2,13 +2,18 @@
 
 Few rows (``few``): three kernels. Router logits; then one program for every assignment and tile of inner features,
 which finds its expert itself (a softmax and top-k over E numbers costs less than a launch), streams that expert's gate
-and up rows and leaves ``gate · silu(a) · b``; then one program for every row and tile of outputs, which goes through
-the row's K experts in order. Rows that share an expert find its weights in the L2 cache.
+and up rows and leaves ``gate · silu(a) · b``; then one program for every row and tile of outputs, which finds the row's
+K experts again and has their weights on the way before the inner features are there. Rows that share an expert find
+its weights in the L2 cache.
 
-More rows (``grouped``): assignments are sorted by expert and cut into blocks of ``BLOCK`` rows of one expert, so that a
-block reads a tile of weights once for all its rows, on the matrix units. The number of blocks is bounded from outside;
-programs beyond those in use leave at once. One tile shape serves every number of rows, and the K parts of a row are
-added in its own order, so a row's bits do not depend on the other rows.
+More rows (``grouped``): logits, choice, and two products that read a tile of an expert's weights once for ``BLOCK`` of
+its rows, on the matrix units; then a row's K parts are added in its own order. Up to ``FIND`` assignments, every
+program of the products finds the rows of its expert in the list of all choices; of more, they are sorted by expert
+and cut into blocks, whose number is bounded from outside. Programs with nothing to do leave at once. One tile shape
+serves every number of rows, so a row's bits do not depend on the other rows.
+
+Kernels of a chain (``deepseek.ops.triton.chain``): the first product lets the next kernel begin only when it has
+waited itself, so that the second may read what was chosen, and fetch weights, while the first is at work.
 
 Weights lie with their inputs together: ``gate_up [E, 2F, C]``, ``down [E, C, F]``.
 
@@ -17,98 +22,96 @@ Shape letters: N rows, E experts, K experts per row, A = N·K assignments, C hid
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek.ops.triton.experts import router
-from deepseek.ops.triton.linear import gemv
+from deepseek.ops.triton.chain import begin, options, wait
+from deepseek.ops.triton.decode_router import choose, route_rows, router_logits, shrink, sizes
 
 BLOCK = 16  #: rows of one expert that share a read of its weights: the least the matrix units take
+FIND = 512  #: up to how many assignments programs find their rows themselves
+
+#: Tiles: outputs of a program and inputs of a step (the most: it is no larger than the inputs).
+TILES: dict[str, dict[str, Any]] = {
+    "few_gate_up": {"BF": 2, "BC": 2048, "num_warps": 2},
+    "few_down": {"BC": 2, "BF": 1024, "num_warps": 2},
+    "gate_up": {"BF": 32, "BC": 128, "num_warps": 4, "num_stages": 4},
+    "down": {"BC": 64, "BF": 128, "num_warps": 4, "num_stages": 4},
+}
 
 
 # --- few rows -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _choice(
-    logits, bias, n, k, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr
-):  # fmt: skip
-    """The k-th expert of row n and its gate."""
-    e = tl.arange(0, EP)
-    scores = tl.load(logits + n * E + e, mask=e < E, other=float("-inf"))
-    scores = tl.exp(scores - tl.max(scores, 0))
-    p = scores / tl.sum(scores, 0)
-    left = tl.where(e < E, p + tl.load(bias + e, mask=e < E, other=0.0), float("-inf"))
-    expert = 0
-    gate = 0.0
-    total = 0.0
-    for i in tl.static_range(K):
-        best = tl.minimum(tl.argmax(left, 0).to(tl.int32), E - 1)  # of NaN, argmax may say any column
-        mine = tl.sum(tl.where(e == best, p, 0.0), 0)
-        expert = tl.where(i == k, best, expert)
-        gate = tl.where(i == k, mine, gate)
-        total += mine
-        left = tl.where(e == best, float("-inf"), left)
-    if NORMALISE:
-        gate = gate / total
-    return expert, gate
-
-
-@triton.jit
 def _few_gate_up_kernel(
-    x, logits, bias, scale, weight, expert, gate, inner, hidden, size, eps,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, NORM: tl.constexpr,
-    BF: tl.constexpr, BC: tl.constexpr,
+    x, logits, squares, bias, scale, weight, expert, gate, inner, hidden, size, eps,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    NORMALISE: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    a = tl.program_id(0)
-    n = a // K
-    mine, g = _choice(logits, bias, n, a % K, E, EP, K, NORMALISE)
-    if tl.program_id(1) == 0:
-        tl.store(expert + a, mine)
-        tl.store(gate + a, g)
+    wait(CHAIN)
+    begin(CHAIN)
+    n = tl.program_id(0) // K
+    chosen, gates = choose(logits, squares, bias, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
+    k = tl.arange(0, KP)
+    own = k == tl.program_id(0) % K
+    mine = tl.sum(tl.where(own, chosen, 0), 0)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     row = weight + (mine.to(tl.int64) * 2 * size + f[:, None]) * hidden
-    gates = tl.zeros((BF, BC), dtype=tl.float32)
-    ups = tl.zeros((BF, BC), dtype=tl.float32)
-    squares = tl.zeros((BC,), dtype=tl.float32)
+    h = tl.zeros((BF,), dtype=tl.float32)
+    up = tl.zeros((BF,), dtype=tl.float32)
     for start in range(0, hidden, BC):
         c = start + tl.arange(0, BC)
         there = (f < size)[:, None] & (c < hidden)[None, :]
+        w = tl.load(row + c[None, :], mask=there, other=0.0)
+        u = tl.load(row + size.to(tl.int64) * hidden + c[None, :], mask=there, other=0.0)
         v = tl.load(x + n * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
         if NORM:
-            squares += v * v
             v *= tl.load(scale + c, mask=c < hidden, other=0.0).to(tl.float32)
-        v = v[None, :]
-        gates += v * tl.load(row + c[None, :], mask=there, other=0.0).to(tl.float32)
-        ups += v * tl.load(row + size * hidden + c[None, :], mask=there, other=0.0).to(tl.float32)
-    up = tl.sum(ups, 1)
-    h = tl.sum(gates, 1)
+        h += tl.sum(v[None, :] * w.to(tl.float32), 1)
+        up += tl.sum(v[None, :] * u.to(tl.float32), 1)
     if NORM:
-        shrink = 1 / tl.sqrt(tl.sum(squares, 0) / hidden + eps)
-        up *= shrink
-        h *= shrink
-    tl.store(inner + a * size + f, (g * up * h / (1 + tl.exp(-h))).to(inner.dtype.element_ty), mask=f < size)
+        factor = shrink(squares, n, hidden, eps, S, SP)
+        h *= factor
+        up *= factor
+    g = tl.sum(tl.where(own, gates, 0.0), 0)
+    at = inner + tl.program_id(0) * size + f
+    tl.store(at, (g * up * h / (1 + tl.exp(-h))).to(inner.dtype.element_ty), mask=f < size)
+    if tl.program_id(1) == 0:
+        tl.store(expert + n * K + k, chosen, mask=own)
+        tl.store(gate + n * K + k, gates, mask=own)
 
 
 @triton.jit
 def _few_down_kernel(
-    inner, expert, weight, residual, out, hidden, size,
-    K: tl.constexpr, RESIDUAL: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+    inner, logits, squares, bias, weight, residual, out, hidden, size, eps,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    NORMALISE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    begin(CHAIN)
     n = tl.program_id(0)
+    # The logits were there before the kernel before this one let it begin.
+    chosen, _ = choose(logits, squares, bias, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
+    k = tl.arange(0, KP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    total = tl.zeros((BC, BF), dtype=tl.float32)
-    for k in tl.static_range(K):
-        mine = tl.load(expert + n * K + k).to(tl.int64)
-        row = weight + (mine * hidden + c[:, None]) * size
-        for start in range(0, size, BF):
-            f = start + tl.arange(0, BF)
-            v = tl.load(inner + (n * K + k) * size + f, mask=f < size, other=0.0).to(tl.float32)
-            w = tl.load(row + f[None, :], mask=(c < hidden)[:, None] & (f < size)[None, :], other=0.0)
-            total += v[None, :] * w.to(tl.float32)
-    y = tl.sum(total, 1)
+    f = tl.arange(0, BF)
+    row = weight + (chosen.to(tl.int64)[:, None, None] * hidden + c[None, :, None]) * size + f[None, None, :]
+    there = (k < K)[:, None, None] & (c < hidden)[None, :, None]
+    source = inner + (n * K + k)[:, None] * size + f[None, :]
+    w = tl.load(row, mask=there & (f < size)[None, None, :], other=0.0)
+    wait(CHAIN)
+    y = tl.zeros((BC,), dtype=tl.float32)
+    for start in range(0, size, BF):
+        v = tl.load(source + start, mask=(k < K)[:, None] & (start + f < size)[None, :], other=0.0).to(
+            tl.float32
+        )
+        y += tl.sum(tl.sum(v[:, None, :] * w.to(tl.float32), 2), 0)
+        w = tl.load(row + start + BF, mask=there & (start + BF + f < size)[None, None, :], other=0.0)
     if RESIDUAL:
         y += tl.load(residual + n * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
     tl.store(out + n * hidden + c, y.to(out.dtype.element_ty), mask=c < hidden)
@@ -126,28 +129,30 @@ def few(
     norm: tuple[Tensor, float] | None = None,
     residual_NC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer for at most 8 rows: ``out [N, C]``, ``expert [N, K]`` int32, ``gate [N, K]`` fp32.
+    """The layer for a few rows: ``out [N, C]``, ``expert [N, K]`` int32, ``gate [N, K]`` fp32.
 
     Args:
         norm: the weight ``[C]`` and epsilon of an RMSNorm that ``x`` goes through first.
         residual_NC: added to the result.
     """
     rows, hidden = x_NC.shape
-    experts, size = down.shape[0], down.shape[2]
-    logits = gemv(x_NC, router_EC, dtype=torch.float32, norm=norm)
+    size = down.shape[2]
+    logits = router_logits(x_NC, router_EC, norm)
     expert = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.int32)
     gate = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.float32)
     inner = x_NC.new_empty(rows * top_k, size)
     scale, eps = norm or (None, 0.0)
-    _few_gate_up_kernel[(rows * top_k, triton.cdiv(size, 4))](
-        x_NC, logits, bias_E, scale, gate_up, expert, gate, inner, hidden, size, eps,
-        E=experts, EP=triton.next_power_of_2(experts), K=top_k, NORMALISE=normalise, NORM=norm is not None,
-        BF=4, BC=min(512, triton.next_power_of_2(hidden)), num_warps=4,
+    same = sizes(logits, top_k) | {"NORMALISE": normalise, "NORM": norm is not None} | options(x_NC.device)
+    tile = TILES["few_gate_up"]
+    _few_gate_up_kernel[(rows * top_k, triton.cdiv(size, tile["BF"]))](
+        x_NC, *logits, bias_E, scale, gate_up, expert, gate, inner, hidden, size, eps,
+        **same, **tile | {"BC": min(tile["BC"], triton.next_power_of_2(hidden))},
     )  # fmt: skip
     out = torch.empty_like(x_NC)
-    _few_down_kernel[(rows, triton.cdiv(hidden, 4))](
-        inner, expert, down, residual_NC, out, hidden, size, K=top_k, RESIDUAL=residual_NC is not None,
-        BC=4, BF=min(512, triton.next_power_of_2(size)), num_warps=4,
+    tile = TILES["few_down"]
+    _few_down_kernel[(rows, triton.cdiv(hidden, tile["BC"]))](
+        inner, *logits, bias_E, down, residual_NC, out, hidden, size, eps, RESIDUAL=residual_NC is not None,
+        **same, **tile | {"BF": min(tile["BF"], triton.next_power_of_2(size))},
     )  # fmt: skip
     return out, expert, gate
 
@@ -159,10 +164,13 @@ def few(
 def _sort_kernel(
     expert, order, block_expert, block_first, block_rows, n, blocks,
     E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """One program: counting sort of the assignments by expert, and the table of blocks."""
+    begin(CHAIN)
     e = tl.arange(0, EP)
     i = tl.arange(0, CHUNK)
+    wait(CHAIN)
     count = tl.zeros((EP,), dtype=tl.int32)
     for start in range(0, n, CHUNK):
         mine = tl.load(expert + start + i, mask=start + i < n, other=EP)
@@ -204,73 +212,119 @@ def sort_blocks(expert_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor
     _sort_kernel[(1,)](
         expert_NK, order, block_expert, block_first, block_rows, n, blocks,
         E=experts, EP=padded, CHUNK=max(16, min(128, 16_384 // padded)), BLOCK=BLOCK, num_warps=8,
+        **options(device),
     )  # fmt: skip
     return order, block_expert, block_first, block_rows
 
 
 @triton.jit
+def _own(expert, first, rows, b, n, FIND: tl.constexpr, BY_ROW: tl.constexpr, AP: tl.constexpr):
+    """Program b's expert, how many rows are its to do, the first's sorted place, and where it finds itself, every
+    assignment's rank among them (from 1; 0: not among them)."""
+    start = 0
+    rank = 0
+    if FIND:
+        i = tl.arange(0, AP)
+        chosen = tl.load(expert + i, mask=i < n, other=-1, cache_modifier=".cg")
+        e = tl.load(expert + b, cache_modifier=".cg") if BY_ROW else b
+        hit = (chosen == e).to(tl.int32)
+        if BY_ROW:  # the first that chose an expert does it for all
+            hit = tl.where(tl.sum(hit * (i < b).to(tl.int32), 0) > 0, 0, hit)
+        rank = hit * tl.cumsum(hit, 0)
+        count = tl.sum(hit, 0)
+    else:
+        e = tl.load(expert + b, cache_modifier=".cg")
+        count = tl.load(rows + b, cache_modifier=".cg")
+        start = tl.load(first + b, cache_modifier=".cg")
+    return e, count, start, rank
+
+
+@triton.jit
+def _assignments(order, first, rank, count, done, FIND: tl.constexpr, AP: tl.constexpr, BN: tl.constexpr):
+    """The next ``BN`` assignments after ``done``, and which of them there are."""
+    j = done + tl.arange(0, BN)
+    if FIND:
+        i = tl.arange(0, AP)
+        a = tl.sum(tl.where(rank[None, :] == j[:, None] + 1, i[None, :], 0), 1)
+    else:
+        a = tl.load(order + first + j, mask=j < count, other=0)
+    return a.to(tl.int64), j < count
+
+
+@triton.jit
 def _grouped_gate_up_kernel(
-    x, gate, order, block_expert, block_first, block_rows, weight, inner, hidden, size,
-    K: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    x, gate, expert, order, block_first, block_rows, weight, inner, n, hidden, size,
+    FIND: tl.constexpr, BY_ROW: tl.constexpr, AP: tl.constexpr, K: tl.constexpr,
+    BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1)
-    rows = tl.load(block_rows + b)
-    if rows > 0:
-        i = tl.arange(0, BN)
-        place = tl.load(block_first + b) + i
-        a = tl.load(order + place, mask=i < rows, other=0)
-        f = tl.program_id(0) * BF + tl.arange(0, BF)
-        mine = tl.load(block_expert + b).to(tl.int64)
-        row = weight + (mine * 2 * size + f[None, :]) * hidden
-        source = x + (a // K).to(tl.int64)[:, None] * hidden
+    wait(CHAIN)
+    begin(CHAIN)
+    e, count, first, rank = _own(expert, block_first, block_rows, tl.program_id(1), n, FIND, BY_ROW, AP)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    row = weight + (e.to(tl.int64) * 2 * size + f[None, :]) * hidden
+    for done in range(0, count, BN):
+        a, mine = _assignments(order, first, rank, count, done, FIND, AP, BN)
+        source = x + (a // K)[:, None] * hidden
+        g = tl.load(gate + a, mask=mine, other=0.0)
         gates = tl.zeros((BN, BF), dtype=tl.float32)
         ups = tl.zeros((BN, BF), dtype=tl.float32)
         for start in range(0, hidden, BC):
             c = start + tl.arange(0, BC)
             there = (f < size)[None, :] & (c < hidden)[:, None]
-            v = tl.load(source + c[None, :], mask=(i < rows)[:, None] & (c < hidden)[None, :], other=0.0)
-            gates = tl.dot(
-                v, tl.load(row + c[:, None], mask=there, other=0.0), gates, input_precision=PRECISION
-            )
-            up = tl.load(row + size * hidden + c[:, None], mask=there, other=0.0)
-            ups = tl.dot(v, up, ups, input_precision=PRECISION)
-        g = tl.load(gate + a, mask=i < rows, other=0.0)[:, None]
-        h = g * ups * gates / (1 + tl.exp(-gates))
-        at = inner + place.to(tl.int64)[:, None] * size + f[None, :]
-        tl.store(at, h.to(inner.dtype.element_ty), mask=(i < rows)[:, None] & (f < size)[None, :])
+            w = tl.load(row + c[:, None], mask=there, other=0.0)
+            u = tl.load(row + size * hidden + c[:, None], mask=there, other=0.0)
+            v = tl.load(source + c[None, :], mask=mine[:, None] & (c < hidden)[None, :], other=0.0)
+            gates = tl.dot(v, w, gates, input_precision="ieee")
+            ups = tl.dot(v, u, ups, input_precision="ieee")
+        h = g[:, None] * ups * gates / (1 + tl.exp(-gates))
+        at = inner + a[:, None] * size + f[None, :]
+        tl.store(at, h.to(inner.dtype.element_ty), mask=mine[:, None] & (f < size)[None, :])
 
 
 @triton.jit
 def _grouped_down_kernel(
-    inner, order, block_expert, block_first, block_rows, weight, parts, hidden, size,
-    BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
+    inner, expert, order, block_first, block_rows, weight, parts, n, hidden, size,
+    FIND: tl.constexpr, BY_ROW: tl.constexpr, AP: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1)
-    rows = tl.load(block_rows + b)
-    if rows > 0:
-        i = tl.arange(0, BN)
-        place = (tl.load(block_first + b) + i).to(tl.int64)
-        a = tl.load(order + place, mask=i < rows, other=0)
-        c = tl.program_id(0) * BC + tl.arange(0, BC)
-        row = weight + (tl.load(block_expert + b).to(tl.int64) * hidden + c[None, :]) * size
+    begin(CHAIN)
+    # What was chosen was there before the kernel before this one let it begin.
+    e, count, first, rank = _own(expert, block_first, block_rows, tl.program_id(1), n, FIND, BY_ROW, AP)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    row = weight + (e.to(tl.int64) * hidden + c[None, :]) * size
+    wait(CHAIN)
+    for done in range(0, count, BN):
+        a, mine = _assignments(order, first, rank, count, done, FIND, AP, BN)
+        source = inner + a[:, None] * size
         total = tl.zeros((BN, BC), dtype=tl.float32)
         for start in range(0, size, BF):
             f = start + tl.arange(0, BF)
-            v = tl.load(inner + place[:, None] * size + f[None, :],
-                        mask=(i < rows)[:, None] & (f < size)[None, :], other=0.0)  # fmt: skip
             w = tl.load(row + f[:, None], mask=(c < hidden)[None, :] & (f < size)[:, None], other=0.0)
-            total = tl.dot(v, w, total, input_precision=PRECISION)
-        at = parts + a.to(tl.int64)[:, None] * hidden + c[None, :]
-        tl.store(at, total, mask=(i < rows)[:, None] & (c < hidden)[None, :])
+            v = tl.load(source + f[None, :], mask=mine[:, None] & (f < size)[None, :], other=0.0)
+            total = tl.dot(v, w, total, input_precision="ieee")
+        tl.store(parts + a[:, None] * hidden + c[None, :], total, mask=mine[:, None] & (c < hidden)[None, :])
 
 
 @triton.jit
-def _add_parts_kernel(parts, out, hidden, K: tl.constexpr, BC: tl.constexpr):
+def _add_parts_kernel(
+    parts,
+    residual,
+    out,
+    hidden,
+    K: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BC: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    begin(CHAIN)
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
+    wait(CHAIN)
     total = tl.zeros((BC,), dtype=tl.float32)
     for k in tl.static_range(K):
         total += tl.load(parts + (n * K + k) * hidden + c, mask=c < hidden, other=0.0)
+    if RESIDUAL:
+        total += tl.load(residual + n * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
     tl.store(out + n * hidden + c, total.to(out.dtype.element_ty), mask=c < hidden)
 
 
@@ -282,23 +336,39 @@ def grouped(
     down: Tensor,
     top_k: int,
     normalise: bool,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual_NC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer for any number of rows: ``out [N, C]``, ``expert [N, K]`` int32, ``gate [N, K]`` fp32."""
+    """The layer for any number of rows; arguments and results as of ``few``."""
     rows, hidden = x_NC.shape
     experts, size = down.shape[0], down.shape[2]
-    _, expert, gate = router(x_NC, router_EC, bias_E, top_k, normalise)
-    order, *blocks = sort_blocks(expert, experts)
-    count = blocks[0].shape[0]
-    inner = x_NC.new_empty(rows * top_k, size)
-    tile = {"BN": BLOCK, "PRECISION": "ieee", "num_warps": 4, "num_stages": 4}
-    _grouped_gate_up_kernel[(triton.cdiv(size, 32), count)](
-        x_NC, gate, order, *blocks, gate_up, inner, hidden, size, K=top_k, BF=32, BC=128, **tile
+    n = rows * top_k
+    expert, gate, x_NC = route_rows(x_NC, router_EC, bias_E, top_k, normalise, norm)
+    find = n <= FIND
+    order = first = block_rows = None
+    blocks, count = expert, min(n, experts)
+    if not find:
+        order, blocks, first, block_rows = sort_blocks(expert, experts)
+        count = len(blocks)
+    same = {
+        "FIND": find, "BY_ROW": find and n < experts, "AP": max(16, triton.next_power_of_2(n)) if find else 1,
+        "BN": BLOCK, **options(x_NC.device),
+    }  # fmt: skip
+    inner = x_NC.new_empty(n, size)
+    tile = TILES["gate_up"]
+    _grouped_gate_up_kernel[(triton.cdiv(size, tile["BF"]), count)](
+        x_NC, gate, blocks, order, first, block_rows, gate_up, inner, n, hidden, size, K=top_k, **same, **tile
     )
-    parts = torch.empty(rows * top_k, hidden, device=x_NC.device, dtype=torch.float32)
-    _grouped_down_kernel[(triton.cdiv(hidden, 64), count)](
-        inner, order, *blocks, down, parts, hidden, size, BC=64, BF=128, **tile
+    parts = torch.empty(n, hidden, device=x_NC.device, dtype=torch.float32)
+    tile = TILES["down"]
+    _grouped_down_kernel[(triton.cdiv(hidden, tile["BC"]), count)](
+        inner, blocks, order, first, block_rows, down, parts, n, hidden, size, **same, **tile
     )
     out = torch.empty_like(x_NC)
     block = min(512, triton.next_power_of_2(hidden))
-    _add_parts_kernel[(rows, triton.cdiv(hidden, block))](parts, out, hidden, K=top_k, BC=block, num_warps=2)
+    _add_parts_kernel[(rows, triton.cdiv(hidden, block))](
+        parts, residual_NC, out, hidden,
+        K=top_k, RESIDUAL=residual_NC is not None, BC=block, num_warps=2, **options(x_NC.device),
+    )  # fmt: skip
     return out, expert, gate
