@@ -194,8 +194,8 @@ class Courier:
                 return
             except DeliveryError as error:
                 if not error.again or attempt == TRIES or self._give_up.is_set():
-                    self.lost += 1
                     self._failed(f"an alert was not delivered: {error}")
+                    self.lost += 1
                     return
                 self._give_up.wait(min(max(wait, error.wait), LONGEST_WAIT))
                 wait *= 2
@@ -262,8 +262,7 @@ class AlertSink(Sink):
         self.courier = Courier(receivers, failed=self._failures.append)
 
     def write(self, event: Event) -> None:
-        while self._failures:  # told from here: the courier's thread must not wait for other sinks
-            emit("warning", event.step, text=self._failures.popleft())
+        self._tell_failures(event.step)
         if event.name != "incident":
             return
         incident = {str(key): plain(value) for key, value in event.values.items()}
@@ -284,8 +283,14 @@ class AlertSink(Sink):
         }  # fmt: skip
         return {"step": step, **{k: v for k, v in incident.items() if k not in hidden}, **about}
 
+    def _tell_failures(self, step: int | None) -> None:
+        """From the caller's thread: the courier's must not wait for other sinks."""
+        while self._failures:
+            emit("warning", step, text=self._failures.popleft())
+
     def close(self) -> None:
         self.courier.close()
+        self._tell_failures(None)
 
 
 def receivers_of(webhook: str = "", command: str = "") -> list[Receiver]:
