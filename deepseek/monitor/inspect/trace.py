@@ -151,7 +151,9 @@ class _Recording:
         self.done_steps, self.tokens, self.began = 0, 0, time.time()
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler writes into the run's terminal
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        device = getattr(train_step, "device", None)
+        self._cuda = device is not None and device.type == "cuda"  # a CPU run beside a GPU leaves that alone
+        if self._cuda:
             activities.append(ProfilerActivity.CUDA)
         self.profiler = profile(activities=activities, acc_events=True)
         self._step: Any = None
@@ -198,7 +200,7 @@ class _Recording:
             self._data = None
 
     def end_step(self, tokens: int) -> None:
-        if torch.cuda.is_available():
+        if self._cuda:
             torch.cuda.synchronize()  # the last kernels belong to this step
         self._end_data()
         self._step.__exit__(None, None, None)
