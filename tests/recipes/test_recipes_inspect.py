@@ -221,7 +221,7 @@ def test_a_table_for_people_in_eighty_columns(run: Path) -> None:
 
 
 def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(run), "--step", "4", "--json", "--ablate"]) == 0
+    assert cli.main(["inspect", str(run), "--step", "4", "--json", "--ablate", "--device=cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == 4
     assert len(found["ablation"]["parts"]) == 4 + 4

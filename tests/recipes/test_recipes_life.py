@@ -174,11 +174,11 @@ def test_a_seed_makes_weights_a_function_of_the_config(config: PretrainConfig) -
 
 def test_evaluating_a_run_gives_what_training_told_last(run: Path, config: PretrainConfig) -> None:
     last = [e for e in events(run) if e["event"] == "evaluate"][-1]
-    found = evaluate_run(run)
+    found = evaluate_run(run, "cpu")
     assert found.step == 6
     assert found.model.bits_per_byte == pytest.approx(last["bits_per_byte"], rel=1e-6)
     assert (found.model.tokens, found.model.bytes) == (last["tokens"], last["bytes"])
-    earlier = evaluate_run(run / "step-000003", compressors=False)
+    earlier = evaluate_run(run / "step-000003", "cpu", compressors=False)
     assert earlier.step == 3
     assert earlier.model.bits_per_byte > found.model.bits_per_byte
     assert earlier.compressors == []
@@ -192,7 +192,11 @@ def test_compressors_see_exactly_the_bytes_of_the_held_out_files(run: Path, conf
     originals = [(root / Path(name).name).read_bytes() for name in sorted(sources)]
     texts = held_out_texts(corpus)
     assert sorted(texts) == sorted(originals)
-    assert sum(map(len, texts)) == corpus.held_out.n_bytes == evaluate_run(run, compressors=False).model.bytes
+    assert (
+        sum(map(len, texts))
+        == corpus.held_out.n_bytes
+        == evaluate_run(run, "cpu", compressors=False).model.bytes
+    )
     found = {(c.name, c.how): c.bits_per_byte for c in compress_held_out(corpus)}
     size = sum(map(len, texts))
     assert found["gzip -9", "each file"] == pytest.approx(
@@ -210,7 +214,7 @@ def test_evaluating_on_a_corpus_that_has_changed_is_refused(config: PretrainConf
     text = "completely different words that a tokenizer would merge in another way " * 200
     (tmp_path / "corpus" / "new.txt").write_text(text)
     with pytest.raises(DataError, match=r"corpus of .* has changed"):
-        evaluate_run(tmp_path / "run")
+        evaluate_run(tmp_path / "run", "cpu")
     without = replace(own, data=replace(own.data, held_out=0.0))
     with pytest.raises(DataError, match="no held-out"):
         held_out_texts(prepare(without.data, tmp_path / "cache"))

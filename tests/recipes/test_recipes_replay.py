@@ -67,7 +67,7 @@ def test_a_live_run_is_bit_for_bit_what_it_would_have_been(
         assert identical(tensors(run, step), tensors(straight, step)), step
     assert losses(run) == losses(straight)
     # From the files alone, the same; and the loss is what the step told, when the weights are those before it.
-    assert replay_run(straight, 7).to_dict() == answers[3].result
+    assert replay_run(straight, 7, device="cpu").to_dict() == answers[3].result
     assert answers[3].result["loss"] == pytest.approx(losses(straight)[7], rel=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_samples_and_their_losses_are_the_documents_own(
     dense = replace(config, model=replace(config.model, ffn_pattern="DD"))
     run = tmp_path / "run"
     pretrain(dense, run)
-    result = replay_run(run, step, "current")
+    result = replay_run(run, step, "current", "cpu")
     assert result.weights == STEPS
     assert result.targets == sum(d.length for d in result.documents)
     assert [d.loss for d in result.documents] == sorted(
@@ -111,7 +111,7 @@ def test_the_batch_is_that_of_its_time(config: PretrainConfig, tmp_path: Path) -
     resume_run(run, replace(config, train=smaller))
     assert {step: samples_of(run, step) for step in range(1, 7)} == before
     assert {s.row for s in samples_of(run, 7)} == set(range(4))
-    assert replay_run(run, 7).loss == pytest.approx(losses(run)[7], rel=1e-6)
+    assert replay_run(run, 7, device="cpu").loss == pytest.approx(losses(run)[7], rel=1e-6)
 
 
 def test_what_a_replay_finds_is_kept_beside_its_incident(

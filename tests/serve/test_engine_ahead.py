@@ -261,7 +261,7 @@ def test_too_little_memory_preempts_and_changes_nothing() -> None:
     requests = [
         Request(str(i), tuple(p), SamplingConfig(temperature=0, max_tokens=80)) for i, p in enumerate(prompts)
     ]
-    layout = Engine(loaded, EngineConfig(precision="fp32")).pages.layout
+    layout = Engine(loaded, EngineConfig(**BASE)).pages.layout
     found = []
     for ahead, pages in ((False, 1000), (True, 8), (True, 12)):
         engine = engine_of(loaded, ahead, memory_gib=pages * layout.global_bytes / 2**30, max_running=12)
