@@ -29,7 +29,7 @@ from deepseek.ops.experts import swiglu
 if not torch.cuda.is_available():
     sys.exit("error: this needs a CUDA GPU, and Triton")
 
-from deepseek.ops.triton.linear import TILE, Tile, forced_tile, gemv
+from deepseek.ops.triton.linear import Tile, forced_tile, gemv, tile_for
 
 CUTS = [*itertools.product((1, 2, 4), (1024, 2048), (2, 4, 8)), (8, 2048, 8), (8, 1024, 4), (1, 8192, 8), (2, 8192, 8),
         (2, 8192, 16)]  # fmt: skip
@@ -138,7 +138,7 @@ def main() -> None:
             told = ", ".join(
                 f"{tuple(t)} {took:.2f}" for t, took in sorted(found.items(), key=lambda x: x[1])[:6]
             )
-            print(f"{case.inputs}x{case.outputs} {case.around}: plain {plain:.2f} us, ours now {found[TILE]:.2f}, "
+            print(f"{case.inputs}x{case.outputs} {case.around}: plain {plain:.2f} us, ours now {found[tile_for(1, case.inputs, False)]:.2f}, "
                   f"best {size / best / 1e6 / ceiling:.0%} of a copy: {told}", flush=True)  # fmt: skip
     overall = sorted((sum(r) / len(r), tile) for tile, r in ratios.items() if len(r) == len(CASES))
     print("over all, beside each case's best:", ", ".join(f"{tuple(t)} {r:.3f}" for r, t in overall[:6]))

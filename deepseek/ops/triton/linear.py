@@ -158,6 +158,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(4, 2048, 4, 4)
+PIECES = Tile(4, 1024, 8, 8)  #: where a row's inputs are read in pieces
 
 _forced: Tile | None = None
 
@@ -175,7 +176,7 @@ def forced_tile(tile: Tile) -> Iterator[None]:
 
 def tile_for(rows: int, inputs: int, swiglu: bool) -> Tile:
     """How ``gemv`` cuts a weight of so many inputs for so many rows (padded to a power of two)."""
-    tile = _forced or TILE
+    tile = _forced or (TILE if inputs <= TILE.inputs else PIECES)
     width = min(tile.inputs, triton.next_power_of_2(inputs))
     return tile._replace(rows=max(1, (tile.rows // 2 if swiglu else tile.rows) // rows), inputs=width)
 
