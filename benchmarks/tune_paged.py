@@ -295,5 +295,7 @@ def times_mean(group: Group, tuning: Tuning) -> float:
 
 def line(t: Tuning) -> str:
     """As the source has it."""
-    short, long = (f"Tiles({x.rows}, {x.keys}, {x.warps}, {x.stages})" for x in (t.short, t.long))
-    return f"Tuning({short}, {long}, waves={t.waves}, least={t.least}),"
+    short, long, one = (
+        x and f"Tiles({x.rows}, {x.keys}, {x.warps}, {x.stages})" for x in (t.short, t.long, t.one)
+    )
+    return f"Tuning({short}, {long}, waves={t.waves}, least={t.least}{(one and f', one={one}') or ''}),"

@@ -18,7 +18,7 @@ from paged_sequences import Pages, make_case
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.rope import rope_table
 from deepseek.ops import paged_attention as paged
-from deepseek.ops.triton.paged_attention import HALF, Tiles, Tuning, forced_tuning
+from deepseek.ops.triton.paged_attention import HALF, Tiles, Tuning, forced_tuning, share_out
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPLITTING = Tuning(Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1), waves=16, least=16)
@@ -111,23 +111,47 @@ def test_the_same_bits_every_time() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_lengths_on_the_host_may_be_upper_bounds() -> None:
+@pytest.mark.parametrize("tuning", [SPLITTING, WHOLE, replace(SPLITTING, waves=1.5)])
+def test_lengths_on_the_host_may_be_upper_bounds(tuning: Tuning) -> None:
     """As in a CUDA graph, which is captured once for many lengths."""
-    case = make_case("F", SHAPES[0], [40, 12]).to(DEVICE, torch.float32)
-    pages = Pages(case, page=16)
-    with forced_tuning(SPLITTING):
-        pages.step([(0, 39), (1, 11)])
-        rows = pages.rows([(0, 1), (1, 1)])
-        q, k, v = pages.inputs(rows, [(0, 1), (1, 1)])
-        paged.write_pages(pages.k, pages.v, k, v, rows.global_slot_N)
-        table = torch.nn.functional.pad(rows.global_SP, (0, 5))
+    config = SHAPES[0]
+    case = make_case("H", config, [70, 14]).to(DEVICE, torch.float32)
+    pages, step = Pages(case, page=16), [(0, 1), (1, 1)]
+    with forced_tuning(tuning):
+        pages.step([(0, 69), (1, 13)])
+        rows = pages.rows(step)
+        q, k, v = pages.inputs(rows, step)
+        paged.write_pages(pages.k, pages.v, k, v, rows.window_slot_N)
+        tables = [torch.nn.functional.pad(x, (0, 5)) for x in (rows.global_SP, rows.window_SP)]
         bounds = type(rows)(
-            rows.position_N, rows.ends_S, rows.length_S, table, table, rows.global_slot_N, rows.window_slot_N,
-            rows.page, rows.rows, (128, 128), 2,
+            rows.position_N, rows.ends_S, rows.length_S, *tables, rows.global_slot_N, rows.window_slot_N,
+            rows.page, rows.rows, (160, 160), 2,
         )  # fmt: skip
-        ours = paged.paged_attention(q, pages.k, pages.v, table, bounds)
-        want = paged.paged_attention(q, pages.k, pages.v, rows.global_SP, rows)
-    near(ours, want.double(), 1e-6)
+        gate, sink = torch.rand(2, 6, device=DEVICE), torch.randn(2, 2, 64, device=DEVICE)
+        pooled = paged.Pooled(q, gate, pages.pool_k, pages.pool_v, sink, config.block, config.stride)
+        for window, some in ((None, "global_SP"), (config.window, "window_SP")):
+            source = (q, pages.k.nan_to_num(), pages.v.nan_to_num())
+            ours = paged.paged_attention(*source, getattr(bounds, some), bounds, window)
+            near(ours, paged.paged_attention(*source, getattr(rows, some), rows, window).double(), 1e-6)
+        ours = paged.paged_hybrid_attention(q, pages.k, pages.v, pooled, bounds, config.window)
+        near(
+            ours,
+            paged.paged_hybrid_attention(q, pages.k, pages.v, pooled, rows, config.window).double(),
+            1e-6,
+        )
+
+
+def test_splits_are_shared_out_by_what_there_is_room_for() -> None:
+    device = torch.device("cpu")  # counts as four multiprocessors
+    tuning = Tuning(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), waves=8, least=100)
+    assert share_out(tuning, 32, 4, 1000, 0, device) == (0, 8, 128)  # 32 programs, 4 without splits
+    assert share_out(tuning, 32, 4, 500, 0, device) == (0, 4, 128)  # 128 keys each
+    assert share_out(tuning, 32, 32, 1000, 0, device) == (0, 1, 128)
+    assert share_out(tuning, 32, 4, 130, 1000, device) == (6, 8, 128)  # branches apart
+    assert share_out(tuning, 32, 4, 1000, 130, device) == (2, 8, 128)
+    assert share_out(tuning, 32, 32, 1000, 1000, device) == (1, 1, 128)  # and in one program
+    assert share_out(tuning, 32, 4, 130, 1000, device, decodes=False) == (8, 16, 128)
+    assert share_out(tuning, 32, 32, 130, 1000, device, decodes=False) == (0, 1, 128)
 
 
 @pytest.mark.parametrize("learned", [False, True])

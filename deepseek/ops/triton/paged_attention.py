@@ -52,16 +52,27 @@ class Tuning:
         short, long: tiles of decodes and other short sequences, and of prefill chunks.
         waves: programs per multiprocessor up to which keys are split (and a decode's branches are apart).
         least: keys that are worth a split.
+        one: tiles of all rows in exact mode, decodes too.
     """
 
     short: Tiles
     long: Tiles
     waves: float = 2.0
     least: int = 128
+    one: Tiles | None = None
+
+    @property
+    def exact(self) -> Tiles:
+        return self.one or self.long
+
+    def several(self, rows: int) -> Tiles:
+        """For a few rows of a sequence: as ``short``, but with room for more of them."""
+        x = self.short
+        return Tiles(max(16, rows), min(x.keys, 64), max(x.warps, 4), min(x.stages, 3))
 
 
 _NARROW = Tuning(Tiles(16, 64, 4, 4), Tiles(64, 64, 4, 3))
-_FULL = Tuning(Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3))
+_FULL = Tuning(Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3), one=Tiles(64, 64, 4, 3))
 _WINDOW = Tuning(Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 3), least=64)
 
 #: For 16-bit inputs by padded head size and kind: F all positions, L a window, H a window and pooled blocks.
@@ -137,9 +148,9 @@ def _attend(
         tiles = replace(tuning.short, rows=max(tuning.short.rows, group))
         _launch(*inputs, None, tiles, (0, decodes), tuning)
     if counts := rows.rows[decodes:]:
-        tiles, long = tuning.long, rows.exact or max(counts) > SHORT
+        tiles, long = tuning.exact if rows.exact else tuning.long, rows.exact or max(counts) > SHORT
         if not long:
-            tiles = replace(tuning.short, rows=max(16, triton.next_power_of_2(group * max(counts))))
+            tiles = tuning.several(triton.next_power_of_2(group * max(counts)))
         tiles = replace(tiles, rows=max(group, min(tiles.rows, tuning.long.rows)))
         size = tiles.rows // group
         cut = rows.once(("tiles", size), lambda: _cut(rows, decodes, size, q.device))
@@ -148,13 +159,12 @@ def _attend(
 
 
 def _cut(rows: StepRows, decodes: int, size: int, device: torch.device) -> Tensor:
-    """``[tiles, 2]`` int32: the sequence and the first of its rows, those that see the most first."""
-    tiles = [
-        (start + row, s, row)
-        for s, (start, count) in enumerate(zip(rows.starts, rows.rows))
-        if s >= decodes
-        for row in range(0, count, size)
-    ]
+    """``[tiles, 4]`` int32, as ``attend_kernel`` says; those that see the most first."""
+    before, tiles = 0, []
+    for s, (start, count) in enumerate(zip(rows.starts, rows.rows)):
+        if s >= decodes:
+            tiles += [(start + row, s, before, count, row) for row in range(0, count, size)]
+        before += count
     return torch.tensor([tile[1:] for tile in sorted(tiles, reverse=True)], dtype=torch.int32, device=device)
 
 
@@ -192,7 +202,8 @@ def _launch(
     common = {"H": H, "D": D, "DP": DP, "POOLED": pool is not None, **chain.options(q.device)}
     tensors = p.q_NHD, q, k, v, p.k_PJKD, p.v_PJKD, p.sink, p.gate_NH, out, parts, lses
     tables = rows.length_S, table_SP, pooled
-    strides = *p.q_NHD.stride()[:2], *q.stride()[:2], *gate, table_SP.stride(0), pooled.stride(0)
+    strides = *p.q_NHD.stride()[:2], *q.stride()[:2], *gate, *(x.stride(0) for x in tables[1:])
+    strides = *strides, *(x.shape[1] for x in tables[1:])
     sizes = {
         "K": K, "G": H // K, "GP": triton.next_power_of_2(H // K), "BLOCK": p.block, "STRIDE": p.stride,
         "PAGE": rows.page, "WINDOW": window is not None, "SPLIT": splits > 1, "BM": tiles.rows, "BN": BN,
@@ -200,21 +211,12 @@ def _launch(
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     if cut is None:
-        decode_kernel[(end, K, splits)](
-            *tensors,
-            *tables,
-            *strides,
-            table_SP.shape[1],
-            pooled.shape[1],
-            window or 0,
-            least,
-            pools,
-            D**-0.5,
-            **sizes,
+        decode_kernel[(programs, splits)](
+            *tensors, *tables, *strides, window or 0, least, pools, D**-0.5, **sizes
         )
     else:
-        attend_kernel[(len(cut), K, splits - pools)](
-            *tensors, cut, rows.ends_S, *tables, *strides, first, window or 0, least, D**-0.5, **sizes
+        attend_kernel[(programs, splits - pools)](
+            *tensors, cut, *tables, *strides, first, window or 0, least, D**-0.5, **sizes
         )
     if splits > 1:
         SP = triton.next_power_of_2(splits)

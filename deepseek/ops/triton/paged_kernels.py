@@ -3,7 +3,7 @@
 A program has a tile of BM rows of one key/value head: the G query heads of the group (padded to GP) of BM / GP
 neighbouring positions of one sequence, so that a key is read once for all of them. Keys are read where they lie: a tile
 of BN neighbouring slots looks up its pages in the sequence's table, one tile ahead, so that copies of keys and values
-wait for no other read and many are under way at once.
+wait for no other read and many are under way at once. Programs of a tile's heads are neighbours: so are their keys.
 
 ``decode_kernel`` is for sequences with one new row, whose heads all see the same keys. ``attend_kernel`` is for chunks
 and speculation: every row sees an interval of keys and both ends of the interval only grow along the tile, so that
@@ -37,9 +37,9 @@ _ANY = {
 
 
 @triton.jit
-def _number(table, slot, end, SLOTS: tl.constexpr):
-    """In which page each ``slot`` of a sequence lies; 0 from ``end`` on."""
-    return tl.load(table + slot // SLOTS, mask=slot < end, other=0)
+def _number(table, width, slot, SLOTS: tl.constexpr):
+    """In which page each ``slot`` of a sequence lies, whether it has got there or not; 0 beyond the table."""
+    return tl.load(table + slot // SLOTS, mask=slot < width * SLOTS, other=0)
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _load_rows(x, at, seen, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexp
 
 @triton.jit
 def _softmax(
-    acc, top, total, q, k, v, table, h, K, lo, hi, first, end, before, scale,
+    acc, top, total, q, k, v, table, width, h, K, lo, hi, first, end, before, scale,
     BN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,11 +64,11 @@ def _softmax(
     Without MASK every row sees them all, and they are whole tiles. Key n lies in slot ``n + before``.
     """
     i = tl.arange(0, BN)
-    number = _number(table, lo + before + i, hi + before, SLOTS)
+    number = _number(table, width, lo + before + i, SLOTS)
     for start in range(lo, hi, BN):
         n = start + i
         at = ((number.to(tl.int64) * SLOTS + (n + before) % SLOTS) * K + h) * D
-        number = _number(table, n + before + BN, hi + before, SLOTS)
+        number = _number(table, width, n + before + BN, SLOTS)
         seen = n < hi
         s = tl.dot(q, tl.trans(_load_rows(k, at, seen, D, DP, MASK)), input_precision=PRECISION)
         if MASK:
@@ -87,7 +87,7 @@ def _softmax(
 
 @triton.jit
 def _interval(
-    acc, top, total, q, k, v, table, h, K, lo, hi, full, first, end, before, scale, split, splits, least,
+    acc, top, total, q, k, v, table, width, h, K, lo, hi, full, first, end, before, scale, split, splits, least,
     BN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -103,33 +103,14 @@ def _interval(
     if not WINDOW:
         z = tl.maximum(lo, tl.minimum(full, hi) // BN * BN)
         acc, top, total = _softmax(
-            acc, top, total, q, k, v, table, h, K, lo, z, first, end, before, scale,
+            acc, top, total, q, k, v, table, width, h, K, lo, z, first, end, before, scale,
             BN, SLOTS, D, DP, False, PRECISION,
         )  # fmt: skip
         lo = z
     return _softmax(
-        acc,
-        top,
-        total,
-        q,
-        k,
-        v,
-        table,
-        h,
-        K,
-        lo,
-        hi,
-        first,
-        end,
-        before,
-        scale,
-        BN,
-        SLOTS,
-        D,
-        DP,
-        True,
-        PRECISION,
-    )
+        acc, top, total, q, k, v, table, width, h, K, lo, hi, first, end, before, scale,
+        BN, SLOTS, D, DP, True, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -142,29 +123,28 @@ def _blocks(position, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
 def _store_part(parts, lses, part, acc, top, total, real, D: tl.constexpr, DP: tl.constexpr):
     """A split's softmax: its result, if it has seen anything, and the logarithm (base 2) of its sum."""
     d = tl.arange(0, DP)
-    safe = tl.where(total > 0, total, 1.0)
-    tl.store(lses + part, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
-    mask = (real & (total > 0))[:, None] & (d < D)[None, :]
+    safe = tl.where(total == 0, 1.0, total)  # NaN stays NaN
+    tl.store(lses + part, tl.where(total == 0, float("-inf"), top + tl.log2(safe)), mask=real)
+    mask = (real & (total != 0))[:, None] & (d < D)[None, :]
     tl.store(parts + part[:, None] * D + d[None, :], acc / safe[:, None], mask=mask)
 
 
 @triton.jit(**_ANY)
 def attend_kernel(
     q, q_rope, k, v, pool_k, pool_v, sink, gate, out, parts, lses,
-    tiles, ends, lengths, table, pool_table, q_n, q_h, qr_n, qr_h, g_n, g_h, table_s, pool_table_s,
+    tiles, lengths, table, pool_table, q_n, q_h, qr_n, qr_h, g_n, g_h, table_s, pool_table_s, width, pool_width,
     first_row, window, least, sm_scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, POOLED: tl.constexpr,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of any number: tile ``pid`` is of sequence ``tiles[pid, 0]``, from its row ``tiles[pid, 1]`` on."""
+    """Rows of any number. ``tiles``: sequence, the first of its rows in the step, their count, the tile's first."""
     begin(CHAIN)
-    pid, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits = tl.num_programs(2)
+    pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    h, tile = pid % K, tiles + pid // K * 4
     wait(CHAIN)
-    s, row0 = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
-    n0, length = tl.load(ends + s), tl.load(lengths + s)
-    count = tl.load(ends + s + 1) - n0
+    s, n0, count, row0 = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    length = tl.load(lengths + s)
     scale = sm_scale * LOG2E
     m, d = tl.arange(0, BM), tl.arange(0, DP)
     r, g = row0 + m // GP, m % GP
@@ -183,7 +163,7 @@ def attend_kernel(
         acc, top, total = _sink(x, sink, h, K, split == 0, scale, BM, D, DP)
         end = _blocks(position, BLOCK, STRIDE)
         acc, top, total = _interval(
-            acc, top, total, x, pool_k, pool_v, pool_table + s.to(tl.int64) * pool_table_s, h, K,
+            acc, top, total, x, pool_k, pool_v, pool_table + s.to(tl.int64) * pool_table_s, pool_width, h, K,
             0, _blocks(late, BLOCK, STRIDE), _blocks(early, BLOCK, STRIDE), tl.zeros_like(end), end,
             (BLOCK - 1) // STRIDE, scale, split, splits, least, BN, PAGE // STRIDE, D, DP, SPLIT, False, PRECISION,
         )  # fmt: skip
@@ -201,13 +181,13 @@ def attend_kernel(
         lo = tl.maximum(early - window + 1, 0)
     acc, top, total = _interval(
         tl.zeros((BM, DP), tl.float32), tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32),
-        x, k, v, table + s.to(tl.int64) * table_s, h, K, lo, late + 1, early + 1, first, position + 1, 0,
+        x, k, v, table + s.to(tl.int64) * table_s, width, h, K, lo, late + 1, early + 1, first, position + 1, 0,
         scale, split, splits, least, BN, PAGE, D, DP, SPLIT, WINDOW, PRECISION,
     )  # fmt: skip
     if SPLIT:
         _store_part(parts, lses, part, acc, top, total, real, D, DP)
     else:
-        safe = tl.where(total > 0, total, 1.0)
+        safe = tl.where(total == 0, 1.0, total)
         if POOLED:
             y += acc * ((1.0 - share_of_pool) / safe)[:, None]
         else:
@@ -244,12 +224,12 @@ def _decode(
         used = tl.maximum(1, tl.minimum(splits, tl.cdiv(hi - lo, least)))
         lo, step = lo + split * BN, used * BN
         hi = tl.where(split < used, hi, lo)
-    number = _number(table, lo + before + i, width * SLOTS, SLOTS)
+    number = _number(table, width, lo + before + i, SLOTS)
     sums = tl.zeros((BM, BN), tl.float32)
     for start in range(lo, hi, step):
         n = start + i
         at = ((number.to(tl.int64) * SLOTS + (n + before) % SLOTS) * K + h) * D
-        number = _number(table, n + before + step, width * SLOTS, SLOTS)
+        number = _number(table, width, n + before + step, SLOTS)
         mask = (n < hi)[:, None] & (d < D)[None, :]
         key = tl.load(k + at[:, None] + d[None, :], mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
@@ -275,8 +255,8 @@ def decode_kernel(
 ):  # fmt: skip
     """Row s is the only one of sequence s. With SPLIT the first ``pools`` programs are of the pooled blocks."""
     begin(CHAIN)
-    s, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits = tl.num_programs(2)
+    pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    s, h = pid // K, pid % K
     scale = sm_scale * LOG2E
     g, d = tl.arange(0, BM), tl.arange(0, DP)
     row, head, real = s.to(tl.int64), h * G + g, g < G
@@ -317,7 +297,7 @@ def decode_kernel(
         if SPLIT:
             _store_part(parts, lses, part, acc, top, total, real, D, DP)
         else:
-            y += acc * ((1.0 - share_of_pool) / tl.where(total > 0, total, 1.0))[:, None]
+            y += acc * ((1.0 - share_of_pool) / tl.where(total == 0, 1.0, total))[:, None]
             tl.store(out + (row * H + head[:, None]) * D + d[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -333,7 +313,7 @@ def combine_kernel(
     j, d = tl.arange(0, SP), tl.arange(0, DP)
     wait(CHAIN)
     lse = tl.load(lses + at + j, mask=j < splits, other=float("-inf"))
-    if SP > 8:  # many, as a rule of a graph for longer sequences: only those that saw something
+    if SP > 32:  # many, as a rule of a graph for longer sequences: only those that saw something
         mask = lse > float("-inf")
     else:  # all at once, not waiting for the sums
         mask = j < splits
@@ -354,4 +334,4 @@ def _weights(lse, some):
     top = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight, 0)
-    return weight / tl.where(total > 0, total, 1.0)
+    return weight / tl.where(total == 0, 1.0, total)
