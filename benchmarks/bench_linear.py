@@ -7,9 +7,10 @@ Competitors are timed in turns too. ``plain`` is ``F.linear``, ``module`` the mo
 ``torch`` is what serves where our native kernels cannot be compiled (oneDNN, FBGEMM); rows are fp32 as in the engine.
 
     python benchmarks/bench_linear.py [--device cuda] [--threads 1] [--rows 1 4 32 256] [--formats fp32 bf16 int8]
-        [--shapes 576x1536 1024x4096] [--experts 512x384x32x2] [--exact] [--rounds 10] [--json linear.json]
+        [--shapes 576x1536 1024x4096] [--experts 512x384x32x2] [--exact] [--paths] [--rounds 10] [--json linear.json]
 
-A shape is inputs × outputs; experts are hidden × expert size × number × chosen per row.
+A shape is inputs × outputs; experts are hidden × expert size × number × chosen per row. ``--paths`` times both ways of
+the expert kernels at every number of rows: where they cross is ``STREAM_ROWS`` of ``deepseek.ops.decode_experts``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from deepseek.bench.timing import free, measure, race
 from deepseek.nn.moe import MoE, MoEConfig
 from deepseek.ops import native
-from deepseek.ops.decode_experts import PackedExperts
+from deepseek.ops.decode_experts import DeviceExperts, PackedExperts
 from deepseek.ops.packed_linear import DTYPES, pack_linear
 
 SHAPES = ("576x1536", "1024x1024", "1024x4096", "4096x1024")
@@ -122,9 +123,22 @@ def linears(
     ]  # fmt: skip
 
 
+def expert_path(packed: PackedExperts, path: str) -> Callable[[Tensor], object]:
+    """The layer by one of the two ways of its CUDA kernels, whatever the number of rows."""
+    layer = packed._layer
+    assert isinstance(layer, DeviceExperts)
+    weights = layer.router, layer.bias, layer.gate_up, layer.down
+
+    def run(x: Tensor) -> object:
+        return getattr(layer.kernels, path)(x, *weights, layer.top_k, layer.normalise)
+
+    return run
+
+
 def experts(
-    shape: Sequence[int], rows: int, formats: Sequence[str], exact: bool, device: torch.device, rounds: int
-) -> list[dict[str, Any]]:
+    shape: Sequence[int], rows: int, formats: Sequence[str], exact: bool, device: torch.device, rounds: int,
+    paths: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One expert layer; the bytes are those of the router and of the experts that the rows chose."""
     hidden, size, number, top_k = shape
     calls: dict[str, Callable[[], object]] = {}
@@ -136,7 +150,8 @@ def experts(
         dtype = compute_dtype(format, device)
         x = random(rows, hidden, device=device).to(dtype)
         each = 3 * hidden * size * number * (1 if format == "int8" else DTYPES[format].itemsize)
-        copies = max(1, min(16, BEYOND_CACHE[device.type] // each))
+        read = each * min(number, rows * top_k) // number  # at most: rows may agree on experts
+        copies = max(1, min(16, BEYOND_CACHE[device.type] // read))
         config = MoEConfig(experts=number, top_k=top_k, expert_ffn=size)
         models = []
         for _ in range(copies):
@@ -160,6 +175,9 @@ def experts(
             chosen = sum(p(x)[1].unique().numel() for p in packed) / copies
             sizes[name] = packed[0].router_nbytes + packed[0].experts_nbytes * chosen / number
             count[name] = copies
+            for path in ("few", "grouped") if paths and device.type == "cuda" and not is_exact else ():
+                calls[f"{name} {path}"] = turns([partial(expert_path(p, path), x) for p in packed], device)
+                sizes[f"{name} {path}"], count[f"{name} {path}"] = sizes[name], copies
         if format in DTYPES and (device.type == "cpu" or format == "bf16"):  # others wait for the host
             wide = DTYPES[format]
             for m in models:
@@ -188,6 +206,7 @@ def main() -> None:
     parser.add_argument(
         "--exact", action="store_true", help="also layers whose rows do not depend on each other"
     )
+    parser.add_argument("--paths", action="store_true", help="also each way of the expert kernels by itself")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
@@ -206,7 +225,7 @@ def main() -> None:
         print(f"a large copy: {ceiling / 1e9:.1f} GB/s\n")
         print(f"{'layer':28} {'way':14} {'rows':>5} {'µs':>10} {'best µs':>10} {'GB/s':>8} {'of copy':>8}")
         results = []
-        for kind, shapes in ((linears, args.shapes), (experts, args.experts)):
+        for kind, shapes in ((linears, args.shapes), (partial(experts, paths=args.paths), args.experts)):
             for shape in ([int(n) for n in text.split("x")] for text in shapes):
                 for rows in args.rows:
                     for row in kind(shape, rows, formats, args.exact, device, args.rounds):

@@ -37,11 +37,13 @@ FIND = 512  #: up to how many assignments programs find their rows themselves
 
 #: Tiles: outputs of a program and inputs of a step (the most: it is no larger than the inputs).
 TILES: dict[str, dict[str, Any]] = {
-    "few_gate_up": {"BF": 2, "BC": 2048, "num_warps": 2},
-    "few_down": {"BC": 2, "BF": 1024, "num_warps": 2},
-    "gate_up": {"BF": 32, "BC": 128, "num_warps": 4, "num_stages": 4},
-    "down": {"BC": 64, "BF": 128, "num_warps": 4, "num_stages": 4},
+    "few_gate_up": {"BF": 1, "BC": 2048, "num_warps": 1},
+    "few_down": {"BC": 1, "BF": 1024, "num_warps": 1},
+    "gate_up": {"BF": 32, "BC": 128, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
+    "down": {"BC": 64, "BF": 128, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
 }
+AHEAD = 396  #: programs that have their weights fetched into the L2 cache before it is their turn: what runs at once
+FETCH = 512  #: bytes that they fetch of every row; 0: none
 
 
 # --- few rows -------------------------------------------------------------------------------------------------------
@@ -218,6 +220,17 @@ def sort_blocks(expert_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor
 
 
 @triton.jit
+def _fetch(rows, piece, BYTES: tl.constexpr, AHEAD: tl.constexpr):
+    """Have the L2 cache fetch a piece of each of ``rows``, if this is one of the first programs."""
+    if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < AHEAD:
+        at = rows.to(tl.int64) + piece * BYTES
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [at, piece * 0 + BYTES],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _own(expert, first, rows, b, n, FIND: tl.constexpr, BY_ROW: tl.constexpr, AP: tl.constexpr):
     """Program b's expert, how many rows are its to do, the first's sorted place, and where it finds itself, every
     assignment's rank among them (from 1; 0: not among them)."""
@@ -255,12 +268,20 @@ def _assignments(order, first, rank, count, done, FIND: tl.constexpr, AP: tl.con
 def _grouped_gate_up_kernel(
     x, gate, expert, order, block_first, block_rows, weight, inner, n, hidden, size,
     FIND: tl.constexpr, BY_ROW: tl.constexpr, AP: tl.constexpr, K: tl.constexpr,
-    BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
+    AHEAD: tl.constexpr, FETCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    if (
+        FIND and not BY_ROW and FETCH > 0
+    ):  # most experts are chosen: these weights are needed, if not for certain
+        i = tl.arange(0, 128)  # as many as there are threads, each a piece of a row
+        own = tl.minimum(tl.program_id(0) * BF + i % BF, size - 1)
+        row = (tl.program_id(1).to(tl.int64) * 2 + i // BF % 2) * size + own
+        _fetch(weight + row * hidden, i // (2 * BF), FETCH * 2 * BF // 128, AHEAD)
     wait(CHAIN)
     begin(CHAIN)
     e, count, first, rank = _own(expert, block_first, block_rows, tl.program_id(1), n, FIND, BY_ROW, AP)
-    f = tl.program_id(0) * BF + tl.arange(0, BF)
     row = weight + (e.to(tl.int64) * 2 * size + f[None, :]) * hidden
     for done in range(0, count, BN):
         a, mine = _assignments(order, first, rank, count, done, FIND, AP, BN)
@@ -285,13 +306,18 @@ def _grouped_gate_up_kernel(
 def _grouped_down_kernel(
     inner, expert, order, block_first, block_rows, weight, parts, n, hidden, size,
     FIND: tl.constexpr, BY_ROW: tl.constexpr, AP: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, CHAIN: tl.constexpr,
+    AHEAD: tl.constexpr, FETCH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     begin(CHAIN)
     # What was chosen was there before the kernel before this one let it begin.
     e, count, first, rank = _own(expert, block_first, block_rows, tl.program_id(1), n, FIND, BY_ROW, AP)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     row = weight + (e.to(tl.int64) * hidden + c[None, :]) * size
+    if FETCH > 0 and count > 0:
+        i = tl.arange(0, 128)
+        own = tl.minimum(tl.program_id(0) * BC + i % BC, hidden - 1)
+        _fetch(weight + (e.to(tl.int64) * hidden + own) * size, i // BC, FETCH * BC // 128, AHEAD)
     wait(CHAIN)
     for done in range(0, count, BN):
         a, mine = _assignments(order, first, rank, count, done, FIND, AP, BN)
@@ -328,6 +354,12 @@ def _add_parts_kernel(
     tl.store(out + n * hidden + c, total.to(out.dtype.element_ty), mask=c < hidden)
 
 
+def _fetched(weight: Tensor) -> int:
+    """How many bytes of a row are fetched ahead of time."""
+    row = weight.shape[-1] * weight.itemsize
+    return FETCH if options(weight.device)["CHAIN"] and row % 16 == 0 and row >= FETCH else 0
+
+
 def grouped(
     x_NC: Tensor,
     router_EC: Tensor,
@@ -353,18 +385,20 @@ def grouped(
         count = len(blocks)
     same = {
         "FIND": find, "BY_ROW": find and n < experts, "AP": max(16, triton.next_power_of_2(n)) if find else 1,
-        "BN": BLOCK, **options(x_NC.device),
+        "AHEAD": AHEAD, "BN": BLOCK, **options(x_NC.device),
     }  # fmt: skip
     inner = x_NC.new_empty(n, size)
     tile = TILES["gate_up"]
     _grouped_gate_up_kernel[(triton.cdiv(size, tile["BF"]), count)](
-        x_NC, gate, blocks, order, first, block_rows, gate_up, inner, n, hidden, size, K=top_k, **same, **tile
-    )
+        x_NC, gate, blocks, order, first, block_rows, gate_up, inner, n, hidden, size, K=top_k,
+        FETCH=_fetched(gate_up), **same, **tile,
+    )  # fmt: skip
     parts = torch.empty(n, hidden, device=x_NC.device, dtype=torch.float32)
     tile = TILES["down"]
     _grouped_down_kernel[(triton.cdiv(hidden, tile["BC"]), count)](
-        inner, blocks, order, first, block_rows, down, parts, n, hidden, size, **same, **tile
-    )
+        inner, blocks, order, first, block_rows, down, parts, n, hidden, size,
+        FETCH=_fetched(down), **same, **tile,
+    )  # fmt: skip
     out = torch.empty_like(x_NC)
     block = min(512, triton.next_power_of_2(hidden))
     _add_parts_kernel[(rows, triton.cdiv(hidden, block))](
