@@ -135,10 +135,11 @@ def main() -> None:
             best = min(found.values())
             for tile, took in found.items():
                 ratios[tile].append(took / best)
+            now = found[tile_for(1, case.inputs, False)]
             told = ", ".join(
                 f"{tuple(t)} {took:.2f}" for t, took in sorted(found.items(), key=lambda x: x[1])[:6]
             )
-            print(f"{case.inputs}x{case.outputs} {case.around}: plain {plain:.2f} us, ours now {found[tile_for(1, case.inputs, False)]:.2f}, "
+            print(f"{case.inputs}x{case.outputs} {case.around}: plain {plain:.2f} us, ours {now:.2f}, "
                   f"best {size / best / 1e6 / ceiling:.0%} of a copy: {told}", flush=True)  # fmt: skip
     overall = sorted((sum(r) / len(r), tile) for tile, r in ratios.items() if len(r) == len(CASES))
     print("over all, beside each case's best:", ", ".join(f"{tuple(t)} {r:.3f}" for r, t in overall[:6]))

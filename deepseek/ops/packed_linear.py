@@ -56,6 +56,15 @@ def normed(x_NC: Tensor, norm: Norm | None) -> Tensor:
     return F.rms_norm(x_NC, norm[0].shape, *norm)
 
 
+def normed_heads(x_NHD: Tensor, norm: Norm) -> Tensor:
+    """Every head of every row through an RMSNorm of its own weight ``[H, D]``."""
+    weight_HD, eps = norm
+    if x_NHD.is_cuda and available():
+        y: Tensor = kernels("rows").head_norm(x_NHD, weight_HD, eps)
+        return y
+    return F.rms_norm(x_NHD, x_NHD.shape[-1:], None, eps) * weight_HD
+
+
 class PackedLinear(ABC):
     """``x Wᵀ + b`` with a weight that was laid out for one device and format.
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.models import ModelConfig, Transformer
@@ -28,7 +27,7 @@ from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.exact import exact_map
 from deepseek.ops.native_attention import NativeAppend
 from deepseek.ops.native_attention import takes as native_takes_heads
-from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, normed, pack_linear
+from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, normed, normed_heads, pack_linear
 from deepseek.ops.paged_attention import (
     Pooled,
     StepRows,
@@ -193,7 +192,7 @@ class DecoderLayer:
             self._pool(cache, rows)
         else:
             if self.head_norm is not None:
-                qk = F.rms_norm(qk, (c.head_dim,), None, self.head_norm.eps) * self.head_norm.weight
+                qk = normed_heads(qk, self.head_norm)
             q = self._append(qk, v, rows, rope, cache)
         if self.kind == "F":
             return paged_attention(q, cache.k, cache.v, rows.global_SP, rows).flatten(1)

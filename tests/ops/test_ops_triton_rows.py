@@ -29,6 +29,15 @@ def test_norm(count: int, features: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_heads(dtype: torch.dtype) -> None:
+    x, weight = drawn(3, 9, 80, dtype=dtype)[:, 2:8], drawn(6, 80, dtype=dtype)
+    y = rows.head_norm(x, weight, 1e-6)
+    want = F.rms_norm(x.double(), (80,), None, 1e-6) * weight.double()
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.double(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "features"), [(1, 24), (5, 1500)])
 def test_swiglu(count: int, features: int, dtype: torch.dtype) -> None:
     x = drawn(count, 2 * features, dtype=dtype)

@@ -3,7 +3,7 @@
 A step has few rows, so a kernel's time is its launch and one trip to memory; torch takes two or three kernels for what
 is one here, and none of them begins before the last has ended.
 
-Shape letters: N rows, C features, F features after the activation, V vocabulary, P parts of a row.
+Shape letters: N rows, H heads, C features, F features after the activation, V vocabulary, P parts of a row.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -22,27 +22,32 @@ PART = 2048  #: logits that one program looks at
 
 @triton.jit
 def _rms_norm_kernel(
-    x, weight, out, features, row_stride, eps, BC: tl.constexpr, CHAIN: tl.constexpr
+    x, weight, out, features, row_stride, head_stride, eps, BC: tl.constexpr, CHAIN: tl.constexpr
 ):  # fmt: skip
     begin(CHAIN)
     c = tl.arange(0, BC)
     inside = c < features
-    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    w = tl.load(weight + h * features + c, mask=inside, other=0.0).to(tl.float32)
     wait(CHAIN)
-    n = tl.program_id(0).to(tl.int64)
-    a = tl.load(x + n * row_stride + c, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(x + n * row_stride + h * head_stride + c, mask=inside, other=0.0).to(tl.float32)
     y = a * (1 / tl.sqrt(tl.sum(a * a, 0) / features + eps)) * w
-    tl.store(out + n * features + c, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (n * tl.num_programs(1) + h) * features + c, y.to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · weight`` of each row, fp32 inside; contiguous, in the dtype of ``x``."""
-    x = x_NC if x_NC.stride(-1) == 1 else x_NC.contiguous()
-    rows, features = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return head_norm(x_NC[:, None], weight_C, eps)[:, 0]
+
+
+def head_norm(x_NHC: Tensor, weight_HC: Tensor, eps: float) -> Tensor:
+    """The same of each row's heads, each with a weight of its own; ``weight`` is contiguous."""
+    x = x_NHC if x_NHC.stride(-1) == 1 else x_NHC.contiguous()
+    rows, heads, features = x.shape
+    out = x.new_empty(rows, heads, features)
     block = triton.next_power_of_2(features)
-    _rms_norm_kernel[(rows,)](
-        x, weight_C, out, features, x.stride(0), eps,
+    _rms_norm_kernel[(rows, heads)](
+        x, weight_HC, out, features, x.stride(0), x.stride(1), eps,
         BC=block, num_warps=min(16, max(1, block // 512)), **options(x.device),
     )  # fmt: skip
     return out
