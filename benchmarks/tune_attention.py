@@ -126,8 +126,7 @@ def check(heads: int, kv: int, size: int) -> None:
                     ours = torch.autograd.grad((y * weight).sum(), values)
                 errors = [relative(a, b) for a, b in zip((y, *ours), (want, *theirs))]
                 told = " ".join(f"{n} {e:.1e}" for n, e in zip(names, errors))
-                # Gates are drawn up to 1, and the gate's gradient divides by 1 − γ.
-                verdict = "ok" if max(errors[:-1]) < 2e-2 and errors[-1] < 0.1 else "WRONG"
+                verdict = "ok" if max(errors) < 2e-2 else "WRONG"
                 print(
                     f"check D={size} T={length} documents={packed} tma={tma}: {verdict}  {told}", flush=True
                 )
