@@ -14,9 +14,11 @@ of its times relative to each case's best.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import multiprocessing
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -90,10 +92,9 @@ class Group:
                 for stages in (2, 3, 4)
             ]
         fit = [x for x in tiles if (x.stages - 1) * x.keys * head_dim * 4 + x.rows * head_dim * 2 <= SHARED]
-        found = [self.base] + [
-            replace(self.base, short=x) if self.decode else replace(self.base, long=x) for x in fit
-        ]
-        return list(dict.fromkeys(found))
+        random.Random(0).shuffle(fit)  # where time runs out, it is not all of one kind that is left out
+        found = [replace(self.base, short=x) if self.decode else replace(self.base, long=x) for x in fit]
+        return list(dict.fromkeys([self.base, *found]))
 
     def best(self, count: int) -> list[Tuning]:
         """By the mean over the cases of the logarithm of the time relative to each case's best."""
@@ -260,6 +261,8 @@ def sweep(args: argparse.Namespace, timer: Timer = gpu_seconds) -> Iterator[dict
     start = time.monotonic()
     some = groups(parse(args.cases or CASES), args.head_dim)
     yield compile_all(args, some, start + 0.45 * args.sweep_seconds)
+    gc.collect()
+    gc.freeze()  # each capture collects, and would go through all that was ever imported
     left, cases = start + args.sweep_seconds, sum(len(group.cases) for group in some)
     found: dict[str, Tuning] = {}
     for group in some:
