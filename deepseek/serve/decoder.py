@@ -37,6 +37,7 @@ from deepseek.ops.paged_attention import (
     pool_pages,
     write_pages,
 )
+from deepseek.ops.triton import available, kernels
 from deepseek.serve.adapters import AdapterBank, AdapterRows
 from deepseek.serve.pages import PageLayout
 from deepseek.serve.scheduler import Scheduled, Work
@@ -434,12 +435,18 @@ class Decoder:
         traced: Traced | None = None,
     ) -> Tensor:
         """Run the layers over the step's rows, filling the cache: ``[N, C]`` after the final norm."""
-        cos, sin = self._rope
-        rope = Rope(cos[rows.position_N], sin[rows.position_N])
-        x = self.embedding[tokens_N].to(self.dtype)
+        x, rope = self._enter(tokens_N, rows.position_N)
         for layer, cache in zip(self.layers, self.caches):
             x = layer(x, rows, rope, cache, adapters, traced)
         return self.norm(x)
+
+    def _enter(self, token_N: Tensor, position_N: Tensor) -> tuple[Tensor, Rope]:
+        """The rows' embeddings and rotations."""
+        if token_N.is_cuda and available():
+            x, cos, sin = kernels("rows").enter(token_N, position_N, self.embedding, self._rope, self.dtype)
+            return x, Rope(cos, sin)
+        cos, sin = self._rope
+        return self.embedding[token_N].to(self.dtype), Rope(cos[position_N], sin[position_N])
 
     @torch.inference_mode()
     def logits(self, hidden_NC: Tensor) -> Tensor:

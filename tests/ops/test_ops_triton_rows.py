@@ -17,6 +17,15 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(DEVICE, dtype)
 
 
+def test_what_the_layers_begin_with() -> None:
+    embedding, tables = drawn(50, 72, dtype=torch.bfloat16), (drawn(30, 1, 24), drawn(30, 1, 24))
+    token, position = (torch.randint(n, (7,), device=DEVICE) for n in (50, 30))
+    x, cos, sin = rows.enter(token, position, embedding, tables, torch.float32)
+    assert x.equal(embedding[token].float())
+    assert cos.equal(tables[0][position])
+    assert sin.equal(tables[1][position])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "features"), [(1, 64), (3, 1000), (70, 2048)])
 def test_norm(count: int, features: int, dtype: torch.dtype) -> None:

@@ -21,6 +21,38 @@ PART = 2048  #: logits that one program looks at
 
 
 @triton.jit
+def _enter_kernel(
+    token, position, embedding, cos, sin, x, cos_out, sin_out, features, size,
+    BC: tl.constexpr, BD: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    begin(CHAIN)
+    wait(CHAIN)
+    n = tl.program_id(0).to(tl.int64)
+    c, d = tl.arange(0, BC), tl.arange(0, BD)
+    t, p = tl.load(token + n), tl.load(position + n)
+    row = tl.load(embedding + t * features + c, mask=c < features, other=0.0)
+    tl.store(x + n * features + c, row.to(x.dtype.element_ty), mask=c < features)
+    tl.store(cos_out + n * size + d, tl.load(cos + p * size + d, mask=d < size, other=0.0), mask=d < size)
+    tl.store(sin_out + n * size + d, tl.load(sin + p * size + d, mask=d < size, other=0.0), mask=d < size)
+
+
+def enter(
+    token_N: Tensor, position_N: Tensor, embedding_VC: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the layers begin with: embeddings ``[N, C]`` in ``dtype``, and of both tables ``[L, …]`` the rows' lines."""
+    rows, features, (cos, sin) = len(token_N), embedding_VC.shape[1], rope
+    x = torch.empty(rows, features, dtype=dtype, device=embedding_VC.device)
+    lines = cos.new_empty(rows, *cos.shape[1:]), sin.new_empty(rows, *sin.shape[1:])
+    size = cos[0].numel()
+    _enter_kernel[(rows,)](
+        token_N, position_N, embedding_VC, cos, sin, x, *lines, features, size,
+        BC=triton.next_power_of_2(features), BD=triton.next_power_of_2(size),
+        num_warps=min(8, max(1, triton.next_power_of_2(features) // 512)), **options(x.device),
+    )  # fmt: skip
+    return x, *lines
+
+
+@triton.jit
 def _rms_norm_kernel(
     x, weight, out, features, row_stride, head_stride, eps, BC: tl.constexpr, CHAIN: tl.constexpr
 ):  # fmt: skip
