@@ -63,7 +63,8 @@ def test_each_command_is_taken_once(tmp_path: Path) -> None:
     assert sorted(taken) == asked
 
 
-def test_changes_by_others_are_noticed(tmp_path: Path) -> None:
+def test_changes_by_others_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek.monitor.commands.SURE", 3600.0)
     with Commands(tmp_path) as mine, Commands(tmp_path) as other:
         assert mine.changed()
         assert not mine.changed()

@@ -87,6 +87,7 @@ def test_a_reload_in_the_middle_of_an_answer(server: Any, window: Any) -> None:
 
 def test_an_answer_whose_page_was_killed(server: Any, window: Any) -> None:
     """Nothing could be saved at the end: what was saved on the way is there, and it is said that it is not all."""
+    window.page.clock.install()
     page = opened(window, server.url)
     messages = {
         "q": {"role": "user", "parent": None, "text": "say: abc def"},
@@ -101,7 +102,7 @@ def test_an_answer_whose_page_was_killed(server: Any, window: Any) -> None:
         "chosen": {},
     }
     keep(page, old)
-    keep(page, {**old, "id": "c2", "title": "elsewhere", "updated": time.time() * 1000})
+    keep(page, {**old, "id": "c2", "title": "elsewhere", "updated": (time.time() + 3600) * 1000})
     page.reload()
     page.locator(".chat-open", has_text="killed").click()
     expect(page.locator(".ended")).to_contain_text("The page was closed")
@@ -110,6 +111,7 @@ def test_an_answer_whose_page_was_killed(server: Any, window: Any) -> None:
     expect(page.locator(".ended")).to_have_count(0)
     page.locator(".chat-open", has_text="elsewhere").click()
     expect(page.locator(".ended")).to_contain_text("Another tab receives")
+    page.clock.fast_forward("01:00:20")
     expect(page.locator(".ended")).to_contain_text("The page was closed")  # after some seconds without news
 
 
