@@ -31,7 +31,7 @@ import torch
 from bench_paged import BLOCK, STRIDE, WINDOW, Case, Layer, gpu_seconds
 
 from deepseek.errors import ConfigError
-from deepseek.ops.triton.paged_attention import HALF, Tiles, Tuning, forced_tuning, share_out
+from deepseek.ops.triton.paged_attention import HALF, Tiles, Tuning, forced_tuning, processors, share_out
 
 CASES = "F1x640,F8x2048,F64x640,F64x2048,H1x2048,H64x1024,L64x1024,F1x2048x2048,F8x512x512,L1x2048x2048,H1x2048x2048"
 SHARED = 227 * 1024  #: bytes of shared memory that a program may have
@@ -50,7 +50,7 @@ def parse(names: str) -> list[Case]:
             raise ConfigError(
                 f"case {name!r}: want as F64x640 (kind, streams, length), or F8x512x128 with rows"
             )
-        cases.append(Case(match[1], *(int(x) for x in match.groups()[1:3]), int(match[4] or 1)))
+        cases.append(Case(match[1], int(match[2]), int(match[3]), int(match[4] or 1)))
     return cases
 
 
@@ -60,6 +60,7 @@ class Group:
 
     kind: str
     decode: bool
+    many: bool
     cases: list[Case]
     base: Tuning
     layers: list[Layer] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {'decode' if self.decode else 'prefill'}"
+        return f"{self.kind} {'many decodes' if self.many else 'decode' if self.decode else 'prefill'}"
 
     def tiles(self, tuning: Tuning) -> Tiles:
         return tuning.short if self.decode else tuning.long
@@ -105,12 +106,17 @@ class Group:
         return sum(math.log(times[tuning] / min(times.values())) for times in self.times) / len(self.times)
 
 
-def groups(cases: list[Case], head_dim: int) -> list[Group]:
-    by: dict[tuple[str, bool], list[Case]] = {}
+def groups(cases: list[Case], args: argparse.Namespace) -> list[Group]:
+    some: dict[tuple[str, bool, bool], Group] = {}
     for case in cases:
-        by.setdefault((case.kind, case.rows == 1), []).append(case)
-    half = HALF[64 if head_dim <= 64 else 128]
-    return [Group(kind, decode, some, half[kind]) for (kind, decode), some in by.items()]
+        decode = case.rows == 1
+        many = decode and case.streams * args.kv_heads >= processors(torch.device(args.device))
+        shipped = HALF[64 if args.head_dim <= 64 else 128][case.kind]
+        base = replace((many and shipped.many) or shipped, many=None)
+        some.setdefault((case.kind, decode, many), Group(case.kind, decode, many, [], base)).cases.append(
+            case
+        )
+    return list(some.values())
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -259,12 +265,13 @@ def told(group: Group, tuning: Tuning, seconds: float) -> str:
 
 def sweep(args: argparse.Namespace, timer: Timer = gpu_seconds) -> Iterator[dict[str, Any]]:
     start = time.monotonic()
-    some = groups(parse(args.cases or CASES), args.head_dim)
+    some = groups(parse(args.cases or CASES), args)
     yield compile_all(args, some, start + 0.45 * args.sweep_seconds)
     gc.collect()
     gc.freeze()  # each capture collects, and would go through all that was ever imported
     left, cases = start + args.sweep_seconds, sum(len(group.cases) for group in some)
     found: dict[str, Tuning] = {}
+    head = 64 if args.head_dim <= 64 else 128
     for group in some:
         now = time.monotonic()
         share = (left - now) * len(group.cases) / cases
@@ -280,25 +287,31 @@ def sweep(args: argparse.Namespace, timer: Timer = gpu_seconds) -> Iterator[dict
                 "recommended": told(group, best, times_mean(group, best)),
                 "cases": costs,
             }
-            before = found.get(group.kind, group.base)
-            found[group.kind] = (
-                replace(best, long=before.long) if group.decode else replace(before, long=best.long)
-            )
+            found[group.kind] = merged(found.get(group.kind) or HALF[head][group.kind], group, best)
         group.layers = []
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    head = 64 if args.head_dim <= 64 else 128
+    gc.unfreeze()
     for kind, tuning in found.items():
-        yield {"paste": f'HALF[{head}] "{kind}": {line(tuning)}'}
+        yield {"paste": f'HALF[{head}] "{kind}": {line(tuning)},'}
 
 
 def times_mean(group: Group, tuning: Tuning) -> float:
     return math.exp(sum(math.log(times[tuning]) for times in group.times) / len(group.times))
 
 
+def merged(into: Tuning, group: Group, best: Tuning) -> Tuning:
+    """What the group decides, put into a kind's tuning."""
+    if group.many:
+        return replace(into, many=best)
+    if group.decode:
+        return replace(into, short=best.short, waves=best.waves, least=best.least)
+    return replace(into, long=best.long)
+
+
 def line(t: Tuning) -> str:
     """As the source has it."""
-    short, long, one = (
-        x and f"Tiles({x.rows}, {x.keys}, {x.warps}, {x.stages})" for x in (t.short, t.long, t.one)
-    )
-    return f"Tuning({short}, {long}, waves={t.waves}, least={t.least}{(one and f', one={one}') or ''}),"
+    tiles = {"": t.short, " ": t.long, "one=": t.one}
+    parts = [f"{k.strip()}Tiles({x.rows}, {x.keys}, {x.warps}, {x.stages})" for k, x in tiles.items() if x]
+    parts += [f"waves={t.waves}", f"least={t.least}"] + ([f"many={line(t.many)}"] if t.many else [])
+    return f"Tuning({', '.join(parts)})"

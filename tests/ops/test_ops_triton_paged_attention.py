@@ -111,7 +111,7 @@ def test_the_same_bits_every_time() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize("tuning", [SPLITTING, WHOLE, replace(SPLITTING, waves=1.5)])
+@pytest.mark.parametrize("tuning", [SPLITTING, replace(SPLITTING, many=WHOLE), replace(SPLITTING, waves=2.5)])
 def test_lengths_on_the_host_may_be_upper_bounds(tuning: Tuning) -> None:
     """As in a CUDA graph, which is captured once for many lengths."""
     config = SHAPES[0]

@@ -53,6 +53,7 @@ class Tuning:
         waves: programs per multiprocessor up to which keys are split (and a decode's branches are apart).
         least: keys that are worth a split.
         one: tiles of all rows in exact mode, decodes too.
+        many: for so many decodes that without splits they have a program for each multiprocessor.
     """
 
     short: Tiles
@@ -60,6 +61,7 @@ class Tuning:
     waves: float = 2.0
     least: int = 128
     one: Tiles | None = None
+    many: Tuning | None = None
 
     @property
     def exact(self) -> Tiles:
@@ -103,7 +105,8 @@ def tuning_for(q: Tensor, kind: str) -> Tuning:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors; a CPU that interprets kernels counts as four."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -145,8 +148,9 @@ def _attend(
         out[used:].zero_()
     inputs = q, k, v, table_SP, rows, window, pool, out
     if decodes:
-        tiles = replace(tuning.short, rows=max(tuning.short.rows, group))
-        _launch(*inputs, None, tiles, (0, decodes), tuning)
+        many = decodes * k.shape[2] >= processors(q.device)
+        t = tuning.many if many and tuning.many else tuning
+        _launch(*inputs, None, replace(t.short, rows=max(t.short.rows, group)), (0, decodes), t)
     if counts := rows.rows[decodes:]:
         tiles, long = tuning.exact if rows.exact else tuning.long, rows.exact or max(counts) > SHORT
         if not long:
@@ -251,7 +255,7 @@ def share_out(
         decodes: branches may be in programs of their own; otherwise a program has a split of each.
     """
     least = triton.cdiv(tuning.least, tile) * tile
-    wanted = min(128, int(tuning.waves * _processors(device) / programs))
+    wanted = min(128, int(tuning.waves * processors(device) / programs))
     keys, blocks = triton.cdiv(keys, least), triton.cdiv(blocks, least)
     if not decodes:
         splits = max(1, min(wanted, max(keys, blocks)))
