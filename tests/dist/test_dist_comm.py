@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -33,11 +35,7 @@ def test_half_of_torchruns_environment_is_not_torchrun(monkeypatch: pytest.Monke
 
 
 def test_a_group_of_one_is_joined_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = random.SystemRandom().randrange(20_000, 32_000)  # which the system gives to nobody by itself
     values = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
