@@ -14,7 +14,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 PATIENCE = 60.0  #: seconds; what is waited for takes a fraction of one on a machine with nothing else to do
 
-LOADING = """[...document.querySelectorAll('.loading')].some((e) => {
+LOADING = """[...document.querySelectorAll('.loading, .ghost')].some((e) => {
   const b = e.getBoundingClientRect();
   return b.bottom > 0 && b.top < innerHeight;
 })"""

@@ -140,6 +140,8 @@ def test_quarantine_sends_the_chosen_documents(server: FakeServer, window: Watch
 
 def test_drag_reads_full_resolution_and_double_click_resets(server: FakeServer, window: Watched) -> None:
     page = window.open(f"{server.url}#/run/{RUN}")
+    page.wait_for_selector(".run-actions")  # the head above the charts is whole
+    window.still("JSON.stringify(document.querySelector('.u-over').getBoundingClientRect())")
     box = page.locator(".u-over").first.bounding_box()
     y = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + 0.60 * box["width"], y)
