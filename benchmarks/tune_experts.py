@@ -1,4 +1,4 @@
-"""Times of the expert layer's kernels by tile on this GPU: what to write into ``deepseek/ops/triton/decode_experts.py``.
+"""Times of the expert layer's kernels by tile on this GPU: what ``deepseek/ops/triton/decode_experts.py`` should say.
 
     python benchmarks/tune_experts.py [--shape 1024x768x64x2] [--rows 1 2 4 8 16 32 64 128 256] [--compile]
 
@@ -126,7 +126,7 @@ def main() -> None:
                         seconds = measure(turns(calls, device), device).median / len(calls)
                         share = used / seconds / ceiling
                         print(f"{rows:4} {path:8} {seconds * 1e6:7.1f} µs {share:5.0%}  {name}", flush=True)
-                    except Exception as error:  # noqa: BLE001 (a tile that does not fit is a result too)
+                    except Exception as error:  # a tile that does not fit is a result too
                         print(f"{rows:4} {path:8} {type(error).__name__}  {name}", flush=True)
                     finally:
                         kernels.TILES.update(before[0])

@@ -28,13 +28,16 @@ def normalised(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
     return x if norm is None else torch.nn.functional.rms_norm(x, x.shape[1:], norm[0].double(), norm[1])
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(("rows", "hidden", "experts"), [(1, 40, 6), (18, 300, 17), (5, 2100, 33)])
-def test_parts_add_up_to_the_product(rows: int, hidden: int, experts: int, with_norm: bool) -> None:
+def test_parts_add_up_to_the_product(
+    rows: int, hidden: int, experts: int, with_norm: bool, few: bool
+) -> None:
     x, weight = make(0, rows, hidden), make(1, experts, hidden)
     norm = (make(2, hidden), 1e-5) if with_norm else None
-    logits, squares = kernel.router_logits(x, weight, norm)
-    assert logits.shape[1] <= kernel.MOST_PARTS
+    logits, squares = kernel.router_logits(x, weight, norm, few=few)
+    assert logits.shape[1] <= (1 if few else kernel.MOST_PARTS)
     got = logits.double().sum(1)
     if norm is not None:
         assert squares is not None

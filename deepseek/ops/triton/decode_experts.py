@@ -42,6 +42,7 @@ TILES: dict[str, dict[str, Any]] = {
     "gate_up": {"BF": 32, "BC": 128, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
     "down": {"BC": 64, "BF": 128, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
 }
+FEW = 2048  #: weights that a program of ``few_down`` holds at once for each output, of all K experts
 AHEAD = 396  #: programs that have their weights fetched into the L2 cache before it is their turn: what runs at once
 FETCH = 512  #: bytes that they fetch of every row; 0: none
 
@@ -55,10 +56,12 @@ def _few_gate_up_kernel(
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     NORMALISE: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    e = tl.arange(0, EP)
+    shift = tl.load(bias + e, mask=e < E, other=0.0)
     wait(CHAIN)
     begin(CHAIN)
     n = tl.program_id(0) // K
-    chosen, gates = choose(logits, squares, bias, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
+    chosen, gates = choose(logits, squares, shift, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
     k = tl.arange(0, KP)
     own = k == tl.program_id(0) % K
     mine = tl.sum(tl.where(own, chosen, 0), 0)
@@ -97,8 +100,10 @@ def _few_down_kernel(
 ):  # fmt: skip
     begin(CHAIN)
     n = tl.program_id(0)
+    e = tl.arange(0, EP)
+    shift = tl.load(bias + e, mask=e < E, other=0.0)
     # The logits were there before the kernel before this one let it begin.
-    chosen, _ = choose(logits, squares, bias, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
+    chosen, _ = choose(logits, squares, shift, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
     k = tl.arange(0, KP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     f = tl.arange(0, BF)
@@ -139,7 +144,7 @@ def few(
     """
     rows, hidden = x_NC.shape
     size = down.shape[2]
-    logits = router_logits(x_NC, router_EC, norm)
+    logits = router_logits(x_NC, router_EC, norm, few=True)
     expert = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.int32)
     gate = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.float32)
     inner = x_NC.new_empty(rows * top_k, size)
@@ -154,7 +159,7 @@ def few(
     tile = TILES["few_down"]
     _few_down_kernel[(rows, triton.cdiv(hidden, tile["BC"]))](
         inner, *logits, bias_E, down, residual_NC, out, hidden, size, eps, RESIDUAL=residual_NC is not None,
-        **same, **tile | {"BF": min(tile["BF"], triton.next_power_of_2(size))},
+        **same, **tile | {"BF": min(tile["BF"], triton.next_power_of_2(size), max(64, FEW // same["KP"]))},
     )  # fmt: skip
     return out, expert, gate
 

@@ -46,39 +46,90 @@ def _logits_kernel(
     i = tl.arange(0, BC)
     c = part * PART + i
     there = (i < PART) & (c < hidden)
-    w = tl.load(weight + e[None, :] * hidden + c[:, None], mask=(e < E)[None, :] & there[:, None], other=0.0)
+    row = weight + e[None, :] * hidden + c[:, None]
+    w = tl.load(row, mask=(e < E)[None, :] & there[:, None], other=0.0)
     if NORM:
         s = tl.load(scale + c, mask=there, other=0.0).to(tl.float32)
+        square = tl.zeros((BN,), dtype=tl.float32)
     wait(CHAIN)
-    v = tl.load(x + n[:, None] * hidden + c[None, :], mask=(n < n_rows)[:, None] & there[None, :], other=0.0)
-    v = v.to(tl.float32)
-    if NORM:
-        if tl.program_id(1) == 0:
-            tl.store(squares + n * S + part, tl.sum(v * v, 1), mask=n < n_rows)
-        v *= s[None, :]
-    y = tl.dot(v, w, input_precision="tf32x3")
+    y = tl.zeros((BN, BE), dtype=tl.float32)
+    for start in range(0, PART, BC):
+        v = tl.load(x + n[:, None] * hidden + (start + c)[None, :], mask=(n < n_rows)[:, None] & there[None, :],
+                    other=0.0).to(tl.float32)  # fmt: skip
+        if NORM:
+            square += tl.sum(v * v, 1)
+            v *= s[None, :]
+        y = tl.dot(v, w, y, input_precision="tf32x3")
+        there = (start + BC + i < PART) & (start + BC + c < hidden)
+        w = tl.load(row + start + BC, mask=(e < E)[None, :] & there[:, None], other=0.0)
+        if NORM:
+            s = tl.load(scale + start + BC + c, mask=there, other=0.0).to(tl.float32)
+    if NORM and tl.program_id(1) == 0:
+        tl.store(squares + n * S + part, square, mask=n < n_rows)
     tl.store(
         logits + (n[:, None] * S + part) * E + e[None, :], y, mask=(n < n_rows)[:, None] & (e < E)[None, :]
     )
 
 
-def router_logits(x_NC: Tensor, router_EC: Tensor, norm: tuple[Tensor, float] | None = None) -> Logits:
+@triton.jit
+def _row_logits_kernel(
+    x, weight, scale, logits, squares, hidden,
+    E: tl.constexpr, NORM: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    begin(CHAIN)
+    n = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1)
+    c = tl.arange(0, BC)
+    w = tl.load(weight + e * hidden + c, mask=c < hidden, other=0.0)
+    if NORM:
+        s = tl.load(scale + c, mask=c < hidden, other=0.0).to(tl.float32)
+    wait(CHAIN)
+    y = tl.zeros((BC,), dtype=tl.float32)
+    square = tl.zeros((BC,), dtype=tl.float32)
+    for start in range(0, hidden, BC):
+        v = tl.load(x + n * hidden + start + c, mask=start + c < hidden, other=0.0).to(tl.float32)
+        later = start + BC + c < hidden
+        if NORM:
+            square += v * v
+            v *= s
+            s = tl.load(scale + start + BC + c, mask=later, other=0.0).to(tl.float32)
+        y += v * w
+        w = tl.load(weight + e * hidden + start + BC + c, mask=later, other=0.0)
+    tl.store(logits + n * E + e, tl.sum(y, 0))
+    if NORM and e == 0:
+        tl.store(squares + n, tl.sum(square, 0))
+
+
+def router_logits(
+    x_NC: Tensor, router_EC: Tensor, norm: tuple[Tensor, float] | None = None, *, few: bool = False
+) -> Logits:
     """Products of rows with the router's weight (fp32), in parts.
 
     Args:
         norm: the weight ``[C]`` and epsilon of an RMSNorm that ``x`` goes through first.
+        few: a program for every row and expert, without the matrix units, and nothing in parts: the sooner way for a
+            few rows.
     """
     rows, hidden = x_NC.shape
     experts = router_EC.shape[0]
-    parts = min(MOST_PARTS, triton.cdiv(hidden, PART))
+    parts = 1 if few else min(MOST_PARTS, triton.cdiv(hidden, PART))
     part = triton.cdiv(triton.cdiv(hidden, parts), 16) * 16
     logits = torch.empty(rows, parts, experts, device=x_NC.device, dtype=torch.float32)
     squares = None if norm is None else logits.new_empty(rows, parts)
-    _logits_kernel[(triton.cdiv(rows, 16), triton.cdiv(experts, 16), parts)](
-        x_NC, router_EC, norm and norm[0], logits, squares, rows, hidden,
-        E=experts, S=parts, PART=part, NORM=norm is not None, BN=16, BE=16,
-        BC=max(16, triton.next_power_of_2(part)), num_warps=2, **options(x_NC.device),
-    )  # fmt: skip
+    scale = norm and norm[0]
+    chain = options(x_NC.device)
+    if few:
+        block = min(2048, triton.next_power_of_2(hidden))
+        _row_logits_kernel[(rows, experts)](
+            x_NC, router_EC, scale, logits, squares, hidden,
+            E=experts, NORM=norm is not None, BC=block, num_warps=max(1, block // 1024), **chain,
+        )  # fmt: skip
+    else:
+        _logits_kernel[(triton.cdiv(rows, 16), triton.cdiv(experts, 16), parts)](
+            x_NC, router_EC, scale, logits, squares, rows, hidden,
+            E=experts, S=parts, PART=part, NORM=norm is not None, BN=16, BE=16,
+            BC=min(PART, max(16, triton.next_power_of_2(part))), num_warps=2, num_stages=1, **chain,
+        )  # fmt: skip
     return Logits(logits, squares)
 
 
@@ -92,16 +143,16 @@ def shrink(squares, n, hidden, eps, S: tl.constexpr, SP: tl.constexpr):
 
 @triton.jit
 def choose(
-    logits, squares, bias, n, hidden, eps,
+    logits, squares, shift, n, hidden, eps,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     NORMALISE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """The experts of row n and their gates, ``[KP]``: top-k of probability plus bias, of equals the first."""
+    """The experts of row n and their gates, ``[KP]``: top-k of probability plus bias (``shift [EP]``), of equals the
+    first."""
     e = tl.arange(0, EP)
     s = tl.arange(0, SP)
     scores = tl.load(logits + (n * S + s[:, None]) * E + e[None, :], mask=(s < S)[:, None] & (e < E)[None, :],
                      other=0.0, cache_modifier=".cg")  # fmt: skip
-    shift = tl.load(bias + e, mask=e < E, other=0.0)
     scores = tl.sum(scores, 0)
     if NORM:
         scores *= shrink(squares, n, hidden, eps, S, SP)
@@ -131,8 +182,10 @@ def _choose_kernel(
 ):  # fmt: skip
     begin(CHAIN)
     n = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, EP)
+    shift = tl.load(bias + e, mask=e < E, other=0.0)
     wait(CHAIN)
-    chosen, gates = choose(logits, squares, bias, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
+    chosen, gates = choose(logits, squares, shift, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
     k = tl.arange(0, KP)
     tl.store(expert + n * K + k, chosen, mask=k < K)
     tl.store(gate + n * K + k, gates, mask=k < K)
