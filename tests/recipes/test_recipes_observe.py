@@ -22,6 +22,7 @@ from deepseek.monitor.detect import Watch
 from deepseek.monitor.probes import StepProbe
 from deepseek.monitor.sink import StoreSink
 from deepseek.monitor.store import RunStore
+from deepseek.recipes.control import Controller
 from deepseek.recipes.observe import Observer
 from deepseek.recipes.plan import preset
 from deepseek.recipes.pretrain import PretrainConfig, pretrain, resume_run
@@ -218,8 +219,19 @@ def test_an_incident_names_its_documents_and_the_run_rolls_back_and_skips(
         "deepseek.recipes.observe.StoreSink", lambda run, watch: StoreSink(run, watch, every=1)
     )
     sink = MemorySink()
+
+    class Patient(Controller):
+        """At step 10 the run waits for the thread that watches it, however slow that is."""
+
+        def __call__(self, step: int, result: StepResult) -> None:
+            end = time.monotonic() + 60
+            while step == 10 and "incident" not in {e.name for e in sink.events} and time.monotonic() < end:
+                time.sleep(0.01)
+            super().__call__(step, result)
+
+    monkeypatch.setattr("deepseek.recipes.pretrain.Controller", Patient)
     options = {"every": 2, "on_incident": "rollback_skip", "samples": 5}
-    config = watched(corpus, options, train={"steps": 60}, checkpoint={"every": 2, "asynchronous": False})
+    config = watched(corpus, options, train={"steps": 20}, checkpoint={"every": 2, "asynchronous": False})
     assert pretrain(config, tmp_path / "run", sinks=[sink]).finished
     assert warnings_of(sink) == []
     with RunStore(tmp_path / "run") as store:
