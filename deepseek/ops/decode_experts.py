@@ -23,7 +23,7 @@ from deepseek.ops.native_linear import CODES
 from deepseek.ops.packed_linear import DTYPES, Norm, PackedSwiGLU, normed
 from deepseek.ops.triton import available, kernels
 
-STREAM_ROWS = 8  #: up to how many rows each assignment reads its expert by itself on CUDA
+STREAM_ROWS = 4  #: up to how many rows each assignment reads its expert by itself on CUDA
 KERNEL_ROWS = 256  #: from how many rows on the grouped products of training are the faster ones on CUDA
 
 

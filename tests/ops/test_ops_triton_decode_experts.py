@@ -114,7 +114,7 @@ def test_rows_of_the_grouped_path_do_not_depend_on_the_others(
 
 @pytest.mark.parametrize(
     ("rows", "experts", "popular"),
-    [(1, 9, 0.0), (4, 20, 9.0), (7, 14, 0.0), (33, 9, 9.0), (200, 3, 0.0), (260, 3, 9.0)],
+    [(1, 9, 0.0), (4, 20, 9.0), (7, 14, 0.0), (33, 9, 9.0), (130, 3, 9.0)],
 )
 def test_every_number_of_rows_finds_its_experts(rows: int, experts: int, popular: float) -> None:
     router, bias, gate_up, down = layer(experts, popular)

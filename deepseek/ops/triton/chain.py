@@ -8,6 +8,8 @@ on it (weights, above all), and wait for it only then. Rules, for every kernel l
   anything is written. All programs wait, those with nothing to do too: the kernel after this one relies on this one's
   end meaning the end of everything before.
 - Only what never changes while steps run may be read before ``wait``.
+- A kernel that calls ``wait`` first and ``begin`` after it lets the next one begin only when everything before itself
+  has ended: that next one may read what those wrote before its own ``wait`` (``decode_experts``), past the L1 cache.
 
 Kernels of others (cuBLAS, torch) may stand between: they begin when all before them has ended, as ever.
 """

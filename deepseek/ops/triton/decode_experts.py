@@ -30,14 +30,14 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek.ops.triton.chain import begin, options, wait
-from deepseek.ops.triton.decode_router import choose, route_rows, router_logits, shrink, sizes
+from deepseek.ops.triton.decode_router import choose, route_rows, row_logits, sizes
 
 BLOCK = 16  #: rows of one expert that share a read of its weights: the least the matrix units take
 FIND = 512  #: up to how many assignments programs find their rows themselves
 
 #: Tiles: outputs of a program and inputs of a step (the most: it is no larger than the inputs).
 TILES: dict[str, dict[str, Any]] = {
-    "few_gate_up": {"BF": 1, "BC": 2048, "num_warps": 1},
+    "few_gate_up": {"BF": 2, "BC": 2048, "num_warps": 1},
     "few_down": {"BC": 1, "BF": 1024, "num_warps": 1},
     "gate_up": {"BF": 32, "BC": 128, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
     "down": {"BC": 64, "BF": 128, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
@@ -52,16 +52,16 @@ FETCH = 512  #: bytes that they fetch of every row; 0: none
 
 @triton.jit
 def _few_gate_up_kernel(
-    x, logits, squares, bias, scale, weight, expert, gate, inner, hidden, size, eps,
+    x, logits, bias, weight, expert, gate, inner, hidden, size,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
-    NORMALISE: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
+    NORMALISE: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     e = tl.arange(0, EP)
     shift = tl.load(bias + e, mask=e < E, other=0.0)
     wait(CHAIN)
     begin(CHAIN)
     n = tl.program_id(0) // K
-    chosen, gates = choose(logits, squares, shift, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
+    chosen, gates = choose(logits, None, shift, n, hidden, 0.0, E, EP, K, KP, S, SP, NORMALISE, False)
     k = tl.arange(0, KP)
     own = k == tl.program_id(0) % K
     mine = tl.sum(tl.where(own, chosen, 0), 0)
@@ -75,14 +75,8 @@ def _few_gate_up_kernel(
         w = tl.load(row + c[None, :], mask=there, other=0.0)
         u = tl.load(row + size.to(tl.int64) * hidden + c[None, :], mask=there, other=0.0)
         v = tl.load(x + n * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
-        if NORM:
-            v *= tl.load(scale + c, mask=c < hidden, other=0.0).to(tl.float32)
         h += tl.sum(v[None, :] * w.to(tl.float32), 1)
         up += tl.sum(v[None, :] * u.to(tl.float32), 1)
-    if NORM:
-        factor = shrink(squares, n, hidden, eps, S, SP)
-        h *= factor
-        up *= factor
     g = tl.sum(tl.where(own, gates, 0.0), 0)
     at = inner + tl.program_id(0) * size + f
     tl.store(at, (g * up * h / (1 + tl.exp(-h))).to(inner.dtype.element_ty), mask=f < size)
@@ -93,17 +87,16 @@ def _few_gate_up_kernel(
 
 @triton.jit
 def _few_down_kernel(
-    inner, logits, squares, bias, weight, residual, out, hidden, size, eps,
+    inner, logits, bias, weight, residual, out, hidden, size,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
-    NORMALISE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
-    CHAIN: tl.constexpr,
+    RESIDUAL: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     begin(CHAIN)
     n = tl.program_id(0)
     e = tl.arange(0, EP)
     shift = tl.load(bias + e, mask=e < E, other=0.0)
     # The logits were there before the kernel before this one let it begin.
-    chosen, _ = choose(logits, squares, shift, n, hidden, eps, E, EP, K, KP, S, SP, NORMALISE, NORM)
+    chosen, _ = choose(logits, None, shift, n, hidden, 0.0, E, EP, K, KP, S, SP, False, False)
     k = tl.arange(0, KP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     f = tl.arange(0, BF)
@@ -144,21 +137,20 @@ def few(
     """
     rows, hidden = x_NC.shape
     size = down.shape[2]
-    logits = router_logits(x_NC, router_EC, norm, few=True)
+    logits, x_NC = row_logits(x_NC, router_EC, norm)
     expert = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.int32)
     gate = torch.empty(rows, top_k, device=x_NC.device, dtype=torch.float32)
     inner = x_NC.new_empty(rows * top_k, size)
-    scale, eps = norm or (None, 0.0)
-    same = sizes(logits, top_k) | {"NORMALISE": normalise, "NORM": norm is not None} | options(x_NC.device)
+    same = sizes(logits, top_k) | options(x_NC.device)
     tile = TILES["few_gate_up"]
     _few_gate_up_kernel[(rows * top_k, triton.cdiv(size, tile["BF"]))](
-        x_NC, *logits, bias_E, scale, gate_up, expert, gate, inner, hidden, size, eps,
+        x_NC, logits.parts, bias_E, gate_up, expert, gate, inner, hidden, size, NORMALISE=normalise,
         **same, **tile | {"BC": min(tile["BC"], triton.next_power_of_2(hidden))},
     )  # fmt: skip
     out = torch.empty_like(x_NC)
     tile = TILES["few_down"]
     _few_down_kernel[(rows, triton.cdiv(hidden, tile["BC"]))](
-        inner, *logits, bias_E, down, residual_NC, out, hidden, size, eps, RESIDUAL=residual_NC is not None,
+        inner, logits.parts, bias_E, down, residual_NC, out, hidden, size, RESIDUAL=residual_NC is not None,
         **same, **tile | {"BF": min(tile["BF"], triton.next_power_of_2(size), max(64, FEW // same["KP"]))},
     )  # fmt: skip
     return out, expert, gate

@@ -4,7 +4,7 @@ A router is a small product (64 experts of 1024 inputs: 262 kB) that everything 
 the longest chain of dependent steps. ``router_logits`` cuts rows, experts and inputs into tiles that one program loads
 in one go; the parts of a logit lie side by side, and whoever reads a row's logits adds them, always in the same order.
 An RMSNorm before the router costs nothing: its weight goes into the product, and a row's factor, from the parts of its
-sum of squares, into the sum.
+sum of squares, into the sum. For a few rows ``row_logits`` has a program for every logit.
 
 One tile shape serves every number of rows: a row's bits do not depend on the other rows.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from deepseek.ops.triton.chain import begin, options, wait
 
 MOST_PARTS = 16  #: of a logit
-PART = 128  #: inputs of a part, more where it takes to stay within ``MOST_PARTS``
+PART = 64  #: inputs of a part, more where it takes to stay within ``MOST_PARTS``
 
 
 class Logits(NamedTuple):
@@ -73,9 +73,10 @@ def _logits_kernel(
 
 @triton.jit
 def _row_logits_kernel(
-    x, weight, scale, logits, squares, hidden,
-    E: tl.constexpr, NORM: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
+    x, weight, scale, logits, out, hidden, eps,
+    E: tl.constexpr, NORM: tl.constexpr, OWN: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    """Row n's logit e; with a norm, also the e-th ``OWN`` features of the row after it."""
     begin(CHAIN)
     n = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1)
@@ -83,8 +84,13 @@ def _row_logits_kernel(
     w = tl.load(weight + e * hidden + c, mask=c < hidden, other=0.0)
     if NORM:
         s = tl.load(scale + c, mask=c < hidden, other=0.0).to(tl.float32)
+        o = e * OWN + tl.arange(0, BO)
+        mine = (tl.arange(0, BO) < OWN) & (o < hidden)
+        shape = tl.load(scale + o, mask=mine, other=0.0).to(tl.float32)
     wait(CHAIN)
-    y = tl.zeros((BC,), dtype=tl.float32)
+    if NORM:
+        shape *= tl.load(x + n * hidden + o, mask=mine, other=0.0).to(tl.float32)
+    total = tl.zeros((BC,), dtype=tl.float32)
     square = tl.zeros((BC,), dtype=tl.float32)
     for start in range(0, hidden, BC):
         v = tl.load(x + n * hidden + start + c, mask=start + c < hidden, other=0.0).to(tl.float32)
@@ -93,44 +99,52 @@ def _row_logits_kernel(
             square += v * v
             v *= s
             s = tl.load(scale + start + BC + c, mask=later, other=0.0).to(tl.float32)
-        y += v * w
+        total += v * w
         w = tl.load(weight + e * hidden + start + BC + c, mask=later, other=0.0)
-    tl.store(logits + n * E + e, tl.sum(y, 0))
-    if NORM and e == 0:
-        tl.store(squares + n, tl.sum(square, 0))
+    y = tl.sum(total, 0)
+    if NORM:
+        factor = 1 / tl.sqrt(tl.sum(square, 0) / hidden + eps)
+        y *= factor
+        tl.store(out + n * hidden + o, (shape * factor).to(out.dtype.element_ty), mask=mine)
+    tl.store(logits + n * E + e, y)
 
 
-def router_logits(
-    x_NC: Tensor, router_EC: Tensor, norm: tuple[Tensor, float] | None = None, *, few: bool = False
-) -> Logits:
+def router_logits(x_NC: Tensor, router_EC: Tensor, norm: tuple[Tensor, float] | None = None) -> Logits:
     """Products of rows with the router's weight (fp32), in parts.
 
     Args:
         norm: the weight ``[C]`` and epsilon of an RMSNorm that ``x`` goes through first.
-        few: a program for every row and expert, without the matrix units, and nothing in parts: the sooner way for a
-            few rows.
     """
     rows, hidden = x_NC.shape
     experts = router_EC.shape[0]
-    parts = 1 if few else min(MOST_PARTS, triton.cdiv(hidden, PART))
+    parts = min(MOST_PARTS, triton.cdiv(hidden, PART))
     part = triton.cdiv(triton.cdiv(hidden, parts), 16) * 16
     logits = torch.empty(rows, parts, experts, device=x_NC.device, dtype=torch.float32)
     squares = None if norm is None else logits.new_empty(rows, parts)
-    scale = norm and norm[0]
-    chain = options(x_NC.device)
-    if few:
-        block = min(2048, triton.next_power_of_2(hidden))
-        _row_logits_kernel[(rows, experts)](
-            x_NC, router_EC, scale, logits, squares, hidden,
-            E=experts, NORM=norm is not None, BC=block, num_warps=max(1, block // 1024), **chain,
-        )  # fmt: skip
-    else:
-        _logits_kernel[(triton.cdiv(rows, 16), triton.cdiv(experts, 16), parts)](
-            x_NC, router_EC, scale, logits, squares, rows, hidden,
-            E=experts, S=parts, PART=part, NORM=norm is not None, BN=16, BE=16,
-            BC=min(PART, max(16, triton.next_power_of_2(part))), num_warps=2, num_stages=1, **chain,
-        )  # fmt: skip
+    _logits_kernel[(triton.cdiv(rows, 16), triton.cdiv(experts, 16), parts)](
+        x_NC, router_EC, norm and norm[0], logits, squares, rows, hidden,
+        E=experts, S=parts, PART=part, NORM=norm is not None, BN=16, BE=16,
+        BC=min(128, triton.next_power_of_2(part)), num_warps=2, num_stages=1, **options(x_NC.device),
+    )  # fmt: skip
     return Logits(logits, squares)
+
+
+def row_logits(
+    x_NC: Tensor, router_EC: Tensor, norm: tuple[Tensor, float] | None = None
+) -> tuple[Logits, Tensor]:
+    """Logits of a few rows, each by a program of its own and in one part, and the rows themselves, after ``norm``."""
+    rows, hidden = x_NC.shape
+    experts = router_EC.shape[0]
+    logits = torch.empty(rows, 1, experts, device=x_NC.device, dtype=torch.float32)
+    out = x_NC if norm is None else torch.empty_like(x_NC)
+    scale, eps = norm or (None, 0.0)
+    block, own = min(2048, triton.next_power_of_2(hidden)), triton.cdiv(hidden, experts)
+    _row_logits_kernel[(rows, experts)](
+        x_NC, router_EC, scale, logits, out, hidden, eps,
+        E=experts, NORM=norm is not None, OWN=own, BO=triton.next_power_of_2(own), BC=block,
+        num_warps=max(1, block // 1024), **options(x_NC.device),
+    )  # fmt: skip
+    return Logits(logits, None), out
 
 
 @triton.jit
@@ -227,7 +241,7 @@ def route_rows(
     out = x_NC if norm is None else torch.empty_like(x_NC)
     scale, eps = norm or (None, 0.0)
     constants = sizes(logits, top_k)
-    warps = max(1, min(8, constants["SP"] * constants["EP"] // 512))
+    warps = max(1, min(8, constants["SP"] * constants["EP"] // 1024))
     _choose_kernel[(rows,)](
         x_NC, scale, bias_E, logits.parts, logits.squares, expert, gate, out, hidden, eps,
         **constants, NORMALISE=normalise, NORM=norm is not None,
