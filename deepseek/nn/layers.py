@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.ops.experts import swiglu
+from deepseek.ops.swiglu import fuses, swiglu_linear
 
 
 def widen(x: Tensor) -> Tensor:
@@ -44,7 +45,21 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(size, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        hidden = self.gate_up(x)
+        if fuses(hidden) and _is_plain(self.down):
+            return swiglu_linear(hidden, self.down.weight, self.down.bias)
+        return self.down(swiglu(hidden))
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling ``linear`` is nothing but its product: no subclass, nobody who listens."""
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    )
+    return type(linear) is nn.Linear and not any(hooks)
 
 
 def layer_norm(

@@ -58,6 +58,16 @@ def _cross_entropy(
     return 2 * hidden[0] * prod(weight) * (3 if gradient else 1)
 
 
+def _swiglu_linear(h: Shape, weight: Shape, *rest: Any, **more: Any) -> int:
+    return 2 * h[0] * prod(weight)
+
+
+def _swiglu_linear_backward(
+    grad: Shape, h: Shape, weight: Shape, weight_too: bool, *rest: Any, **more: Any
+) -> int:
+    return _swiglu_linear(h, weight) * (2 if weight_too else 1)
+
+
 def _window(q: Shape, k: Shape, v: Shape, start: Any, end: Any, window: int, **more: Any) -> int:
     return 4 * prod(q) * min(window, q[2])
 
@@ -72,6 +82,8 @@ _OURS: dict[str, Callable[..., int]] = {
     "experts": _experts,
     "experts_backward": _experts_backward,
     "linear_cross_entropy": _cross_entropy,
+    "swiglu_linear": _swiglu_linear,
+    "swiglu_linear_backward": _swiglu_linear_backward,
     "window_attention": _window,
     "hybrid_attention": _hybrid,
     "window_attention_backward": lambda grad, q, k, v, out, lse, start, end, window, **more: (

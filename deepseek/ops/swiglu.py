@@ -1,0 +1,95 @@
+"""The second half of a dense SwiGLU network, ``down(silu(gate) · up)``, as one operation (arXiv 2002.05202).
+
+It keeps ``[gate, up]`` alone for backward. The product between is needed there once more, for the gradient of ``down``;
+the kernel that computes the gradients of both halves makes it again, in the place of its own gradient. So activations
+are as small as where a compiler recomputes, in eager mode too, and every tensor is read and written once.
+
+On CUDA only: elsewhere a layer stays plain torch, which a compiler may fuse.
+
+Shape letters: N rows, F features after the activation, C features of the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek.ops.experts import swiglu
+from deepseek.ops.triton import available, kernels
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  #: the kernels' sums are fp32
+
+
+def fuses(h: Tensor) -> bool:
+    """Whether ``swiglu_linear`` is meant for ``h``. Compilers trace this: it asks the tensor, not the machine."""
+    return h.is_cuda and h.dtype in DTYPES
+
+
+@torch.library.custom_op("deepseek::swiglu_linear", mutates_args=())
+def _swiglu_linear(h_N2F: Tensor, weight_CF: Tensor, bias_C: Tensor | None) -> Tensor:
+    product = kernels("swiglu").product(h_N2F) if fuses(h_N2F) and available() else swiglu(h_N2F)
+    return F.linear(product, weight_CF, bias_C)
+
+
+@_swiglu_linear.register_fake
+def _(h_N2F: Tensor, weight_CF: Tensor, bias_C: Tensor | None) -> Tensor:
+    return h_N2F.new_empty(h_N2F.shape[0], weight_CF.shape[0])
+
+
+@torch.library.custom_op("deepseek::swiglu_linear_backward", mutates_args=())
+def _swiglu_linear_backward(
+    d_y_NC: Tensor, h_N2F: Tensor, weight_CF: Tensor, weight_too: bool
+) -> tuple[Tensor, Tensor]:
+    d_product = d_y_NC @ weight_CF
+    if fuses(h_N2F) and available():
+        d_h = kernels("swiglu").gradient_in_place(h_N2F, d_product, weight_too)
+        product = d_product
+    else:
+        d_h, product = reference_gradient(h_N2F, d_product)
+    return d_h, d_y_NC.T @ product if weight_too else weight_CF.new_empty(0)
+
+
+@_swiglu_linear_backward.register_fake
+def _(d_y_NC: Tensor, h_N2F: Tensor, weight_CF: Tensor, weight_too: bool) -> tuple[Tensor, Tensor]:
+    d_weight = weight_CF.new_empty(weight_CF.shape if weight_too else 0)
+    return torch.empty_like(h_N2F, memory_format=torch.contiguous_format), d_weight
+
+
+def reference_gradient(h_N2F: Tensor, d_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient for ``h`` from that of the product, and the product: fp32 at least inside."""
+    wide = torch.promote_types(h_N2F.dtype, torch.float32)
+    a, b = h_N2F.to(wide).chunk(2, -1)
+    s, d = a.sigmoid(), d_NF.to(wide)
+    silu = a * s
+    d_h = torch.cat((d * b * s * (1 + a * (1 - s)), d * silu), dim=-1)
+    return d_h.to(h_N2F.dtype), (silu * b).to(h_N2F.dtype)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradient(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    weight, bias = ctx.needs_input_grad[1:]
+    d_h, d_weight = _swiglu_linear_backward(d_y, *ctx.saved_tensors, weight)
+    return d_h, d_weight if weight else None, d_y.sum(0) if bias else None
+
+
+_swiglu_linear.register_autograd(_gradient, setup_context=_context)
+
+
+def swiglu_linear(h: Tensor, weight_CF: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    """``linear(silu(gate) · up, weight, bias)`` of ``[gate, up] = h [..., 2F]``.
+
+    Args:
+        h: any float dtype, in which the products run. weight_CF, bias_C: cast to that dtype.
+
+    Returns:
+        ``[..., C]`` in the dtype of ``h``; differentiable once.
+    """
+    bias = None if bias_C is None else bias_C.to(h.dtype)
+    y = _swiglu_linear(h.reshape(-1, h.shape[-1]), weight_CF.to(h.dtype), bias)
+    return y.view(*h.shape[:-1], weight_CF.shape[0])
