@@ -28,6 +28,8 @@ SHAPES = [
     AttentionConfig(heads=6, kv_heads=2, head_dim=64, window=20, block=8, stride=4, pooling="learned"),
     AttentionConfig(heads=2, kv_heads=2, head_dim=96, window=50, block=24, stride=8, full_rope=False),
     AttentionConfig(heads=4, kv_heads=1, head_dim=128, window=1, block=1, stride=1, gate="static"),
+    AttentionConfig(heads=4, kv_heads=2, head_dim=8, window=8, block=8, stride=4),
+    AttentionConfig(heads=2, kv_heads=1, head_dim=80, window=24, block=8, stride=8),
 ]
 
 
@@ -69,7 +71,8 @@ def compare(
     ("kind", "shape", "tuning"),
     [
         ("F", 0, SPLITTING), ("F", 1, WHOLE), ("L", 0, SPLITTING), ("L", 2, WHOLE),
-        ("H", 0, SPLITTING), ("H", 1, WHOLE), ("H", 2, SPLITTING),
+        ("H", 0, SPLITTING), ("H", 1, WHOLE), ("H", 2, SPLITTING), ("F", 3, SPLITTING), ("H", 3, SPLITTING),
+        ("L", 4, SPLITTING), ("H", 4, WHOLE),
     ],
 )  # fmt: skip
 def test_any_steps_give_what_the_whole_row_gives(kind: str, shape: int, tuning: Tuning) -> None:

@@ -74,13 +74,17 @@ class Tuning:
 
 
 _NARROW = Tuning(Tiles(16, 64, 4, 4), Tiles(64, 64, 4, 3))
-_FULL = Tuning(Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3), one=Tiles(64, 64, 4, 3))
-_WINDOW = Tuning(Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 3), least=64)
+_MANY = Tuning(Tiles(16, 128, 8, 2), Tiles(64, 64, 4, 2), one=Tiles(64, 64, 4, 3))
 
-#: For 16-bit inputs by padded head size and kind: F all positions, L a window, H a window and pooled blocks.
+#: For 16-bit inputs by padded head size and kind: F all positions, L a window, H a window and pooled blocks. Those of
+#: 128 were found on an H200 (``bench_paged.py --sweep``).
 HALF = {
     64: {"F": _NARROW, "L": _NARROW, "H": _NARROW},
-    128: {"F": _FULL, "L": _WINDOW, "H": _WINDOW},
+    128: {
+        "F": replace(_MANY, short=Tiles(16, 128, 4, 3), waves=1.0, least=64, many=_MANY),
+        "L": Tuning(Tiles(16, 64, 4, 3), Tiles(64, 32, 4, 3), least=64),
+        "H": Tuning(Tiles(16, 64, 4, 2), Tiles(64, 32, 4, 2), least=64),
+    },
 }
 #: fp32 by three tf32 products.
 WIDE = Tuning(Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 2))
@@ -97,6 +101,11 @@ def forced_tuning(tuning: Tuning) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def padded(size: int) -> int:
+    """A head size as the kernels' tiles have it: a power of two that the matrix units take."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def tuning_for(q: Tensor, kind: str) -> Tuning:
@@ -189,7 +198,7 @@ def _launch(
 ) -> None:
     """Attend for the rows ``span``: a decode a tile, or tiles as ``cut`` says."""
     H, D, K, BN = *q.shape[1:], k.shape[2], tiles.keys
-    DP, (first, end) = triton.next_power_of_2(D), span
+    DP, (first, end) = padded(D), span
     programs = (end if cut is None else len(cut)) * K
     longest = max(rows.lengths[:end] if cut is None else rows.lengths[first:])
     keys = longest if window is None else min(longest, window + (0 if cut is None else SHORT + BN))
@@ -309,7 +318,7 @@ def append(
         rows.position_N if slot_N is None else slot_N, rows.position_N, sequence, rows.length_S, rows.ends_S,
         rows.window_SP, rows.global_SP, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         rows.window_SP.stride(0), rows.global_SP.stride(0),
-        H=H, K=K, G=H // K, D=D, DP=triton.next_power_of_2(D), PAGE=rows.page, BLOCK=block, STRIDE=stride,
+        H=H, K=K, G=H // K, D=D, DP=padded(D), PAGE=rows.page, BLOCK=block, STRIDE=stride,
         ROTATE=rope is not None, WRITE=write, POOL=pool is not None, LEARNED=learned is not None,
         GP=triton.next_power_of_2(H // K), BP=triton.next_power_of_2(block), **chain.options(k.device),
         num_warps=1 if pool is None else 4,
