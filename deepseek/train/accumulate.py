@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from deepseek.ops.accumulate import add_
+
 
 class Accumulator:
     """fp32 sums of the gradients of ``parameters``.
@@ -44,7 +46,7 @@ class Accumulator:
         if p not in self._buffers:
             self._buffers[p] = torch.empty_like(p, dtype=torch.float32)
         if p in self.sums:
-            self.sums[p].add_(p.grad)
+            add_(self.sums[p], p.grad)
         else:
             self.sums[p] = self._buffers[p].copy_(p.grad)
         p.grad = None

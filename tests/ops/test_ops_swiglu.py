@@ -29,6 +29,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "fuses", lambda hidden: hidden.dtype in DTYPES)
 
 
+def near(got: Tensor, want: Tensor) -> None:
+    """Within what the kernels' exponential and the order of sums may change."""
+    slack = 1e-10 if got.dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got, want, rtol=slack, atol=slack)
+
+
 def plain(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(swiglu(h), weight, bias)
 
@@ -43,10 +49,10 @@ def given(dtype: torch.dtype, *shape: int, features: int = 5, outputs: int = 3) 
 def test_it_equals_plain_torch(shape: tuple[int, ...], bias: bool) -> None:
     tensors = given(torch.float64, *shape)[: 3 if bias else 2]
     got, want = swiglu_linear(*tensors), plain(*tensors)
-    torch.testing.assert_close(got, want)
+    near(got, want)
     d = torch.randn_like(want)
     for a, b in zip(torch.autograd.grad(got, tensors, d), torch.autograd.grad(want, tensors, d)):
-        torch.testing.assert_close(a, b)
+        near(a, b)
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (1, 2)])
@@ -65,7 +71,7 @@ def test_gradients_that_are_not_contiguous(change: Callable[[Tensor], Tensor]) -
     got = torch.autograd.grad(change(swiglu_linear(*tensors)), tensors)
     want = torch.autograd.grad(change(plain(*tensors)), tensors)
     for a, b in zip(got, want):
-        torch.testing.assert_close(a, b)
+        near(a, b)
 
 
 def test_bf16_is_as_near_to_float64_as_plain_torch_is() -> None:
@@ -164,7 +170,7 @@ def test_a_layer_in_every_mode(mode: str, compiled: bool, monkeypatch: pytest.Mo
         monkeypatch.setattr(op, "_swiglu_linear", lambda *a: calls.append(True) or real(*a))
     got = torch.autograd.grad(ffn(x).square().sum(), inputs)
     for a, b in zip(got, want):
-        torch.testing.assert_close(a, b)
+        near(a, b)
     assert compiled or len(calls) >= 2
 
 
@@ -177,11 +183,11 @@ def test_a_compiled_layer_keeps_no_product() -> None:
     with SavedBytes([x, *ffn.parameters()]) as kept:
         y = compiled(x)
     assert kept.total == 16 * 20 * 4
-    torch.testing.assert_close(y, plain(ffn.gate_up(x), ffn.down.weight))
+    near(y, plain(ffn.gate_up(x), ffn.down.weight))
     got = torch.autograd.grad(y.square().sum(), [x, *ffn.parameters()])
     want = torch.autograd.grad(plain(ffn.gate_up(x), ffn.down.weight).square().sum(), [x, *ffn.parameters()])
     for a, b in zip(got, want):
-        torch.testing.assert_close(a, b)
+        near(a, b)
 
 
 @pytest.mark.usefixtures("fused")
@@ -192,10 +198,10 @@ def test_hooks_and_other_layers_in_the_place_of_down_are_called() -> None:
     want = ffn(x)
     assert len(seen) == 1
     handle.remove()
-    torch.testing.assert_close(ffn(x), want)
+    near(ffn(x), want)
     assert len(seen) == 1
     ffn.down = torch.nn.Sequential(ffn.down, torch.nn.ReLU())  # type: ignore[assignment]
-    torch.testing.assert_close(ffn(x), want.relu())
+    near(ffn(x), want.relu())
 
 
 @pytest.mark.usefixtures("fused")

@@ -1,0 +1,50 @@
+"""Narrow gradients added to a wide sum: the kernel against torch, bit for bit."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from deepseek.ops import accumulate
+from deepseek.ops.triton import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2048,), (5, 33, 40), (0, 4)])
+def test_the_kernel_is_torchs_addition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    total, addend = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
+    want = total + addend
+    assert accumulate.fits(total, addend)
+    kernels("accumulate").add_(total, addend)
+    assert total.equal(want)
+
+
+def test_whatever_the_kernel_does_not_take_is_added_all_the_same() -> None:
+    total = torch.randn(6, 4, device=DEVICE)
+    for addend in (
+        torch.randn(6, 4, device=DEVICE),
+        torch.randn(4, 6, device=DEVICE).bfloat16().T,
+        torch.randn(4, device=DEVICE).bfloat16().expand(6, 4),
+        torch.randn(6, 8, device=DEVICE).half()[:, ::2],
+    ):
+        assert not accumulate.fits(total, addend)
+        want = total + addend
+        accumulate.add_(total, addend)
+        assert total.equal(want)
+    wide, narrow = total.double(), total.bfloat16()
+    assert not accumulate.fits(wide, narrow)
+    want = wide + narrow
+    accumulate.add_(wide, narrow)
+    assert wide.equal(want)
+
+
+def test_hundreds_of_small_ones_are_not_lost() -> None:
+    total = torch.full((64,), 256.0, device=DEVICE)
+    for _ in range(256):
+        accumulate.add_(total, torch.full((64,), 0.25, device=DEVICE).bfloat16())
+    assert total.equal(torch.full((64,), 320.0, device=DEVICE))
