@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from deepseek.ops import swiglu as op
 from deepseek.ops.triton import swiglu as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,3 +77,26 @@ def test_no_rows() -> None:
     h, d = torch.empty(0, 16, device=DEVICE), torch.empty(0, 8, device=DEVICE)
     assert kernel.product(h).shape == (0, 8)
     assert kernel.gradient_in_place(h, d, again=True).shape == (0, 16)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_the_operation_by_its_kernels(needed: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward overwrites the product's gradient, which is its own, and nothing else."""
+    monkeypatch.setattr(op, "fuses", lambda h: True)
+    monkeypatch.setattr(op, "available", lambda: True)
+    h, weight = (torch.randn(s, device=DEVICE) for s in ((2, 9, 80), (24, 40)))
+    given = [t.requires_grad_(n) for t, n in zip((h, weight), needed)]
+    wide = [t.detach().double().requires_grad_(n) for t, n in zip(given, needed)]
+    d = torch.randn(2, 24, 9, device=DEVICE).mT  # not contiguous
+    before, kept = d.clone(), [t.detach().clone() for t in given]
+    got, want = op.swiglu_linear(*given), torch.nn.functional.linear(op.swiglu(wide[0]), wide[1])
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    want.backward(d.double())
+    for passes in (1, 2):
+        got.backward(d, retain_graph=True)
+        for a, b in zip(given, wide):
+            assert (a.grad is None) == (b.grad is None)
+            if a.grad is not None and b.grad is not None:
+                torch.testing.assert_close(a.grad.double(), passes * b.grad, rtol=1e-4, atol=1e-4)
+    assert d.equal(before)
+    assert all(t.equal(k) for t, k in zip(given, kept))
