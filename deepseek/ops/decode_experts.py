@@ -21,7 +21,7 @@ from deepseek.ops.host_experts import HostExperts
 from deepseek.ops.native_experts import NativeExperts
 from deepseek.ops.native_linear import CODES
 from deepseek.ops.packed_linear import DTYPES, Norm, PackedSwiGLU, normed
-from deepseek.ops.triton import available, kernels
+from deepseek.ops.triton import kernels, runs_on
 
 STREAM_ROWS = 4  #: up to how many rows each assignment reads its expert by itself on CUDA
 KERNEL_ROWS = 256  #: from how many rows on the grouped products of training are the faster ones on CUDA
@@ -61,7 +61,7 @@ class PackedExperts:
         self.experts, self.top_k, self.normalise, self.shared = len(gate_up_ECF2), top_k, normalise, shared
         parts = router_EC, bias_E, gate_up_ECF2, down_EFC, top_k, normalise, format
         self._layer: NativeExperts | HostExperts | DeviceExperts
-        if torch.device(device).type != "cpu":
+        if torch.device(device).type != "cpu" or runs_on(torch.device(device)):
             self._layer = DeviceExperts(*parts, device, exact)
         elif native.available() and (format == "fp32" or (format in CODES and native.has(format))):
             self._layer = NativeExperts(*parts)
@@ -106,7 +106,7 @@ class DeviceExperts:
             raise ConfigError(
                 f"experts on {torch.device(device).type} are kept in fp32 or bf16, not '{format}'"
             )
-        fused = torch.device(device).type == "cuda" and available()
+        fused = runs_on(torch.device(device))
         self.kernels = kernels("decode_experts") if fused else None
         if exact and not fused:
             raise ConfigError("experts with bit-identical rows need a CPU, or CUDA with the extra 'kernels'")

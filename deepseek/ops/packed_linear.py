@@ -32,7 +32,7 @@ from deepseek.errors import ConfigError
 from deepseek.ops import native
 from deepseek.ops.exact import exact_swiglu
 from deepseek.ops.experts import swiglu
-from deepseek.ops.triton import available, kernels
+from deepseek.ops.triton import kernels, runs_on
 from deepseek.registry import backends, get_op, register_op
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def normed(x_NC: Tensor, norm: Norm | None) -> Tensor:
     """``x`` through an RMSNorm, fp32 inside, or as it is; a row's result does not depend on the others."""
     if norm is None:
         return x_NC
-    if x_NC.is_cuda and x_NC.dim() == 2 and available():
+    if x_NC.dim() == 2 and runs_on(x_NC.device):
         y: Tensor = kernels("rows").rms_norm(x_NC, *norm)
         return y
     return F.rms_norm(x_NC, norm[0].shape, *norm)
@@ -59,7 +59,7 @@ def normed(x_NC: Tensor, norm: Norm | None) -> Tensor:
 def normed_heads(x_NHD: Tensor, norm: Norm) -> Tensor:
     """Every head of every row through an RMSNorm of its own weight ``[H, D]``."""
     weight_HD, eps = norm
-    if x_NHD.is_cuda and available():
+    if runs_on(x_NHD.device):
         y: Tensor = kernels("rows").head_norm(x_NHD, weight_HD, eps)
         return y
     return F.rms_norm(x_NHD, x_NHD.shape[-1:], None, eps) * weight_HD
@@ -139,7 +139,8 @@ class PackedSwiGLU:
         self.native: NativeSwiGLU | None = None
         self.gate_up: PackedLinear
         self.down: PackedLinear
-        if torch.device(device).type == "cpu" and native_takes(format, exact):
+        where = torch.device(device)
+        if where.type == "cpu" and not runs_on(where) and native_takes(format, exact):
             from deepseek.ops.native_linear import NativeSwiGLU
 
             self.native = NativeSwiGLU(
@@ -287,7 +288,7 @@ def _pack(weight: Tensor, bias: Tensor | None, device: torch.device, exact: bool
     dtype = DTYPES[name]
     weight = weight.to(device, dtype).contiguous()
     bias = None if bias is None else bias.to(device, dtype).contiguous()
-    if device.type == "cuda" and available():
+    if runs_on(device):
         return TritonLinear(weight, bias, exact)
     if device.type != "cpu":
         if exact:

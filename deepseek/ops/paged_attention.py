@@ -27,7 +27,7 @@ from deepseek.ops import native_attention, paged_exact, paged_gathered, paged_st
 from deepseek.ops.attention import KERNEL_DTYPES
 from deepseek.ops.hybrid_attention import pooled_length
 from deepseek.ops.paged_rows import Pooled, StepRows
-from deepseek.ops.triton import available, kernels
+from deepseek.ops.triton import kernels, runs_on
 from deepseek.registry import get_op, register_op
 
 __all__ = [
@@ -46,7 +46,7 @@ MOST_HEAD_DIM = 128  #: of the kernels, which take any even size up to it
 
 def backend_for(q_NHD: Tensor, rows: StepRows, pages_PTKD: Tensor | None = None) -> str:
     """Which implementation takes this step: ``exact``, ``triton``, ``static``, ``native`` or ``gathered``."""
-    if q_NHD.is_cuda and available() and q_NHD.shape[-1] <= MOST_HEAD_DIM and q_NHD.dtype in KERNEL_DTYPES:
+    if runs_on(q_NHD.device) and q_NHD.shape[-1] <= MOST_HEAD_DIM and q_NHD.dtype in KERNEL_DTYPES:
         return "triton"  # it has an exact mode of its own
     if rows.exact or rows.static:
         return "exact" if rows.exact else "static"

@@ -37,7 +37,7 @@ from deepseek.ops.paged_attention import (
     pool_pages,
     write_pages,
 )
-from deepseek.ops.triton import available, kernels
+from deepseek.ops.triton import kernels, runs_on
 from deepseek.serve.adapters import AdapterBank, AdapterRows
 from deepseek.serve.pages import PageLayout
 from deepseek.serve.scheduler import Scheduled, Work
@@ -149,7 +149,7 @@ class DecoderLayer:
     def over(self, cache: LayerPages) -> None:
         """Get ready for these pages."""
         c = self.config
-        if not self.exact and native_takes_heads(cache.k, c.heads):
+        if not self.exact and native_takes_heads(cache.k, c.heads) and not runs_on(cache.k.device):
             norm = None if self.head_norm is None else (self.head_norm.weight, self.head_norm.eps)
             self.native_append = NativeAppend(c.heads, cache.k, cache.v, cache.raw_k, norm)
 
@@ -210,7 +210,7 @@ class DecoderLayer:
     def _append(self, qk: Tensor, v: Tensor, rows: StepRows, rope: Rope, cache: LayerPages) -> Tensor:
         """Rotate, write keys and values, pool what is complete; the rotated queries."""
         c, slot_N = self.config, self._slots(rows)
-        if qk.is_cuda:
+        if qk.is_cuda or runs_on(qk.device):
             pool = None if cache.pool_k is None or cache.pool_v is None else (cache.pool_k, cache.pool_v)
             return append_rows(
                 qk[:, : c.heads], qk[:, c.heads :], v, rope.halves if self.rotated else None, (cache.k, cache.v), rows,
@@ -442,7 +442,7 @@ class Decoder:
 
     def _enter(self, token_N: Tensor, position_N: Tensor) -> tuple[Tensor, Rope]:
         """The rows' embeddings and rotations."""
-        if token_N.is_cuda and available():
+        if runs_on(token_N.device):
             x, cos, sin = kernels("rows").enter(token_N, position_N, self.embedding, self._rope, self.dtype)
             return x, Rope(cos, sin)
         cos, sin = self._rope

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.exact import exact_map
-from deepseek.ops.triton import available, kernels
+from deepseek.ops.triton import kernels, runs_on
 
 COLDEST = 1e-6  #: below this temperature the most likely token has all the probability that fp32 can tell
 CACHED = 1 << 18  #: scores worked on at once by a CPU: 2 MiB in int64
@@ -48,7 +48,7 @@ class Best(NamedTuple):
 
 def likeliest(logits_RV: Tensor) -> Tensor:
     """int64 ``[R, 2]``: the first of each row's largest logits; 0, or 1 if that one is not finite."""
-    if logits_RV.is_cuda and logits_RV.dtype != torch.float64 and available():
+    if runs_on(logits_RV.device) and logits_RV.dtype != torch.float64:
         found: Tensor = kernels("rows").likeliest(logits_RV)
         return found
     best_R, token_R = logits_RV.max(-1)

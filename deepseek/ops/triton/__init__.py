@@ -24,6 +24,14 @@ def available() -> bool:
     )
 
 
+_interpreted = False  #: set by tests: serving takes the kernels on a CPU too, in Triton's interpreter
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels are how to compute on ``device``."""
+    return _interpreted or (device.type == "cuda" and available())
+
+
 def kernels(name: str) -> ModuleType:
     """The module of kernels called ``name``."""
     return import_module(f"deepseek.ops.triton.{name}")

@@ -27,7 +27,7 @@ def _halves(x, at, seen, D: tl.constexpr):
 @triton.jit(do_not_specialize=["table_s", "pool_table_s"])
 def append_kernel(
     q, k, v, cos, sin, q_out, k_pages, v_pages, raw_pages, pool_k, pool_v, pooling, slot, position, sequence,
-    lengths, ends, table, pool_table, q_n, q_h, k_n, k_h, v_n, v_h, table_s, pool_table_s,
+    lengths, ends, table, pool_table, q_n, q_h, k_n, k_h, v_n, v_h, rope_n, table_s, pool_table_s,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, ROTATE: tl.constexpr, WRITE: tl.constexpr, POOL: tl.constexpr,
     LEARNED: tl.constexpr, GP: tl.constexpr, BP: tl.constexpr, CHAIN: tl.constexpr,
@@ -50,8 +50,8 @@ def append_kernel(
         if ROTATE:  # half-split: each half needs the other
             e, g = tl.arange(0, DP // 2), tl.arange(0, GP)
             half = e < D // 2
-            c = tl.load(cos + n * (D // 2) + e, mask=half, other=0.0)
-            w = tl.load(sin + n * (D // 2) + e, mask=half, other=0.0)
+            c = tl.load(cos + n * rope_n + e, mask=half, other=0.0)
+            w = tl.load(sin + n * rope_n + e, mask=half, other=0.0)
             head, some = h * G + g[:, None], (g < G)[:, None] & half[None, :]
             a, b = _halves(k, n * k_n + h * k_h + e, half, D)
             qa, qb = _halves(q, n * q_n + head * q_h + e[None, :], some, D)

@@ -308,7 +308,11 @@ def append(
     write, H = slot_N is not None, K if q_NHD is None else q_NHD.shape[1]
     q_out = None if q_NHD is None or rope is None else q_NHD.new_empty(N, H, D)
     q, k, v = (_rows(x) for x in (k_NKD if q_NHD is None else q_NHD, k_NKD, v_NKD))
-    cos, sin = (x.reshape(N, D // 2) for x in rope) if rope is not None else (k, k)
+    cos, sin = (x.squeeze(1) if x.dim() == 3 else x for x in rope) if rope is not None else (k, k)
+    if rope is not None:
+        assert cos.shape == sin.shape == (N, D // 2), f"rotations of {N} rows, half a head of {D}"
+        assert cos.stride() == sin.stride(), "cosines and sines lie alike"
+        assert cos.stride(1) == 1, "a row's cosines lie side by side"
     sequence = rows.once("sequences", lambda: _sequences(rows)) if pool is not None else rows.position_N
     pool_k, pool_v = pool or pages
     learned = None if pooling is None else pooling.float().contiguous()
@@ -317,7 +321,7 @@ def append(
         k_pages if raw_k_PTKD is None else raw_k_PTKD, pool_k, pool_v, k_pages if learned is None else learned,
         rows.position_N if slot_N is None else slot_N, rows.position_N, sequence, rows.length_S, rows.ends_S,
         rows.window_SP, rows.global_SP, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        rows.window_SP.stride(0), rows.global_SP.stride(0),
+        cos.stride(0), rows.window_SP.stride(0), rows.global_SP.stride(0),
         H=H, K=K, G=H // K, D=D, DP=padded(D), PAGE=rows.page, BLOCK=block, STRIDE=stride,
         ROTATE=rope is not None, WRITE=write, POOL=pool is not None, LEARNED=learned is not None,
         GP=triton.next_power_of_2(H // K), BP=triton.next_power_of_2(block), **chain.options(k.device),
