@@ -42,7 +42,6 @@ from deepseek.serve.sampler import SamplingConfig
 from deepseek.weights.convert import save_hf
 
 STACKS = ("ours", "transformers", "vllm")
-LIMIT = 900.0  #: seconds a stack may take for everything
 
 
 def small_moe() -> ModelConfig:
@@ -89,6 +88,7 @@ class Options(BenchOptions):
     precision: Precision = "auto"  # of ours; peers take bf16 unless it is fp32
     repeats: int = 3
     speculate: int = 0
+    limit: float = 900.0  # seconds a stack may take for everything; what it has found by then counts
     ahead: bool = True  # of ours, on a GPU: the next step is launched before the last one's tokens are read
 
     def check(self) -> None:
@@ -131,7 +131,7 @@ def run(options: Options) -> Report:
     size = 2**20 if options.quick else 2**27 if device.type == "cpu" else 2**30
     bandwidth = report.ceiling("copy TB/s", copy_tb_per_s(device, size))
     with tempfile.TemporaryDirectory() as scratch:
-        directory = _directory(options, Path(scratch))
+        directory = _directory(options, Path(scratch), device)
         config = load_model(directory).model.config
         job = Job(str(directory), streams, prompt, answer, config.vocab_size, options.precision, options.device,
                   options.seed, 1 if options.quick else options.repeats, options.speculate, options.ahead)  # fmt: skip
@@ -143,7 +143,7 @@ def run(options: Options) -> Report:
 
 
 def _one(report: Report, stack: str, job: Job, options: Options, bandwidth: float) -> None:
-    rows, problem = _in_a_process(stack, job, options.vllm_python)
+    rows, problem = _in_a_process(stack, job, options.vllm_python, options.limit)
     if problem:
         report.note(f"{stack} did not run: {problem}")
     for row in rows:
@@ -152,24 +152,24 @@ def _one(report: Report, stack: str, job: Job, options: Options, bandwidth: floa
         report.keep("decoding", {"stack": stack, **row})
 
 
-def _directory(options: Options, scratch: Path) -> Path:
-    """The model to serve, as a Hugging Face directory that every stack can read."""
+def _directory(options: Options, scratch: Path, device: torch.device) -> Path:
+    """The model to serve, as a Hugging Face directory that every stack can read; drawn on ``device``."""
     if options.model not in SHAPES:
         return Path(options.model)
     config = SHAPES[options.model]()
     if options.quick:
         config = replace(config, hidden=64, layers=2, ffn=96, vocab_size=512)
     torch.manual_seed(options.seed)
-    model = Transformer(config)
-    with torch.no_grad():
+    with torch.device(device), torch.no_grad():
+        model = Transformer(config)
         for name, p in model.named_parameters():
             if not name.endswith("norm.weight"):
                 p.normal_(std=0.02)
-    save_hf(model, scratch / "model", dtype=torch.bfloat16)
+    save_hf(model.cpu(), scratch / "model", dtype=torch.bfloat16)
     return scratch / "model"
 
 
-def _in_a_process(stack: str, job: Job, vllm_python: str) -> tuple[list[dict[str, Any]], str]:
+def _in_a_process(stack: str, job: Job, vllm_python: str, limit: float) -> tuple[list[dict[str, Any]], str]:
     """The rows a stack reports, and why there are not more."""
     program = [sys.executable, "-m", "deepseek.bench.serve"]
     if stack == "vllm":
@@ -188,18 +188,22 @@ def _in_a_process(stack: str, job: Job, vllm_python: str) -> tuple[list[dict[str
             input=json.dumps(told),
             capture_output=True,
             text=True,
-            timeout=LIMIT,
+            timeout=limit,
             env=environment,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return [], f"it took longer than {LIMIT:.0f} s"
+    except subprocess.TimeoutExpired as error:
+        printed = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout
+        return _rows(printed or ""), f"it took longer than {limit:.0f} s"
     except OSError as error:
         return [], str(error)
-    rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("row ")]
-    return rows, "" if done.returncode == 0 else _cause(
+    return _rows(done.stdout), "" if done.returncode == 0 else _cause(
         f"{done.stdout}\n{done.stderr}"
     ) or f"exit code {done.returncode}"
+
+
+def _rows(printed: str) -> list[dict[str, Any]]:
+    return [json.loads(line[4:]) for line in printed.splitlines() if line.startswith("row ")]
 
 
 def _cause(printed: str) -> str:
