@@ -70,10 +70,8 @@ def main() -> None:
                 began = time.perf_counter()
                 engine = Engine.load(directory, config)
                 loaded = time.perf_counter() - began
-                print(
-                    f"{name}, {'running ahead' if ahead else 'one step at a time'}, loaded in {loaded:.1f} s",
-                    flush=True,
-                )
+                way = "running ahead" if ahead else "one step at a time"
+                print(f"{name}, {way}, loaded in {loaded:.1f} s", flush=True)
                 for streams in args.streams:
                     job = Job(str(directory), (streams,), args.prompt, args.answer, engine.vocabulary)
                     steps(engine, job, streams, 0, False)

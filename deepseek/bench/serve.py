@@ -108,12 +108,12 @@ class Job:
     prompt: int
     answer: int
     vocabulary: int
-    precision: Precision
-    device: str
-    seed: int
-    repeats: int
-    speculate: int
-    ahead: bool
+    precision: Precision = "auto"
+    device: str = "auto"
+    seed: int = 0
+    repeats: int = 1
+    speculate: int = 0
+    ahead: bool = True
 
     def prompts(self, streams: int, repeat: int) -> list[list[int]]:
         """Different ones every time: nothing is found in a prefix cache."""
@@ -131,7 +131,7 @@ def run(options: Options) -> Report:
     size = 2**20 if options.quick else 2**27 if device.type == "cpu" else 2**30
     bandwidth = report.ceiling("copy TB/s", copy_tb_per_s(device, size))
     with tempfile.TemporaryDirectory() as scratch:
-        directory = _directory(options, Path(scratch), device)
+        directory = model_directory(options, Path(scratch), device)
         config = load_model(directory).model.config
         job = Job(str(directory), streams, prompt, answer, config.vocab_size, options.precision, options.device,
                   options.seed, 1 if options.quick else options.repeats, options.speculate, options.ahead)  # fmt: skip
@@ -152,7 +152,7 @@ def _one(report: Report, stack: str, job: Job, options: Options, bandwidth: floa
         report.keep("decoding", {"stack": stack, **row})
 
 
-def _directory(options: Options, scratch: Path, device: torch.device) -> Path:
+def model_directory(options: Options, scratch: Path, device: torch.device) -> Path:
     """The model to serve, as a Hugging Face directory that every stack can read; drawn on ``device``."""
     if options.model not in SHAPES:
         return Path(options.model)
