@@ -13,7 +13,7 @@ up a row may depend on how many there are (with AMX it does, for some numbers of
 proves nothing), so ``exact`` never goes there: with AMX it is ours all the same, and where ours cannot be had a product
 for every row. ``int8``: see ``deepseek.ops.int8_linear``.
 
-On CUDA a few rows go through a kernel that streams the weight once, more through the vendor's product, and ``exact``
+On CUDA one row goes through a kernel that streams the weight, more through the vendor's product, and ``exact``
 through a product of one tile shape for every number of rows (``deepseek.ops.triton.linear``).
 
 Shape letters: N rows, C inputs, F outputs of a layer.
