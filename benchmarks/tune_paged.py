@@ -31,7 +31,8 @@ import torch
 from bench_paged import BLOCK, STRIDE, WINDOW, Case, Layer, gpu_seconds
 
 from deepseek.errors import ConfigError
-from deepseek.ops.triton.paged_attention import HALF, Tiles, Tuning, forced_tuning, processors, share_out
+from deepseek.ops.triton import processors
+from deepseek.ops.triton.paged_attention import HALF, Tiles, Tuning, forced_tuning, share_out
 
 CASES = "F1x640,F8x2048,F64x640,F64x2048,H1x2048,H64x1024,L64x1024,F1x2048x2048,F8x512x512,L1x2048x2048,H1x2048x2048"
 SHARED = 227 * 1024  #: bytes of shared memory that a program may have

@@ -32,6 +32,12 @@ def runs_on(device: torch.device) -> bool:
     return _interpreted or (device.type == "cuda" and available())
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; a CPU that interprets kernels counts as four."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def kernels(name: str) -> ModuleType:
     """The module of kernels called ``name``."""
     return import_module(f"deepseek.ops.triton.{name}")

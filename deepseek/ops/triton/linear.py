@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek.ops.triton import processors
 from deepseek.ops.triton.chain import begin, options, wait
 
 MOST_ROWS = 8  #: of ``gemv``
-MULTIPROCESSORS = 132  #: of an H100 or H200
-PROGRAMS = 264  #: from how many on all of them are busy
+PROGRAMS = 264  #: from how many on every multiprocessor is busy
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def gemv(
     split = out if parts == 1 else out.new_empty(parts, rows, outputs, dtype=torch.float32)
     scale, eps = norm or (None, 0.0)
     chain = options(x_NC.device)
-    _gemv_kernel[(min(tiles, blocks * MULTIPROCESSORS), parts)](
+    _gemv_kernel[(min(tiles, blocks * processors(x_NC.device)), parts)](
         x_NC, weight_FC, bias_F, scale, residual_NF, split, rows, inputs, outputs, per_part, eps,
         NP=padded, BF=block_f, BC=block_c, WHOLE=per_part <= block_c, BIAS=bias_F is not None and parts == 1,
         NORM=norm is not None, SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1, num_warps=warps, **chain,

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ import triton
 from torch import Tensor
 
 from deepseek.ops.paged_rows import Pooled, StepRows
-from deepseek.ops.triton import chain
+from deepseek.ops.triton import chain, processors
 from deepseek.ops.triton.paged_append import append_kernel
 from deepseek.ops.triton.paged_kernels import attend_kernel, combine_kernel, decode_kernel
 
@@ -111,12 +110,6 @@ def padded(size: int) -> int:
 def tuning_for(q: Tensor, kind: str) -> Tuning:
     """The sizes for queries of this dtype in a layer of kind F, L or H."""
     return _forced or (WIDE if q.dtype == torch.float32 else HALF[64 if q.shape[-1] <= 64 else 128][kind])
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors; a CPU that interprets kernels counts as four."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def paged_attention(
