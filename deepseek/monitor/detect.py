@@ -87,9 +87,8 @@ class Watch:
         if step < self._step:
             self._go_back()
         self._step = step
-        with np.errstate(
-            all="ignore"
-        ):  # a row may hold any numbers; what overflows is infinite, and so found
+        # A row may hold any numbers; what overflows is infinite, and so found.
+        with np.errstate(all="ignore"):
             scores = self.base.update(step, row)
             view = View(step, time, row, scores, self.base, self._groups)
             alarms = [alarm for detector in self.detectors for alarm in detector.check(view)]

@@ -81,9 +81,8 @@ class Observer:
     def _sinks(self) -> list[Sink]:
         """Who keeps series and incidents, and who tells people about them."""
         c, found = self.config, list[Sink]()
-        if receivers := receivers_of(
-            c.webhook, c.command
-        ):  # first: it hears what the others find as they close
+        receivers = receivers_of(c.webhook, c.command)
+        if receivers:  # first: it hears what the others find as they close
             found.append(Guarded(AlertSink(self.run, receivers, severity=c.alert_from), "telling people"))
         if self.watch is not None:
             found.append(Guarded(WatchMemory(self.watch, self.run, self.resumed), "what detectors remember"))
