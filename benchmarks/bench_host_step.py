@@ -55,7 +55,8 @@ def engine_of(streams: int, ahead: bool, length: int) -> Engine:
     if any(field.name == "ahead" for field in fields(EngineConfig)):
         options["ahead"] = ahead
     engine = Engine(Loaded(model, tokenizer, Path("instant"), None), EngineConfig(device="cpu", **options))
-    engine.graphs = DecodeGraphs(engine.decoder, Size(streams, engine.decoder.tables.width), instant)
+    most = Size(streams, engine.decoder.tables.width)
+    engine.graphs = DecodeGraphs(engine.decoder, most, engine.vocabulary, instant)
     return engine
 
 
