@@ -308,7 +308,7 @@ class Engine:
         """Hidden states of all rows; when the step was captured their logits and likeliest tokens too; what the
         layers did, if asked.
         """
-        host, adapters = self.decoder.host_rows(work), self._row_adapters(work)
+        host, adapters = self.decoder.tables.host_rows(work), self._row_adapters(work)
         traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
         if self.graphs is not None and adapters is None and traced is None:
             done = self.graphs.run(tokens, host)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from deepseek.ops.paged_attention import StepRows
 from deepseek.serve.ahead import DrawnTokens, Tokens
-from deepseek.serve.decoder import Decoder, HostRows
+from deepseek.serve.decoder import Decoder
 from deepseek.serve.distribution import likeliest
+from deepseek.serve.tables import HostRows
 
 SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WIDEN = 4  #: a table is so many times as wide as the next smaller one

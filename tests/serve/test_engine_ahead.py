@@ -138,13 +138,13 @@ def followed(engine: Engine) -> list[int]:
 
 def launched(engine: Engine) -> list[int]:
     """Grows by the rows of every step."""
-    rows, host_rows = [], engine.decoder.host_rows
+    rows, host_rows = [], engine.decoder.tables.host_rows
 
     def told(work: Any) -> Any:
         rows.append(sum(w.rows for w in work))
         return host_rows(work)
 
-    engine.decoder.host_rows = told  # type: ignore[method-assign]
+    engine.decoder.tables.host_rows = told  # type: ignore[method-assign]
     return rows
 
 

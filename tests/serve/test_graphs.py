@@ -67,7 +67,7 @@ def test_buffers_hold_what_the_tables_say_however_little_is_sent() -> None:
         some = rng.sample(live, rng.randrange(len(live))) if live and rng.random() < 0.1 else live
         if not some:
             continue
-        host = decoder.host_rows([Work(s, s.computed, 1) for s in some])
+        host = decoder.tables.host_rows([Work(s, s.computed, 1) for s in some])
         size = sizes[len(some) > 4]
         mine = buffers[size]
         before = mine._tables_there
