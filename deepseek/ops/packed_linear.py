@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEMV_ROWS = 1  #: up to how many rows a product on CUDA is a matter of reading the weight
+#: Bytes of weights that a product asks for as it ends: where the next product follows at once, and where attention
+#: lies between, during which the memory would be idle.
+NEXT, BEYOND = 8 << 20, 24 << 20
 SMALL = 1 << 16  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
 
 
@@ -88,6 +91,10 @@ class PackedLinear(ABC):
         """
         y = self(normed(x_NC, norm))
         return y if residual_NF is None else residual_NF + y
+
+    def before(self, *others: PackedLinear, most: int = NEXT) -> None:
+        """``others`` are read after this: where it pays, ``most`` bytes of their weights are on their way by then."""
+        return
 
 
 def pack_linear(
@@ -200,11 +207,23 @@ class RowwiseLinear(PlainLinear):
 
 
 class TritonLinear(PlainLinear):
-    """Few rows by ``gemv``, more by ``F.linear``; ``exact``: all by ``row_matmul``."""
+    """Few rows by ``gemv``, more by ``F.linear``; ``exact``: all by ``row_matmul``.
+
+    Attributes:
+        then: what ``gemv`` asks for as it ends: weights, and how many bytes of them.
+    """
 
     def __init__(self, weight_FC: Tensor, bias_F: Tensor | None, exact: bool) -> None:
         super().__init__(weight_FC, bias_F)
         self.exact, self._kernels = exact, kernels("linear")
+        self.then: list[tuple[Tensor, int]] = []
+
+    def before(self, *others: PackedLinear, most: int = NEXT) -> None:
+        self.then = []
+        for other in others:
+            if isinstance(other, TritonLinear) and most:
+                self.then.append((other.weight, min(most, other.nbytes)))
+                most -= self.then[-1][1]
 
     def streams(self, x_NC: Tensor) -> bool:
         """Whether ``stream`` is how to compute these rows."""
@@ -212,7 +231,7 @@ class TritonLinear(PlainLinear):
 
     def stream(self, x_NC: Tensor, **options: Any) -> Tensor:
         """The product by ``gemv``, whose options these are."""
-        y: Tensor = self._kernels.gemv(x_NC.contiguous(), self.weight, self.bias, **options)
+        y: Tensor = self._kernels.gemv(x_NC.contiguous(), self.weight, self.bias, then=self.then, **options)
         return y
 
     def __call__(self, x_NC: Tensor) -> Tensor:

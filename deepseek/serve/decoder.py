@@ -26,7 +26,7 @@ from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.exact import exact_map
 from deepseek.ops.native_attention import NativeAppend
 from deepseek.ops.native_attention import takes as native_takes_heads
-from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, normed, normed_heads, pack_linear
+from deepseek.ops.packed_linear import BEYOND, PackedLinear, PackedSwiGLU, normed, normed_heads, pack_linear
 from deepseek.ops.paged_attention import (
     Pooled,
     StepRows,
@@ -141,6 +141,16 @@ class DecoderLayer:
         else:
             assert isinstance(ffn, SwiGLU)
             self.ffn = _packed_swiglu(ffn, format, device, exact)
+
+    def before(self, following: PackedLinear) -> None:
+        """Each product of the layer learns what is read after it; ``following`` comes after the last one."""
+        if self.experts is not None:  # which weights are read is not known before
+            self.qkv.before(self.output, most=BEYOND)
+            return
+        self.qkv.before(self.output, self.ffn.gate_up, most=BEYOND)
+        self.output.before(self.ffn.gate_up)
+        self.ffn.gate_up.before(self.ffn.down)
+        self.ffn.down.before(following)
 
     def over(self, cache: LayerPages) -> None:
         """Get ready for these pages."""
@@ -318,6 +328,8 @@ class Decoder:
         ]
         self.norm = Norm.of(model.norm, self.dtype, device)
         self.head = pack_linear(model.head_weight.detach(), None, format, device, exact=exact)
+        for layer, after in zip(self.layers, [*(layer.qkv for layer in self.layers[1:]), self.head]):
+            layer.before(after)
         self.tables = PageTables(max_running, -(-max_length // layout.page) + 1, layout.page)
         a = c.attention
         self._rope = Rope.table(max_length + 1, a.head_dim, a.rope_theta, a.rope_scaling, device)
