@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         context = Context(
             self.config.attention, tokens_BT.shape[1], tokens_BT.device, positions, documents, start,
-            kinds="".join(self.config.kinds), dtype=self.embedding.weight.dtype,
+            kinds="".join(self.config.kinds), dtype=self.embedding.weight.dtype, cached=cache is not None,
         )  # fmt: skip
         valid = None if documents is None else documents >= 0
         x = self.embedding(tokens_BT)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.nn.cache import LayerCache
-from deepseek.nn.layers import RMSNorm, to_compute_dtype
+from deepseek.nn.layers import RMSNorm, compute_dtype, to_compute_dtype
 from deepseek.nn.rope import RopeScaling, counted_rope_table, rope_table, rotate
+from deepseek.ops import flash_attention
 from deepseek.ops.attention import (
     DocumentSpans,
     causal_mask,
@@ -83,9 +84,11 @@ class Context:
         documents: ``[B, T]`` ids, or ``None`` for one document a row.
         start: how many positions the cache already holds.
         kinds: the letters of the model's attention layers; only what they need is made.
+        cached: whether layers are given caches.
 
     Attributes:
         backend: who computes windows and documents, ``triton`` or ``chunked``.
+        flash: whether full layers run through FlashAttention-4: in training, where it is usable.
         spans, pooled: the documents for the kernels; the masks are for plain torch.
     """
 
@@ -99,9 +102,14 @@ class Context:
         start: int = 0,
         kinds: str = "FLH",
         dtype: torch.dtype = torch.float32,
+        cached: bool = False,
     ) -> None:
         self.config, self.length, self.device, self.start = config, length, device, start
         self.backend = pick_backend(device, config.head_dim, dtype)
+        whole = "F" in kinds and documents is None and not cached and torch.is_grad_enabled()
+        self.flash = whole and flash_attention.usable(
+            device, compute_dtype(device, dtype), config.head_dim, config.heads // config.kv_heads
+        )
         self.index = torch.arange(start, start + length, device=device)  #: place in the row
         if positions is None and start == 0:
             self.rope = counted_rope_table(
@@ -197,6 +205,8 @@ class FullAttention(Attention):
             q, k = rotate(q, context.rope), rotate(k, context.rope)
         if cache is not None:
             k, v, _ = cache.extend(k, v)
+        if context.flash:
+            return flash_attention.flash_attention(q, k, v), None
         if context.spans is not None:
             return window_attention_kernel(q, k, v, context.length, context.spans), None
         return dense_attention(q, k, v, context.full_mask), None

@@ -17,10 +17,14 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In what tensors of ``dtype`` are multiplied: autocast's dtype where autocast is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
 def to_compute_dtype(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype where autocast is on: here once, not once in every layer that reads it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(compute_dtype(x.device, x.dtype))
 
 
 class RMSNorm(nn.Module):

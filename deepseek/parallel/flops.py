@@ -72,6 +72,10 @@ def _window(q: Shape, k: Shape, v: Shape, start: Any, end: Any, window: int, **m
     return 4 * prod(q) * min(window, q[2])
 
 
+def _flash(q: Shape, k: Shape, v: Shape, offsets: Any, window: int | None, *rest: Any, **more: Any) -> int:
+    return 4 * prod(q) * min(window or q[1], q[1])
+
+
 def _hybrid(q: Shape, *given: Any, **more: Any) -> int:
     pool, window = given[3], given[-3]
     return 4 * prod(q) * (min(window, q[2]) + pool[2])
@@ -84,6 +88,10 @@ _OURS: dict[str, Callable[..., int]] = {
     "linear_cross_entropy": _cross_entropy,
     "swiglu_linear": _swiglu_linear,
     "swiglu_linear_backward": _swiglu_linear_backward,
+    "flash_attention": _flash,
+    "flash_attention_backward": lambda grad, q, k, v, out, lse, offsets, window, *rest, **more: (
+        5 * _flash(q, k, v, offsets, window) // 2
+    ),
     "window_attention": _window,
     "hybrid_attention": _hybrid,
     "window_attention_backward": lambda grad, q, k, v, out, lse, start, end, window, **more: (

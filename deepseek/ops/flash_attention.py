@@ -1,0 +1,273 @@
+"""FlashAttention-4 (the package ``flash-attn-4``, Hopper GPUs and newer) as one operation for autograd and compile.
+
+Optional: the extra ``flash``. Where it is installed and takes the inputs, layers over whole rows run through it in
+place of torch's own attention. Before it is believed, the kernels that a model needs are compiled (seconds, once a
+process) and compared with float64 on a small problem; a package that cannot be imported, compiled or trusted is told
+once in the log, and torch's attention goes on. ``DEEPSEEK_FLASH=0`` turns it off; ``DEEPSEEK_FLASH=1`` makes it an
+error when a CUDA device cannot have it, and uses it in torch's deterministic mode too, by its deterministic backward.
+
+Shape letters: B rows, T positions, H query heads, K key/value heads (K divides H), D head size, N documents.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from deepseek.errors import ConfigError, MissingExtraError
+
+log = logging.getLogger(__name__)
+
+CAPABILITIES = ((9, 0), (10, 0))
+HEAD_DIMS = (64, 96, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+SWITCH = {"": None, "auto": None, "0": False, "1": True}
+TOLERANCE = 2e-2  #: relative error of a 16-bit output or gradient at which the kernels are not believed
+
+_forced: bool | None = None
+
+
+@contextmanager
+def forced(use: bool) -> Iterator[None]:
+    """As ``DEEPSEEK_FLASH=1`` or ``0``, inside a ``with`` block: for benchmarks and tests."""
+    global _forced
+    before, _forced = _forced, use
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def switch() -> bool | None:
+    """What the user asks for: on, off, or ``None`` for whatever works."""
+    if _forced is not None:
+        return _forced
+    value = os.environ.get("DEEPSEEK_FLASH", "")
+    if value not in SWITCH:
+        raise ConfigError(f"DEEPSEEK_FLASH={value!r} must be 0, 1 or auto")
+    return SWITCH[value]
+
+
+def kernels() -> Any:
+    """The package's module of kernels, imported when first needed; it must have ``_flash_attn_fwd`` and ``_bwd``."""
+    return import_module("flash_attn.cute.interface")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def usable(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, packed: bool = False) -> bool:
+    """Whether whole-row causal attention on ``device`` runs here; a first answer may compile kernels.
+
+    Args:
+        dtype, head_dim: of queries, keys and values.
+        group: query heads to a key/value head.
+        packed: whether rows hold several documents.
+
+    Raises:
+        MissingExtraError, ConfigError: it is switched on, ``device`` is CUDA, and it cannot be had.
+    """
+    asked = switch()
+    if device.type != "cuda" or asked is False:
+        return False
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic and not asked:
+        return False
+    if asked and (error := _broken()) and isinstance(error, ModuleNotFoundError):
+        raise MissingExtraError("flash-attn-4", "flash", "DEEPSEEK_FLASH=1") from error
+    why = _refusal(device, dtype, head_dim) or _failure(device, dtype, head_dim, group, packed, deterministic)
+    if asked and why:
+        raise ConfigError(f"DEEPSEEK_FLASH=1, but {why}; unset it to run torch's attention")
+    return not why
+
+
+def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why inputs of this kind are not taken, or nothing."""
+    if (capability := torch.cuda.get_device_capability(device)) not in CAPABILITIES:
+        return f"FlashAttention-4 is used on GPUs of capability 9.0 or 10.0, and this has {capability}"
+    if head_dim not in HEAD_DIMS or dtype not in DTYPES:
+        return f"FlashAttention-4 is used for 16-bit heads of {HEAD_DIMS}, not {head_dim} of {dtype}"
+    return ""
+
+
+@cache
+def _broken() -> Exception | None:
+    """What importing the package raised; told in the log unless the package is simply not there."""
+    try:
+        module = kernels()
+        for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+            getattr(module, name)
+    except Exception as error:
+        if not (isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("flash_attn")):
+            log.warning("no FlashAttention-4, torch's attention runs instead: %r", error)
+        return error
+    return None
+
+
+@cache
+def _failure(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, packed: bool, deterministic: bool
+) -> str:
+    """Why kernels of this kind cannot be used, or nothing: found by a small problem, and told in the log."""
+    if error := _broken():
+        return f"FlashAttention-4 cannot be imported ({error!r})"
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+            worst = relative_error(device, dtype, head_dim, group, packed, deterministic)
+        if worst < TOLERANCE:
+            return ""
+        why = f"FlashAttention-4 is off by {worst:.1e} from float64, more than {TOLERANCE}"
+    except Exception as error:
+        why = f"FlashAttention-4 does not run here ({type(error).__name__}: {str(error)[:500]})"
+    log.warning("%s; torch's attention runs instead, for heads of %d in %s", why, head_dim, dtype)
+    return why
+
+
+def relative_error(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, packed: bool, deterministic: bool
+) -> float:
+    """The worst error of output and gradients on two rows of two key/value heads, against float64."""
+    B, T, K = 2, 330, 2  # several tiles and a part of one: what long rows need is then compiled
+    random = torch.Generator(device).manual_seed(0)
+    shapes = [(B, T, n, head_dim) for n in (group * K, K, K, group * K)]
+    q, k, v, do = (torch.randn(s, generator=random, device=device).to(dtype) for s in shapes)
+    position = torch.arange(T, device=device)
+    seen = position[:, None] >= position
+    offsets = None
+    if packed:
+        offsets = torch.tensor([0, 200, T, 2 * T, 2 * T], device=device, dtype=torch.int32)
+        apart = (position[:, None] >= 200) & (position < 200)
+        seen = torch.stack((seen & ~apart, seen))[:, None, None]
+    out, lse = flash_forward(q, k, v, offsets, None, deterministic)
+    got = (out, *flash_backward(do, q, k, v, out, lse, offsets, None, deterministic))
+
+    q, k, v, do = (x.double().unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4) for x in (q, k, v, do))
+    scores = q @ k.mT * head_dim**-0.5
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    dp = do @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * head_dim**-0.5
+    want = (p @ v, ds @ k, (ds.mT @ q).sum(2, keepdim=True), (p.mT @ do).sum(2, keepdim=True))
+    errors = []
+    for a, b in zip(got, want):
+        b = b.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        errors.append((a.double() - b).norm() / b.norm())
+    return float(torch.stack(errors).max())
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over whole rows by FlashAttention-4, where it is ``usable``; differentiable.
+
+    Args:
+        q: ``[B, H, T, D]``; k, v: ``[B, K, T, D]``; 16-bit, best as transposed views of ``[B, T, …, D]``, which is
+            how the kernels read them: they copy what is not aligned to 16 bytes.
+
+    Returns:
+        ``[B, H, T, D]``, in memory ``[B, T, H, D]``.
+    """
+    return flash_forward(*(x.transpose(1, 2) for x in (q, k, v)), None, None, _deterministic())[0].transpose(
+        1, 2
+    )
+
+
+def _deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
+@torch.library.custom_op("deepseek::flash_attention", mutates_args=())
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, window: int | None, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """Causal attention and the logarithms of the softmax's denominators.
+
+    Args:
+        q: ``[B, T, H, D]``; k, v: ``[B, T, K, D]``; 16-bit, the last dimension contiguous.
+        offsets: int32 ``[N + 1]``, where documents start in the ``B·T`` positions, and their end; they may not cross
+            rows. ``None``: a document a row.
+        window: a query sees the last ``window`` positions, itself included; ``None``: all.
+        deterministic: whether gradients are added up in one order, which is slower.
+
+    Returns:
+        ``[B, T, H, D]`` and fp32 ``[B, H, T]``, ``[H, B·T]`` with offsets.
+    """
+    sizes = _sizes(q, offsets, window)
+    flat = [x.flatten(0, 1) if offsets is not None else x for x in (q, k, v)]
+    out, lse = kernels()._flash_attn_fwd(*flat, **sizes, return_lse=True)[:2]
+    return out.view(q.shape), lse
+
+
+@flash_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, window: int | None, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    shape = (B, H, T) if offsets is None else (H, B * T)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("deepseek::flash_attention_backward", mutates_args=())
+def flash_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, contiguous."""
+    sizes, grads = _sizes(q, offsets, window), [x.new_empty(x.shape) for x in (q, k, v)]
+    flat = [x.flatten(0, 1) if offsets is not None else x for x in (q, k, v, out, do, *grads)]
+    dq, dk, dv = flat[5:]
+    kernels()._flash_attn_bwd(*flat[:5], lse, **sizes, deterministic=deterministic, dq=dq, dk=dk, dv=dv)
+    return grads[0], grads[1], grads[2]
+
+
+@flash_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _sizes(q: Tensor, offsets: Tensor | None, window: int | None) -> dict[str, Any]:
+    """What both kernels are told; a document is at most as long as a row, so nothing has to be read back."""
+    T = q.shape[1]
+    sizes: dict[str, Any] = {"causal": True}
+    if window is not None and window < T:
+        sizes["window_size_left"] = window - 1
+    if offsets is not None:
+        sizes.update(cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=T, max_seqlen_k=T)
+    return sizes
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, offsets, ctx.window, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output, offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 6
+    grads = flash_backward(do, *ctx.saved_tensors, ctx.window, ctx.deterministic)
+    return (*grads, None, None, None)
+
+
+flash_forward.register_autograd(_differentiate, setup_context=_save)
