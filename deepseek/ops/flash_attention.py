@@ -80,8 +80,8 @@ def usable(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, 
     deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic and not asked:
         return False
-    if asked and (error := _broken()) and isinstance(error, ModuleNotFoundError):
-        raise MissingExtraError("flash-attn-4", "flash", "DEEPSEEK_FLASH=1") from error
+    if asked and _missing(_broken()):
+        raise MissingExtraError("flash-attn-4", "flash", "DEEPSEEK_FLASH=1")
     why = _refusal(device, dtype, head_dim) or _failure(device, dtype, head_dim, group, packed, deterministic)
     if asked and why:
         raise ConfigError(f"DEEPSEEK_FLASH=1, but {why}; unset it to run torch's attention")
@@ -97,6 +97,10 @@ def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     return ""
 
 
+def _missing(error: Exception | None) -> bool:
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("flash_attn")
+
+
 @cache
 def _broken() -> Exception | None:
     """What importing the package raised; told in the log unless the package is simply not there."""
@@ -105,7 +109,7 @@ def _broken() -> Exception | None:
         for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
             getattr(module, name)
     except Exception as error:
-        if not (isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("flash_attn")):
+        if not _missing(error):
             log.warning("no FlashAttention-4, torch's attention runs instead: %r", error)
         return error
     return None

@@ -92,8 +92,8 @@ class PackedLinear(ABC):
         y = self(normed(x_NC, norm))
         return y if residual_NF is None else residual_NF + y
 
-    def before(self, *others: PackedLinear, most: int = NEXT) -> None:
-        """``others`` are read after this: where it pays, ``most`` bytes of their weights are on their way by then."""
+    def before(self, *others: PackedLinear, most: int | None = None) -> None:
+        """``others`` are read after this: where it pays, ``most`` bytes of their weights (``NEXT``) are on their way by then."""
         return
 
 
@@ -218,12 +218,12 @@ class TritonLinear(PlainLinear):
         self.exact, self._kernels = exact, kernels("linear")
         self.then: list[tuple[Tensor, int]] = []
 
-    def before(self, *others: PackedLinear, most: int = NEXT) -> None:
-        self.then = []
+    def before(self, *others: PackedLinear, most: int | None = None) -> None:
+        left, self.then = NEXT if most is None else most, []
         for other in others:
-            if isinstance(other, TritonLinear) and most:
-                self.then.append((other.weight, min(most, other.nbytes)))
-                most -= self.then[-1][1]
+            if isinstance(other, TritonLinear) and left:
+                self.then.append((other.weight, min(left, other.nbytes)))
+                left -= self.then[-1][1]
 
     def streams(self, x_NC: Tensor) -> bool:
         """Whether ``stream`` is how to compute these rows."""
