@@ -1,4 +1,4 @@
-"""What a decoding step costs the GPU, replayed alone, under different choices: microseconds and share of a copy's speed.
+"""What a decoding step costs the GPU, replayed alone, under different choices: microseconds, share of a copy's speed.
 
     python benchmarks/tune_step.py dense_856m moe_64x2 --streams 1 64
     python benchmarks/tune_step.py dense_856m --streams 1 --next 0 4 8 16 --beyond 0 8 16 24 32 48

@@ -41,7 +41,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def decode(pages: Pages, step: list[tuple[int, int]], beyond: int = 0) -> tuple[Tensor, paged.StepRows]:
-    """The next position of some sequences; ``beyond``: positions and pages that the host allows for, as a graph does."""
+    """The next position of some sequences; ``beyond``: how many more the host allows for, as a graph does."""
     rows = pages.rows(step)
     config, kind = pages.case.config, pages.case.kind
     if beyond:
