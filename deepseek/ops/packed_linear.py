@@ -93,7 +93,7 @@ class PackedLinear(ABC):
         return y if residual_NF is None else residual_NF + y
 
     def before(self, *others: PackedLinear, most: int | None = None) -> None:
-        """``others`` are read after this: where it pays, ``most`` bytes of their weights (``NEXT``) are on their way then."""
+        """``others`` are read after this: where it pays, ``most`` bytes of them (``NEXT``) are on their way then."""
         return
 
 
