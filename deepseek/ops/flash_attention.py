@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -105,7 +106,9 @@ def _missing(error: Exception | None) -> bool:
 def _broken() -> Exception | None:
     """What importing the package raised; told in the log unless the package is simply not there."""
     try:
-        module = kernels()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = kernels()
         for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
             getattr(module, name)
     except Exception as error:
@@ -123,7 +126,13 @@ def _failure(
     if error := _broken():
         return f"FlashAttention-4 cannot be imported ({error!r})"
     try:
-        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _disable_current_modes(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # the compiler's own, about types it knows in another way
             worst = relative_error(device, dtype, head_dim, group, packed, deterministic)
         if worst < TOLERANCE:
             return ""

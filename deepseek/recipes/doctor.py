@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from deepseek.assemble import pick_device
-from deepseek.ops import native
+from deepseek.errors import DeepseekError
+from deepseek.ops import flash_attention, native
 from deepseek.ops.attention import KERNEL_HEAD_DIMS
 from deepseek.ops.attention import pick_backend as pick_attention
 from deepseek.ops.experts import pick_backend
@@ -21,6 +22,7 @@ from deepseek.registry import backends, load_plugins
 
 OPTIONAL = {
     "triton": "kernels",
+    "flash-attn-4": "flash",
     "transformers": "hf",
     "rensa": "data",
     "py3langid": "data",
@@ -84,7 +86,7 @@ def _operations(device: torch.device) -> dict[str, str]:
     attention = f"triton for heads of {sizes}, else chunked" if fused else "chunked, plain torch"
     packed = "the same kernels" if fused else "a dense mask"
     return {
-        "full attention": f"torch scaled_dot_product_attention; packed documents by {packed}",
+        "full attention": f"{_whole_rows(device, work)}; packed documents by {packed}",
         "window attention": attention + _choices("window_attention"),
         "hybrid attention": attention + _choices("hybrid_attention"),
         "experts": f"{pick_backend(probe)}" + _choices("grouped_linear") + f"; rows by {rows}",
@@ -96,6 +98,20 @@ def _operations(device: torch.device) -> dict[str, str]:
         if device.type == "cpu"
         else "data parallel by torchrun (NCCL)",
     }
+
+
+def _whole_rows(device: torch.device, dtype: torch.dtype) -> str:
+    """Asking is trying: on a GPU with the package this compiles and checks its kernels, for some seconds."""
+    plain = "torch scaled_dot_product_attention"
+    if device.type != "cuda":
+        return plain
+    try:
+        sizes = [D for D in flash_attention.HEAD_DIMS if flash_attention.usable(device, dtype, D, 4)]
+    except DeepseekError as error:
+        return f"{plain} ({error})"
+    if not sizes:
+        return plain
+    return f"in training FlashAttention-4 for heads of {', '.join(map(str, sizes))}, else {plain}"
 
 
 def _cpu_serving() -> str:
