@@ -27,6 +27,7 @@ from deepseek.ops.triton import paged_decode
 from deepseek.serve import decoder
 from deepseek.serve.engine import Engine
 from deepseek.serve.engine_config import EngineConfig
+from deepseek.serve.graphs import CudaCapture
 from deepseek.serve.request import Request
 from deepseek.serve.sampler import SamplingConfig
 
@@ -40,6 +41,7 @@ def choose(engine: Engine, next_mib: float, beyond_mib: float, fused: bool) -> N
     paged_decode.takes = TAKES if fused else lambda rows: False
     assert engine.graphs is not None
     engine.graphs._made.clear()
+    engine.graphs._capture = CudaCapture()  # a pool of memory is no more when its last graph is gone
 
 
 def replayed(engine: Engine, times: int = 200) -> float:

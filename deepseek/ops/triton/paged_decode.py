@@ -125,11 +125,11 @@ def _together(
     y = tl.zeros((GP, DP), tl.float32)
     for first in range(0, used, TOGETHER):
         i = first + tl.arange(0, TOGETHER)
-        there = (i < used)[:, None] & (g < G)[None, :]
         part = at[None, :] + i[:, None]
-        lse = tl.load(lses + part, mask=there, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(lse - top[None, :]) / total[None, :]
-        seen = (there & (lse > float("-inf")))[:, :, None] & (d < D)[None, None, :]
+        some = (i < used)[:, None] & (g < G)[None, :]
+        log = tl.load(lses + part, mask=some, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(log - top[None, :]) / total[None, :]
+        seen = (some & (log > float("-inf")))[:, :, None] & (d < D)[None, None, :]
         x = tl.load(
             parts + part[:, :, None] * D + d[None, None, :], mask=seen, other=0.0, cache_modifier=".cg"
         )
