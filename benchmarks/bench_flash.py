@@ -121,9 +121,12 @@ def triton(documents: Tensor | None, window: int) -> Attend:
 
 
 def offsets_of(documents: Tensor) -> Tensor:
-    """Where the documents start, in all rows laid end to end; a row's first position starts one."""
-    new = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
-    return F.pad(new.nonzero()[:, 0], (0, 1), value=new.numel()).int()
+    """As training has them: as many slots a row as the fullest row needs, rounded up to a power of two."""
+    T = documents.shape[1]
+    new = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    slots = 1 << (int(new.sum(1).max()) - 1).bit_length()
+    starts = torch.where(new, torch.arange(T, device="cuda"), T).sort(1).values[:, :slots]
+    return flash_attention.document_offsets(starts.int(), T)
 
 
 def packed(B: int, T: int, mean: int) -> Tensor:
@@ -148,12 +151,12 @@ def shape(B: int, T: int, H: int, K: int, D: int) -> None:
         sizes = offsets.long().diff()
         pairs = int((sizes * (sizes + 1) // 2).sum())
         want = exact(leaves, do, causal & same)
-        print(f"  documents of {mean}: {len(sizes)}", flush=True)
+        print(f"  documents of {mean}: {int((sizes > 0).sum())} in {len(sizes)} slots", flush=True)
         case("  ours (Triton)", triton(documents, T), leaves, do, want, pairs)
         case("  FlashAttention-4", flash(offsets), leaves, do, want, pairs)
     for window in (128, 1024):
         want = exact(leaves, do, causal & (t[:, None] - t < window))
-        pairs = B * (window * (window + 1) // 2 + (T - window) * window)
+        pairs = B * (window * (window + 1) // 2 + max(T - window, 0) * window)
         print(f"  a window of {window}", flush=True)
         case("  ours (Triton)", triton(None, window), leaves, do, want, pairs)
         case("  FlashAttention-4", flash(window=window), leaves, do, want, pairs)

@@ -30,6 +30,8 @@ class Batch:
         positions: ``[B, T]`` int32, offset inside the document's piece in this row; ``None``: ``0..T-1``.
         n_targets: how many targets are counted (not ``IGNORE``).
         n_bytes: how many bytes of text those targets stand for, the unit of bits per byte.
+        starts: ``[B, M]`` int32, where the runs of equal ``documents`` of each row start, in order, and T in the slots
+            that a row does not need; ``None``: nobody counted them on the host, which some kernels need.
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class Batch:
     positions: Tensor | None = None
     n_targets: int = 0
     n_bytes: int = 0
+    starts: Tensor | None = None
 
     @classmethod
     def from_rows(cls, rows: Tensor) -> Batch:

@@ -193,6 +193,8 @@ def materialize(
     tokens, targets = np.full(shape, stores[0].pad_id, np.int64), np.full(shape, IGNORE, np.int64)
     documents, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
     counter = np.arange(length, dtype=np.int32)
+    most = max(length // 256, *(len(row) + 1 for row in rows), 1)  # a power of two: shapes seldom change
+    starts = np.full((len(rows), 1 << (most - 1).bit_length()), length, np.int32)
     for r, row in enumerate(rows):
         at = 0
         for number, piece in enumerate(row):
@@ -200,9 +202,10 @@ def materialize(
             ids = stores[piece.store].tokens(piece.document, piece.start, piece.start + piece.length + 1)
             tokens[r, at:end], targets[r, at:end] = ids[:-1], ids[1:]
             documents[r, at:end], positions[r, at:end] = number, counter[: piece.length]
-            at = end
+            starts[r, number], at = at, end
         positions[r, at:] = counter[: length - at]
-    arrays = [torch.from_numpy(a) for a in (tokens, targets, documents, positions)]
+        starts[r, len(row)] = at  # of the padding, if there is any
+    arrays = [torch.from_numpy(a) for a in (tokens, targets, documents, positions, starts)]
     if pin:
         arrays = [a.pin_memory() for a in arrays]
-    return Batch(arrays[0], arrays[1], arrays[2], arrays[3], n_targets, n_bytes)
+    return Batch(arrays[0], arrays[1], arrays[2], arrays[3], n_targets, n_bytes, arrays[4])

@@ -128,6 +128,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        starts: Tensor | None = None,
     ) -> Output:
         """Hidden states of every position.
 
@@ -138,6 +139,7 @@ class Transformer(nn.Module):
             positions: ``[B, T]`` position of each token in its document; ``None``: ``0…T-1`` (plus the
                 cache's length).
             cache: keys and values of the positions before; extended in place. Not with ``documents``.
+            starts: ``[B, M]``, where the documents start (``Batch.starts``); with it training may be faster.
 
         Raises:
             ConfigError: both ``cache`` and ``documents``.
@@ -148,6 +150,7 @@ class Transformer(nn.Module):
         context = Context(
             self.config.attention, tokens_BT.shape[1], tokens_BT.device, positions, documents, start,
             kinds="".join(self.config.kinds), dtype=self.embedding.weight.dtype, cached=cache is not None,
+            starts=starts,
         )  # fmt: skip
         valid = None if documents is None else documents >= 0
         x = self.embedding(tokens_BT)

@@ -85,11 +85,12 @@ class Context:
         start: how many positions the cache already holds.
         kinds: the letters of the model's attention layers; only what they need is made.
         cached: whether layers are given caches.
+        starts: ``[B, M]``, where the documents of each row start, and T in unused slots; counted on the host.
 
     Attributes:
         backend: who computes windows and documents, ``triton`` or ``chunked``.
         flash: whether full layers run through FlashAttention-4: in training, where it is usable.
-        spans, pooled: the documents for the kernels; the masks are for plain torch.
+        spans, pooled, offsets: the documents for the kernels; the masks are for plain torch.
     """
 
     def __init__(
@@ -103,13 +104,14 @@ class Context:
         kinds: str = "FLH",
         dtype: torch.dtype = torch.float32,
         cached: bool = False,
+        starts: Tensor | None = None,
     ) -> None:
         self.config, self.length, self.device, self.start = config, length, device, start
         self.backend = pick_backend(device, config.head_dim, dtype)
-        whole = "F" in kinds and documents is None and not cached and torch.is_grad_enabled()
-        self.flash = whole and flash_attention.usable(
-            device, compute_dtype(device, dtype), config.head_dim, config.heads // config.kv_heads
-        )
+        self.flash = False
+        self.offsets: Tensor | None = None
+        if "F" in kinds and not cached and torch.is_grad_enabled():
+            self._try_flash(documents is not None, starts, compute_dtype(device, dtype))
         self.index = torch.arange(start, start + length, device=device)  #: place in the row
         if positions is None and start == 0:
             self.rope = counted_rope_table(
@@ -145,6 +147,15 @@ class Context:
             self.window_mask = window_mask(T, c.window, documents, self.device)
         if "H" in kinds:
             self.pooled_mask = pooled_mask(self.index, T, c.block, c.stride, documents)
+
+    def _try_flash(self, packed: bool, starts: Tensor | None, dtype: torch.dtype) -> None:
+        """Full layers through FlashAttention-4, if it is there and takes what they do."""
+        c = self.config
+        if packed and not flash_attention.countable(starts, self.length):
+            return
+        self.flash = flash_attention.usable(self.device, dtype, c.head_dim, c.heads // c.kv_heads, packed)
+        if self.flash and packed and starts is not None:
+            self.offsets = flash_attention.document_offsets(starts, self.length)
 
     def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
@@ -206,7 +217,7 @@ class FullAttention(Attention):
         if cache is not None:
             k, v, _ = cache.extend(k, v)
         if context.flash:
-            return flash_attention.flash_attention(q, k, v), None
+            return flash_attention.flash_attention(q, k, v, context.offsets), None
         if context.spans is not None:
             return window_attention_kernel(q, k, v, context.length, context.spans), None
         return dense_attention(q, k, v, context.full_mask), None

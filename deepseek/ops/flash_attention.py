@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -32,6 +33,7 @@ CAPABILITIES = ((9, 0), (10, 0))
 HEAD_DIMS = (64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 SWITCH = {"": None, "auto": None, "0": False, "1": True}
+SLOT = 32  #: positions a row must have for each slot of documents, which cost memory and empty programs
 TOLERANCE = 2e-2  #: relative error of a 16-bit output or gradient at which the kernels are not believed
 
 _forced: bool | None = None
@@ -155,7 +157,7 @@ def relative_error(
     seen = position[:, None] >= position
     offsets = None
     if packed:
-        offsets = torch.tensor([0, 200, T, 2 * T, 2 * T], device=device, dtype=torch.int32)
+        offsets = torch.tensor([0, 200, T, T, T, 2 * T, 2 * T], device=device, dtype=torch.int32)
         apart = (position[:, None] >= 200) & (position < 200)
         seen = torch.stack((seen & ~apart, seen))[:, None, None]
     out, lse = flash_forward(q, k, v, offsets, None, deterministic)
@@ -174,23 +176,32 @@ def relative_error(
     return float(torch.stack(errors).max())
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def countable(starts: Tensor | None, length: int) -> bool:
+    """Whether the documents of rows of ``length`` are counted, and few enough to be worth it."""
+    return starts is not None and starts.shape[1] * SLOT <= length
+
+
+def document_offsets(starts: Tensor, length: int) -> Tensor:
+    """The ``offsets`` of rows of ``length`` positions: int32 ``[B, M]`` of ``Batch.starts`` → ``[B·M + 1]``."""
+    B = starts.shape[0]
+    first = torch.arange(B, device=starts.device, dtype=starts.dtype) * length
+    return F.pad((starts + first[:, None]).flatten(), (0, 1), value=B * length)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Causal attention over whole rows by FlashAttention-4, where it is ``usable``; differentiable.
 
     Args:
         q: ``[B, H, T, D]``; k, v: ``[B, K, T, D]``; 16-bit, best as transposed views of ``[B, T, …, D]``, which is
             how the kernels read them: they copy what is not aligned to 16 bytes.
+        offsets: ``document_offsets`` when rows hold several documents.
 
     Returns:
         ``[B, H, T, D]``, in memory ``[B, T, H, D]``.
     """
-    return flash_forward(*(x.transpose(1, 2) for x in (q, k, v)), None, None, _deterministic())[0].transpose(
-        1, 2
-    )
-
-
-def _deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled()
+    rows = [x.transpose(1, 2) for x in (q, k, v)]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_forward(rows[0], rows[1], rows[2], offsets, None, deterministic)[0].transpose(1, 2)
 
 
 @torch.library.custom_op("deepseek::flash_attention", mutates_args=())

@@ -67,6 +67,7 @@ class GraphedStep(TrainStep):
             self._record = CudaRecorder(self._stream)
 
     def __call__(self, batch: Batch) -> StepResult:
+        batch = replace(batch, starts=None)  # as wide as the batch needs, and a graph takes one shape
         if self._captured is None and self._remaining <= 0 and batch.rows % self._rows(batch) == 0:
             self._captured = self._capture(batch)
         if self._captured is not None and self._captured.fits(batch, self._rows(batch)):

@@ -55,7 +55,7 @@ def next_token_loss(model: Transformer, batch: Batch, z_weight: float = 0.0) -> 
     pass; the sum weights each pass's by its share of the targets. ``z_weight`` > 0 adds that much of the mean squared
     log-partition to ``total``.
     """
-    hidden, layers = model(batch.tokens, batch.documents, batch.positions)
+    hidden, layers = model(batch.tokens, batch.documents, batch.positions, starts=batch.starts)
     total_targets = max(batch.n_targets, 1)
     nats, squares = linear_cross_entropy(
         to_compute_dtype(hidden.flatten(0, 1)), model.head_weight, batch.targets.flatten(), z_weight

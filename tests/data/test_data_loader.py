@@ -172,6 +172,20 @@ def test_any_history_of_resumes_and_world_sizes_gives_the_same_rows(
             loader.close()
 
 
+@pytest.mark.parametrize("length", [16, 64, 3000])
+def test_starts_are_those_of_the_documents(store: TokenStore, length: int) -> None:
+    with Loader(store, rows=4, length=length, epochs=1, shuffle=False) as loader:
+        for batch in loader:
+            assert batch.documents is not None
+            assert batch.starts is not None
+            assert batch.starts.dtype == torch.int32
+            slots = batch.starts.shape[1]
+            assert slots & (slots - 1) == 0
+            for ids, starts in zip(batch.documents.tolist(), batch.starts.tolist()):
+                changes = [t for t in range(length) if t == 0 or ids[t] != ids[t - 1]]
+                assert starts == changes + [length] * (slots - len(changes))
+
+
 def test_the_batch_size_may_change_at_a_resume(store: TokenStore) -> None:
     straight = Loader(store, rows=60, length=48, prefetch=0)
     rows = list(next(straight).tokens)

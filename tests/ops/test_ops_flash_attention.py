@@ -235,37 +235,61 @@ def model(**changes: Any) -> Transformer:
     return made
 
 
-def results(made: Transformer) -> list[Tensor]:
+#: Rows cut at 13 and 29 with three positions of padding, and one cut at 20; and where their documents start.
+DOCUMENTS = torch.tensor([[0] * 13 + [1] * 16 + [2] * 8 + [-1] * 3, [0] * 20 + [1] * 20], dtype=torch.int32)
+STARTS = torch.tensor([[0, 13, 29, 37], [0, 20, 40, 40]], dtype=torch.int32)
+
+
+def test_document_offsets() -> None:
+    assert flash.document_offsets(STARTS, 40).tolist() == [0, 13, 29, 37, 40, 60, 80, 80, 80]
+    assert flash.document_offsets(STARTS, 40).dtype == torch.int32
+    assert flash.countable(STARTS, 4 * flash.SLOT)
+    assert not flash.countable(STARTS, 4 * flash.SLOT - 1)
+    assert not flash.countable(None, 1000)
+
+
+def results(made: Transformer, packed: bool) -> list[Tensor]:
     made.zero_grad(set_to_none=True)
     tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
-    y = made(tokens).hidden
+    y = made(tokens, DOCUMENTS if packed else None, starts=STARTS if packed else None).hidden
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     return [y.detach(), *(p.grad for p in made.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("full_rope", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("compiled", "full_rope"), [(False, True), (False, False), (True, True)])
 def test_the_model_with_it_is_the_model_without(
-    compiled: bool, full_rope: bool, stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, full_rope: bool, packed: bool, stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = model(full_rope=full_rope)
-    want = results(made)
+    want = results(made, packed)
     calls = []
     monkeypatch.setattr(
         stand_in, "_flash_attn_fwd", lambda *args, **options: (calls.append(1), forward(*args, **options))[1]
     )
     monkeypatch.setattr(layers.flash_attention, "usable", lambda *args, **options: True)
+    monkeypatch.setattr(layers.flash_attention, "SLOT", 10)
     if compiled:
         torch._dynamo.reset()
         for block in made.blocks:
             block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(results(made), want, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(results(made, packed), want, rtol=1e-4, atol=2e-5)
     assert len(calls) == 2
-    with torch.no_grad():  # decoding, evaluation and packed rows stay with what they had
-        made(torch.zeros(1, 5, dtype=torch.long), cache=made.new_cache())
-        made(torch.zeros(1, 5, dtype=torch.long))
-    made(torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.int32))
-    assert len(calls) == 2
+
+
+def test_what_is_not_training_stays_with_what_it_had(
+    stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, tokens = model(), torch.zeros(1, 5, dtype=torch.long)
+    monkeypatch.setattr(layers.flash_attention, "usable", lambda *args, **options: True)
+    stand_in._flash_attn_fwd = None
+    with torch.no_grad():
+        made(tokens, cache=made.new_cache())
+        made(tokens)
+    made(tokens, cache=made.new_cache())
+    made(tokens, torch.zeros(1, 5, dtype=torch.int32))  # documents that nobody counted
+    with pytest.raises(TypeError):
+        made(tokens)
 
 
 def test_the_choice_is_a_constant_of_a_compiled_graph(stand_in: SimpleNamespace, gpu: None) -> None:
