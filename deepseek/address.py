@@ -45,6 +45,20 @@ def bind(host: str, ports: int | Sequence[int]) -> socket.socket:
     )
 
 
+def adopt(fd: int) -> socket.socket:
+    """The listening TCP socket that whoever started this process left open as ``fd``. Raises ``ConfigError``."""
+    try:
+        bound = socket.socket(fileno=fd)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--fd {fd} is no socket of this process: {error}") from None
+    listens = bound.type == socket.SOCK_STREAM and bound.family in (socket.AF_INET, socket.AF_INET6)
+    if not listens or not bound.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        bound.detach()
+        raise ConfigError(f"--fd {fd} is no TCP socket that listens")
+    bound.set_inheritable(False)
+    return bound
+
+
 def url(bound: socket.socket) -> str:
     """What to open to reach ``bound``."""
     host, port = bound.getsockname()[:2]

@@ -21,6 +21,7 @@ class Serve:
     model: Positional[str]
     host: str = "127.0.0.1"  # anything else can be reached from other machines, and needs keys
     port: int = 8000  # 0: any free one
+    fd: int = -1  # a socket that listens already, left open by who starts this; in place of host and port
     keys_file: str = ""  # TOML: [NAME] and below it key = "…"; or in the environment as DEEPSEEK_API_KEYS
     name: str = ""  # what clients call the model; its directory's name unless told
     device: str = "auto"
@@ -66,7 +67,8 @@ class Serve:
             timeout=self.timeout, drain=self.drain, log=self.log,
         )  # fmt: skip
         return serve(
-            self.model, engine, config, host=self.host, port=self.port, keys_file=self.keys_file,
+            self.model, engine, config, host=self.host, port=self.port,
+            fd=None if self.fd < 0 else self.fd, keys_file=self.keys_file,
             supervision=Supervision(reload=self.reload, first_token=self.first_token),
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
@@ -78,6 +80,8 @@ class Serve:
 
         if self.replicas < 1:
             raise ConfigError(f"--replicas {self.replicas} must be at least 1")
+        if self.fd >= 0:
+            raise ConfigError(f"--fd {self.fd} is for one process; with --replicas give --host and --port")
         if not Path(self.model).exists():
             raise ConfigError(f"there is no model at {self.model}; 'deepseek runs' lists runs")
         arguments = [self.model, *as_arguments(self, ("model", "host", "port", "replicas"))]

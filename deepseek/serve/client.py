@@ -16,6 +16,7 @@ from deepseek.serve.request import EngineStats, ModelInfo, Output, Request
 from deepseek.serve.step_process import StepLoop, StepProcess, StepThread
 from deepseek.serve.supervision import (
     EngineBusy,
+    EngineCrashed,
     EngineDraining,
     EngineLost,
     EngineReloading,
@@ -27,8 +28,8 @@ from deepseek.serve.worker import StepEngine
 if TYPE_CHECKING:
     from deepseek.serve.engine_config import EngineConfig
 
-__all__ = ["EngineBusy", "EngineClient", "EngineDraining", "EngineLost", "EngineReloading", "LocalClient",
-           "ProcessClient", "Supervision"]  # fmt: skip
+__all__ = ["EngineBusy", "EngineClient", "EngineCrashed", "EngineDraining", "EngineLost", "EngineReloading",
+           "LocalClient", "ProcessClient", "Supervision"]  # fmt: skip
 
 FACTORY = "deepseek.serve.worker:load_engine"
 
@@ -46,7 +47,8 @@ class EngineClient(Protocol):
         Raises:
             RequestError: the engine can never serve it.
             EngineDraining: after ``drain``. EngineBusy: its first token would come too late.
-            EngineLost: the step process died in the middle of its answer. EngineError: it died with it before that.
+            EngineLost: the step process died with it. EngineCrashed: so did the next, and it may be the cause.
+            EngineError: there is no engine now; nothing was begun.
         """
 
     def readiness(self) -> tuple[bool, str]:

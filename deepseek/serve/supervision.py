@@ -1,9 +1,10 @@
 """Keeping an engine served over the deaths, hangs and replacements of the step loops that compute it.
 
 A client has one current step loop, which gets what is new, and perhaps older ones, which finish what they have. When a
-step process dies, an answer that has begun ends with ``EngineError``; a request that has not begun is given to the next
+step process dies, an answer that has begun ends with ``EngineLost``; a request that has not begun is given to the next
 process, in the original order, one at a time until each has begun: so a request that kills every engine it meets does
-so alone, and is given up at the second. Processes that keep dying are given up too, with the reason.
+so alone, and is given up at the second (``EngineCrashed``). Processes that keep dying are given up too, with the
+reason.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class EngineDraining(EngineError):
 
 
 class EngineLost(EngineError):
-    """The step process died in the middle of an answer, which it had begun without harm."""
+    """The step process died with a request that it had begun, or was about to: nothing says that it was the cause."""
+
+
+class EngineCrashed(EngineError):
+    """Step processes died one after the other with this request, before it had begun: it may well be the cause."""
 
 
 class EngineReloading(EngineError):
@@ -113,6 +118,9 @@ class SupervisedClient(ABC):
         self._reloading = ""
         self._failed: EngineError | None = None
         self._draining = self._closed = False
+        self.given_up = (
+            asyncio.Event()
+        )  #: nothing will be answered any more, for the reason that ``readiness`` gives
 
     @abstractmethod
     def _spawn(self, path: str) -> StepLoop:
@@ -323,7 +331,7 @@ class SupervisedClient(ABC):
                 stream.fail(EngineLost(f"{how} after a part of the answer"))
             elif stream.attempts > self.retries:
                 stream.fail(
-                    EngineError(
+                    EngineCrashed(
                         f"{how}; so did {stream.attempts - 1} before it with this request: it is not tried again"
                     )
                 )
@@ -367,10 +375,11 @@ class SupervisedClient(ABC):
 
     def _give_up(self, error: EngineError) -> None:
         self._failed = error
+        self.given_up.set()
         self._queue.clear()
         for stream in list(self._streams):
             if not any(stream.wire_id in loop.streams for loop in self._loops):
-                stream.fail(error)
+                stream.fail(EngineLost(str(error)) if stream.attempts else error)
 
     async def _replace(self, path: str) -> ModelInfo:
         """The work of ``reload``."""
@@ -387,6 +396,7 @@ class SupervisedClient(ABC):
         if self._recovery is not None:
             self._recovery.cancel()
         old, self._failed = self._current, None
+        self.given_up.clear()
         self._crashes.clear()
         info = self._adopt(loop, path)
         if old is not None:

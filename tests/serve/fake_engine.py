@@ -26,7 +26,7 @@ def answer(request: Request, index: int) -> int:
 class FakeEngine:
     def __init__(
         self, name: str = "fake", step: float = 0.0, load: float = 0.0, fail: str = "", die_at: int = 0,
-        slots: int = 1 << 30,
+        slots: int = 1 << 30, die_on: int = DIE,
     ) -> None:  # fmt: skip
         time.sleep(load)
         if fail == "weights":
@@ -36,7 +36,7 @@ class FakeEngine:
         if fail == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         self.info = ModelInfo(name, f"fake:{name}", 4096, 1000, 64, 12345, experts=4, expert_layers=(1,))
-        self.seconds, self.die_at, self.slots = step, die_at, slots
+        self.seconds, self.die_at, self.slots, self.die_on = step, die_at, slots, die_on
         self.live: dict[str, tuple[Request, int]] = {}
         self.steps = self.tokens = self.rows = 0
 
@@ -68,7 +68,7 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         for id, (request, done) in list(self.live.items())[: self.slots]:
             first = request.prompt[0]
-            if first == DIE:
+            if first in (DIE, self.die_on):
                 os.kill(os.getpid(), signal.SIGKILL)
             if first == HANG:
                 time.sleep(3600)
@@ -105,5 +105,5 @@ def load(path: str, options: dict[str, Any]) -> FakeEngine:
     kind, _, rest = path.partition(":")
     assert kind == "fake", path
     told = dict(pair.split("=") for pair in rest.split(",") if pair)
-    kinds = {"step": float, "load": float, "die_at": int}
+    kinds = {"step": float, "load": float, "die_at": int, "die_on": int, "slots": int}
     return FakeEngine(**{k: kinds.get(k, str)(v) for k, v in told.items()})

@@ -1,7 +1,7 @@
 """A server in the shape of `deepseek serve`, whose behaviour a test sets: for the router's tests.
 
 Run as a program it is one in a process of its own, so that it can be killed:
-``python fake_replica.py NAME --port PORT``.
+``python fake_replica.py NAME --port PORT``, or with ``--fd NUMBER`` of a socket that listens.
 """
 
 from __future__ import annotations
@@ -193,4 +193,6 @@ def free_port() -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "broken":
         sys.exit(3)
-    uvicorn.Server(_options(FakeReplica(sys.argv[1]).app(), port=int(sys.argv[-1]), lifespan="off")).run()
+    app, option, number = FakeReplica(sys.argv[1]).app(), sys.argv[-2], int(sys.argv[-1])
+    port, sockets = (0, [socket.socket(fileno=number)]) if option == "--fd" else (number, None)
+    uvicorn.Server(_options(app, port=port, lifespan="off")).run(sockets)

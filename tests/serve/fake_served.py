@@ -1,7 +1,8 @@
 """`deepseek serve` as it is, in a process of its own, around engines that pretend (``fake_engine``).
 
-``python fake_served.py PATH [OPTION=VALUE …]`` with options of ``ServerConfig``, ``keys_file`` and ``reload``; ``PATH``
-is what ``fake_engine.load`` takes, and a file of that name has to exist.
+``python fake_served.py PATH [OPTION=VALUE …]`` with options of ``ServerConfig``, ``keys_file``, ``reload``,
+``max_crashes``, ``backoff`` and ``port``; ``PATH`` is what ``fake_engine.load`` takes, and a file of that name has to
+exist.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ def main() -> int:
     words = tokenizer()
     launch.load_texts = lambda path: (words, FakeChat())  # type: ignore[assignment,return-value]
     told = dict(word.split("=", 1) for word in sys.argv[2:])
-    keys_file, reload = told.pop("keys_file", ""), told.pop("reload", "beside")
+    keys_file, port = told.pop("keys_file", ""), int(told.pop("port", 0))
+    rules: Any = {"reload": told.pop("reload", "beside"), "max_crashes": int(told.pop("max_crashes", 5)),
+                  "backoff": float(told.pop("backoff", 1.0))}  # fmt: skip
     config = ServerConfig(**{"log": "", **{name: float(value) for name, value in told.items()}})
-    supervision: Any = client.Supervision(reload=reload)
     return launch.serve(
-        sys.argv[1], EngineConfig(), config, port=0, keys_file=keys_file, supervision=supervision,
+        sys.argv[1], EngineConfig(), config, port=port, keys_file=keys_file,
+        supervision=client.Supervision(**rules),
         say=lambda line: print(line, flush=True),
     )  # fmt: skip
 

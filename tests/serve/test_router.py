@@ -261,8 +261,9 @@ def test_one_that_is_only_busy_is_not_dropped_at_once(
 def test_work_that_broke_is_not_repeated(two: tuple[FakeReplica, FakeReplica]) -> None:
     """A request that breaks one replica must not visit the others."""
     with routed(*two) as router:
-        got = router.complete(fail_after_reading="engine_unavailable")
-        assert (got.status, got.json["error"]["code"]) == (503, "engine_unavailable")
+        router.router.suspects.left = 0
+        got = router.complete(fail_after_reading="engine_crashed")
+        assert (got.status, got.json["error"]["code"]) == (503, "engine_crashed")
         assert len(two[0].asked) + len(two[1].asked) == 1
         until(lambda: len(router.router.fleet.usable()) == 2)
         assert router.complete(fail_after_reading="internal_error", status=500).status == 500
@@ -270,6 +271,30 @@ def test_work_that_broke_is_not_repeated(two: tuple[FakeReplica, FakeReplica]) -
         until(lambda: len(router.router.fleet.usable()) == 2)
         assert router.complete(fail_after_reading="draining").status == 503
         assert len(two[0].asked) + len(two[1].asked) == 4, "one that only closes sends on, to all"
+        until(lambda: len(router.router.fleet.usable()) == 2)
+        assert router.complete(fail_after_reading="engine_unavailable").status == 503
+        assert len(two[0].asked) + len(two[1].asked) == 6, "and so does one whose engine is not there"
+
+
+def test_few_requests_that_may_break_replicas_are_given_to_another(
+    two: tuple[FakeReplica, FakeReplica],
+) -> None:
+    """A process may be killed twice by chance; a request that kills must not go around."""
+    with routed(*two, retry_share=0.5) as router:
+        visits = []
+        for _ in range(4):
+            before = len(two[0].asked) + len(two[1].asked)
+            got = router.complete(fail_after_reading="engine_crashed")
+            assert (got.status, got.json["error"]["code"]) == (503, "engine_crashed")
+            visits.append(len(two[0].asked) + len(two[1].asked) - before)
+            until(lambda: len(router.router.fleet.usable()) == 2)
+        assert visits == [2, 2, 1, 1]
+        assert sum(router.metric(f'retries_total{{replica="{r.url}"}}') for r in two) == 2
+        assert router.router.budget.left == 254, "nothing is paid for what is not done"
+        for _ in range(200):
+            router.router.suspects.answered()
+        router.complete(fail_after_reading="engine_crashed")
+        assert len(two[0].asked) + len(two[1].asked) == 8
 
 
 def test_failures_in_a_row_eject(

@@ -21,6 +21,7 @@ import pytest
 import tyro
 from test_router_process import ask
 
+from deepseek.address import bind
 from deepseek.cli.options import as_arguments
 from deepseek.cli.serve import Serve
 from deepseek.errors import ConfigError
@@ -49,9 +50,9 @@ class Running:
         return 0
 
     def pids(self) -> list[int]:
-        """Of the replicas: the children that have the fake's path in their command (Linux)."""
+        """Of the replicas: the children that have a socket in their command (Linux)."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(c) for c in children if b"--port" in command_of(c)]
+        return [int(c) for c in children if b"--fd" in command_of(c)]
 
 
 def command_of(pid: str) -> bytes:
@@ -85,8 +86,10 @@ def served(tmp_path: Path, name: str = "f", *arguments: str) -> Iterator[Running
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         yield Running(process, int(found[1]) if found else 0)
     finally:
-        if process.poll() is None:
-            process.kill()
+        for _ in range(2):  # the second ends it and its replicas at once
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
         process.communicate(timeout=60)
 
 
@@ -114,6 +117,46 @@ def test_a_lost_replica_comes_back_and_all_end_together(tmp_path: Path) -> None:
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(60) == 0
         assert all(gone(pid) for pid in now)
+
+
+@linux
+def test_the_port_of_a_replica_that_is_down_is_nobody_elses_and_hangs_up(tmp_path: Path) -> None:
+    """Between two lives of a replica its port is held, and who connects to it is not left to wait."""
+    with served(tmp_path) as running:
+        until(lambda: running.ready() == 2)
+        before = running.pids()
+        urls = re.findall(r'replica_ready\{replica="http://127.0.0.1:(\d+)"', metrics_of(running.port))
+        assert len(urls) == 2
+        sent = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+        with contextlib.ExitStack() as stack:
+            os.kill(before[0], signal.SIGSTOP)  # what connects now is accepted by nobody
+            made = [stack.enter_context(socket.create_connection(("127.0.0.1", int(p)), 60)) for p in urls]
+            for one in made:
+                one.sendall(sent)
+            os.kill(before[0], signal.SIGKILL)
+            until(lambda: before[0] not in running.pids())
+            hung_up = 0
+            for one, port in zip(made, urls):
+                with pytest.raises(ConfigError, match="Address already in use"):
+                    bind("127.0.0.1", int(port))
+                one.settimeout(0.2)
+                with contextlib.suppress(TimeoutError):  # the other one waits for the body
+                    hung_up += ends(one)
+            assert hung_up == 1
+        until(lambda: len(running.pids()) == 2 and running.ready() == 2)
+        assert metrics_of(running.port).count("replica_ready{") == 2, "and it has the same address again"
+
+
+def ends(connection: socket.socket) -> bool:
+    """Whether the other end has closed it. Raises ``TimeoutError`` where nothing comes."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def metrics_of(port: int) -> str:
+    return ask(port, "GET", "/metrics")[1].decode()
 
 
 @linux
@@ -199,6 +242,9 @@ def test_a_replica_gets_the_options_of_the_whole() -> None:
     ("arguments", "message"),
     [
         (("--replicas", "0"), "--replicas 0 must be at least 1"),
+        (("--replicas", "2", "--fd", "3"), "--fd 3 is for one process"),
+        (("--fd", "99"), "--fd 99 is no socket"),
+        (("--fd", "1"), "--fd 1 is no socket"),
         (("--replicas", "2", "--host", "0.0.0.0"), "--keys-file"),
     ],
 )
@@ -213,13 +259,17 @@ def test_bad_options(arguments: tuple[str, ...], message: str, tmp_path: Path, c
     assert "there is no model at" in capsys.readouterr().err
 
 
-def test_ports_are_free_and_apart() -> None:
-    made = LocalReplicas(["x"], [{}] * 20, 1.0, lambda _: None)
-    assert len(set(made.ports)) == 20
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", made.ports[3]))
-    router = Router(made.urls, RouterConfig(), beside=made)
-    assert made.fleet is router.fleet
+def test_ports_are_held_from_the_start() -> None:
+    """Nobody can take one between its choice and its use, even by a socket that would share it."""
+    with contextlib.closing(LocalReplicas(["x"], [{}] * 20, 1.0, lambda _: None)) as made:
+        ports = [int(u.rpartition(":")[2]) for u in made.urls]
+        assert len(set(ports)) == 20
+        for port in ports:
+            with pytest.raises(ConfigError, match="Address already in use"):
+                bind("127.0.0.1", port)
+        router = Router(made.urls, RouterConfig(), beside=made)
+        assert made.fleet is router.fleet
+    bind("127.0.0.1", ports[0]).close()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import threading
 from collections.abc import Iterator
@@ -69,13 +70,81 @@ def test_an_overloaded_replica_refuses_before_it_reads_and_the_other_answers(wor
         assert len(b.client.seen) >= 2
 
 
-def test_a_lost_step_process_is_not_given_the_request_again(words: Any) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_an_engine_never_began_is_given_to_another_replica(words: Any, stream: bool) -> None:
+    """A step process that is not there costs the client nothing, unless no replica has one."""
     with both(words) as (a, b), routed(*urls(a, b)) as router:
-        a.client.fail_after = b.client.fail_after = 0
-        got = ask(router)
-        assert got.status == 503
-        assert got.json["error"]["code"] == "engine_unavailable"
-        assert len(a.client.seen) + len(b.client.seen) == 1
+        a.client.fail_after = 0
+        router.router.fleet.replicas[1].used = 100  # a is asked first
+        assert ask(router, stream=stream).status == 200
+        assert (len(a.client.seen), len(b.client.seen)) == (1, 1)
+        assert router.metric(f'refusals_total{{replica="{a.url}",why="503"}}') == 1
+        assert router.router.budget.left == router.router.budget.most, "what was not begun is free"
+        until(lambda: len(router.router.fleet.usable()) == 2)
+        b.client.fail_after = 0
+        got = ask(router, stream=stream)
+        assert (got.status, got.json["error"]["code"]) == (503, "engine_unavailable")
+        assert got.headers["retry-after"] == "2"
+        assert len(a.client.seen) + len(b.client.seen) == 4
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_that_has_only_begun_to_wait_is_given_to_another_replica(words: Any, chat: bool) -> None:
+    """Its status is sent after half a second, and comments later: neither is a part of an answer."""
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked: Any = {"stream": True, "ignore_eos": True, "max_tokens": 8, "timeout": 500}
+    asked |= {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "the quick"}
+    with both(words, beat=0.1) as (a, b), routed(*urls(a, b)) as router:
+        a.client.prefill, a.client.fail_after, a.client.lost = 1000.0, 0, True
+        router.router.fleet.replicas[1].used = 100  # a is asked first
+        with router.connection() as connection:
+            connection.request("POST", path, json.dumps(asked), HEADERS)
+            got = connection.getresponse()
+            assert (got.status, got.readline()) == (200, b": the model is working\n")
+            a.client.prefill = 0.0  # its step process dies now
+            body = got.read()
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert body.count(b'"finish_reason":"length"') == 1
+        assert b"error" not in body
+        assert router.metric(f'retries_total{{replica="{a.url}"}}') == 1
+        deadlines = [client.seen[0].deadline for client in (a.client, b.client)]
+        assert 498 < deadlines[0] <= 500  # type: ignore[operator]
+        assert deadlines[1] < deadlines[0] - 0.5, "the second try has what the first left of the time"  # type: ignore[operator]
+        until(lambda: len(router.router.fleet.usable()) == 2)
+        a.client.prefill = b.client.prefill = 1000.0
+        b.client.fail_after, b.client.lost = 0, True
+        with router.connection() as connection:
+            connection.request("POST", path, json.dumps(asked), HEADERS)
+            got = connection.getresponse()
+            assert (got.status, got.readline()) == (200, b": the model is working\n")
+            a.client.prefill = b.client.prefill = 0.0
+            last = got.read().strip().rpartition(b"data: ")[2]
+        assert json.loads(last)["error"]["code"] == "engine_lost", "an error when nobody is left, as an event"
+
+
+def test_the_time_a_request_has_had_counts(words: Any) -> None:
+    with serving(FakeClient(words), keyring()) as a:
+        for header, left in (
+            ("12.5", 87.5),
+            ("x", 100),
+            ("-3", 100),
+            ("nan", 100),
+            ("1e3", 100),
+            ("9" * 400, 100),
+        ):
+            with contextlib.closing(
+                http.client.HTTPConnection("127.0.0.1", a.port, timeout=60)
+            ) as connection:
+                body = json.dumps({**BODY, "max_tokens": 1, "timeout": 100})
+                connection.request("POST", "/v1/completions", body, {**HEADERS, "x-request-waited": header})
+                assert connection.getresponse().status == 200
+            given = a.client.seen[-1].deadline
+            assert given is not None
+            assert left - 30 < given <= left
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", a.port, timeout=60)) as connection:
+            a.client.hold_at = 0
+            connection.request("POST", "/v1/completions", body, {**HEADERS, "x-request-waited": "100"})
+            assert connection.getresponse().status == 504
 
 
 def test_an_answer_that_its_step_process_broke_off_is_made_anew_by_another_replica(words: Any) -> None:

@@ -138,3 +138,23 @@ def test_a_reload_is_one_at_a_time_and_drops_nobody(tmp_path: Path, how: str) ->
         assert {status for status, _ in seen} == {200}
         assert len({fingerprint for _, fingerprint in seen}) == 2, "the old model, then the new one"
         assert reload("fake:name=a,step=0.002").status_code == 200, "and again"
+
+
+def test_a_server_whose_engine_is_given_up_ends_and_says_why(tmp_path: Path) -> None:
+    """Whoever started it can start it again; a server that nobody can use any more helps nobody."""
+    with process(tmp_path, "fake:die_on=7", max_crashes=0) as (server, url):
+        assert complete(url).status_code == 200
+        dead = complete(url, prompt=[7, 2])
+        assert (dead.status_code, dead.json()["error"]["code"]) == (503, "engine_lost")
+        said = server.communicate(timeout=60)[1]
+        assert server.returncode == 1
+        assert "given up: its step process died 1 times" in said
+
+
+def test_a_request_that_may_have_killed_two_step_processes_is_not_to_be_sent_again(tmp_path: Path) -> None:
+    with process(tmp_path, "fake:die_on=7", backoff=0.05) as (server, url):
+        dead = complete(url, prompt=[7, 2])
+        assert (dead.status_code, dead.json()["error"]["code"]) == (503, "engine_crashed")
+        assert (dead.headers["x-should-retry"], "retry-after" in dead.headers) == ("false", False)
+        assert complete(url).status_code == 200
+        assert server.poll() is None

@@ -5,10 +5,12 @@
                        Watch: /ready of every replica, once a second
 
 A replica that did not begin (no connection; 429; 503; closed before it took the body) costs the client nothing: the
-next one is asked, each once. One that is lost with a request (killed, its machine gone) before a byte of its answer
-came costs the client time: requests that change nothing (``Call.repeatable``) are given to another one, ``retries``
-times at most and while ``RetryBudget`` lasts, because a request that breaks one replica must not break them all. A
-client that has had a byte never gets a second answer. Streams pass through event by event as they come; what breaks off
+next one is asked, each once. One that is lost with a request (killed, or its step process was) before a byte of its
+answer came costs the client time: requests that change nothing (``Call.repeatable``) are given to another one,
+``retries`` times at most and while ``RetryBudget`` lasts, because a request that breaks one replica must not break them
+all. One that its replica suspects of that (503 ``engine_crashed``) has a far smaller budget. A client that has had a
+byte never gets a second answer; comments in a stream that is still silent do not count. Every replica is told how much
+of the request's time is over. Streams pass through event by event as they come; what breaks off
 in the middle ends with an error that a client can see. Keys pass through: the replicas know them, the router does not.
 So one that other machines can reach gives nothing to a replica that asks for no key, unless it is told to.
 
@@ -34,7 +36,14 @@ from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.serve.router.affinity import prefix_key
 from deepseek.serve.router.call import Call, ClientGone, Pairs, Receive, Scope, Send
-from deepseek.serve.router.exchange import EVENT_ENDS, Exchange, ExchangeError, gathered, whole_events
+from deepseek.serve.router.exchange import (
+    EVENT_ENDS,
+    Exchange,
+    ExchangeError,
+    first_line,
+    gathered,
+    whole_events,
+)
 from deepseek.serve.router.metrics import RouterMetrics
 from deepseek.serve.router.replica import Address, Fleet, Replica
 from deepseek.serve.router.retry import RetryBudget
@@ -45,8 +54,14 @@ from deepseek.serve.server.metrics import CONTENT_TYPE
 from deepseek.serve.server.room import Room
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  #: methods that may be tried again although a replica began
-#: Error codes of a 503 that comes of work that broke, and not of none: in the middle of it; perhaps by that request.
-LOST, BEGUN = b"engine_lost", b"engine_unavailable"
+#: Error codes of a 503 that comes of work that broke, and not of none: through no fault of the request; perhaps by it.
+LOST, CRASHED = "engine_lost", "engine_crashed"
+#: Error codes by which a stream that has said nothing yet ends as a 503 would.
+ENDED = frozenset({LOST, CRASHED, "engine_unavailable", "aborted", "draining"})
+SUSPECTS, SUSPECT_SHARE = (
+    2,
+    0.01,
+)  #: as ``retry_burst``, and of ``retry_share``, for requests that may break replicas
 REFUSAL = 1 << 16  #: bytes of a refusal that are kept
 HELD = (
     1 << 20
@@ -125,19 +140,31 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class Refusal:
-    """How a replica declined: its answer, or no answer (status 0). ``lost``: it had begun, and is gone."""
+    """How a replica declined: its answer, or no answer (status 0).
+
+    Attributes:
+        lost: it had begun, and is gone, or its step process is. suspect: perhaps because of this request.
+    """
 
     why: str
     status: int = 0
     headers: Pairs = ()
     body: bytes = b""
     lost: bool = False
+    suspect: bool = False
 
     @property
     def retry_after(self) -> float:
         """Seconds; infinite where none are told."""
         told = next((v for k, v in self.headers if k == b"retry-after"), b"")
         return float(told) if told.isdigit() else math.inf
+
+    @property
+    def code(self) -> str:
+        """Of the error that the answer is, or ''."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return str(json.loads(self.body)["error"]["code"])
+        return ""
 
 
 class Beside(Protocol):
@@ -188,6 +215,7 @@ class Router:
         self.fleet, self.metrics, self.draining = Fleet(config.affinity_load), RouterMetrics(), False
         self.bodies = Room(config.max_bodies, "bytes of bodies")
         self.budget = RetryBudget(config.retry_burst, config.retry_share)
+        self.suspects = RetryBudget(min(SUSPECTS, config.retry_burst), SUSPECT_SHARE * config.retry_share)
         self.calls: set[Call] = set()
         self.beside = beside
         if beside is not None:
@@ -246,8 +274,9 @@ class Router:
         key = prefix_key(body, self.config.affinity)
         tried: list[Replica] = []
         refusals: list[Refusal] = []
-        lost = 0
         while (replica := self.fleet.choose(key, tried)) is not None:
+            if refusals and refusals[-1].lost and not self._again(tried[-1], refusals):
+                break
             tried.append(replica)
             with replica.working(), contextlib.closing(Exchange(replica, self.config.silence)) as exchange:
                 refusal = await self._ask(call, exchange, body)
@@ -256,12 +285,16 @@ class Router:
             refusals.append(refusal)
             if not refusal.lost:
                 self.metrics.refused(replica.name, refusal.why)
-                continue
-            lost += 1
-            if lost > self.config.retries or not self.budget.take():
-                break
-            self.metrics.retried(replica.name)
         await self._refuse(call, refusals)
+
+    def _again(self, replica: Replica, refusals: Sequence[Refusal]) -> bool:
+        """Whether another one is asked what ``replica`` was lost with, which is paid for."""
+        if sum(r.lost for r in refusals) > self.config.retries:
+            return False
+        if not (not refusals[-1].suspect or self.suspects.take()) or not self.budget.take():
+            return False
+        self.metrics.retried(replica.name)
+        return True
 
     async def _ask(self, call: Call, exchange: Exchange, body: bytes) -> Refusal | None:
         """Pass on what the replica answers; or how it declined or was lost, if another one may be asked."""
@@ -269,13 +302,15 @@ class Router:
         try:
             head = await exchange.ask(call.method, call.target, call.headers(), body)
             self.metrics.answered(replica.name, head.status_code, time.monotonic() - began)
-            if head.status_code not in (429, 503):
-                await self._pass_answer(call, exchange, head)
+            if head.status_code in (429, 503):
+                refusal = await self._refusal(exchange, head)
+            elif (found := await self._pass_answer(call, exchange, head)) is None:
                 return None
-            refusal = await self._refusal(exchange, head)
+            else:
+                refusal = found
         except ExchangeError as error:
             self._failed(replica, error)
-            if call.started:
+            if call.given:
                 told = ApiError(f"the answer broke off: {error}", 502, code="replica_lost")
                 await self._broken_off(call, told)
                 return None
@@ -287,20 +322,33 @@ class Router:
                            504 if error.kind == "silence" else 502, code="replica_lost") from None  # fmt: skip
         if refusal.status == 503:
             replica.told(False, "answered 503")
-            if exchange.begun and call.method not in SAFE:
-                if LOST in refusal.body and call.repeatable:
-                    return replace(refusal, lost=True)
-                if LOST in refusal.body or BEGUN in refusal.body:
-                    await call.answer(refusal.status, refusal.body, refusal.headers)
-                    return None
+            if exchange.begun and call.method not in SAFE and (code := refusal.code) in (LOST, CRASHED):
+                if call.repeatable:
+                    return replace(refusal, lost=True, suspect=code == CRASHED)
+                await call.answer(refusal.status, refusal.body, refusal.headers)
+                return None
         return refusal
 
-    async def _pass_answer(self, call: Call, exchange: Exchange, head: Any) -> None:
-        """The answer as it comes. Its head waits for the first piece: until then another replica can take over."""
+    async def _pass_answer(self, call: Call, exchange: Exchange, head: Any) -> Refusal | None:
+        """The answer as it comes; or, of a stream that ended before it said anything, why.
+
+        Its head waits for the first piece, and comments are no answer: until then another replica can take over.
+        """
         events = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in head.headers)
+        if call.started and not (events and head.status_code == 200):  # the client has the head of a stream
+            found = await self._refusal(exchange, head)
+            await call.answer(found.status, found.body, found.headers)
+            return None
         pieces = (whole_events if events else gathered)(exchange.pieces(), HELD)
         piece = await anext(pieces, b"")
-        await call.start(head.status_code, head.headers)
+        while piece and events and not (line := first_line(piece)):
+            await self._start(call, head)
+            await call.give(piece, comment=True)
+            call.between_events = True
+            piece = await anext(pieces, b"")
+        if events and (refusal := _ended_at_once(line if piece else b"")):
+            return refusal
+        await self._start(call, head)
         while piece:
             await call.give(piece)
             call.between_events = events and piece.endswith(EVENT_ENDS)
@@ -309,8 +357,14 @@ class Router:
         if head.status_code < 500:
             exchange.replica.succeeded()
             self.budget.answered()
+            self.suspects.answered()
         else:
             self._count_failure(exchange.replica)
+        return None
+
+    async def _start(self, call: Call, head: Any) -> None:
+        if not call.started:
+            await call.start(head.status_code, head.headers)
 
     async def _broken_off(self, call: Call, told: ApiError) -> None:
         """End an answer that has begun: as an event where that is possible, else by closing the connection."""
@@ -330,7 +384,7 @@ class Router:
         """Nobody answered: the 429 with the shortest wait, else a replica's own 503, else ours."""
         for status in (429, 503):
             if found := [r for r in refusals if r.status == status]:
-                best = min(found, key=lambda r: r.retry_after)
+                best = min(found, key=lambda r: (not r.suspect, r.retry_after))
                 return await call.answer(status, best.body, best.headers)
         self.metrics.nobody()
         known = len(self.fleet.replicas)
@@ -403,3 +457,11 @@ class Router:
                 if call.sending is not None and call.sending < limit:
                     call.cut()
                     self.metrics.stalled()
+
+
+def _ended_at_once(line: bytes) -> Refusal | None:
+    """The refusal that the first line of a stream is, where it is an error of ``ENDED``."""
+    if not line.startswith(b"data:") or b'"error"' not in line[:40]:
+        return None
+    told = Refusal("503", 503, [JSON, (b"retry-after", b"2")], line.removeprefix(b"data:").strip())
+    return told if told.code in ENDED else None

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from deepseek.serve.server.errors import ApiError
-from deepseek.serve.server.exchange import ABORT
+from deepseek.serve.server.exchange import ABORT, WAITED, seconds_waited
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -20,7 +20,9 @@ Pairs = Iterable[tuple[bytes, bytes]]
 #: What belongs to one connection and not to the message (RFC 9110 §7.6.1), and what is made anew.
 HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
                  b"te", b"trailer", b"transfer-encoding", b"upgrade"})  # fmt: skip
-MADE = frozenset({b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto"})
+MADE = frozenset(
+    {b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto", WAITED.encode()}
+)
 
 #: Routes whose POST changes nothing, so that it may be asked twice; a replica may be another server, with other routes.
 REPEATABLE = frozenset(
@@ -37,6 +39,7 @@ class Call:
 
     Attributes:
         started, finished: the head of the answer has been sent; all of it.
+        given: something of the answer itself has been sent, more than comments of a stream.
         sending: since when (``time.monotonic``) the client has not taken what is sent; ``None``: it takes everything.
         between_events: the answer is a stream of events, and what was sent ends with a whole one.
     """
@@ -45,7 +48,9 @@ class Call:
         self.scope, self._receive, self._send = scope, receive, send
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.started = self.finished = False
+        self.started = self.given = self.finished = False
+        self.waited = seconds_waited(self._header(WAITED.encode()))
+        self._arrived = time.monotonic()
         self.closing = False  # the connection ends with this answer
         self.sending: float | None = None
         self.between_events = False
@@ -79,7 +84,7 @@ class Call:
             return ""
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Those to pass on: all of the message's, and who the client is."""
+        """Those to pass on: all of the message's, who the client is, and how much of its time is over."""
         pairs = list(end_to_end(self.scope["headers"], MADE))
         names = {k for k, _ in pairs}
         seen = [v for k, v in self.scope["headers"] if k == b"x-forwarded-for"]
@@ -90,6 +95,7 @@ class Call:
         pairs.append((b"x-forwarded-proto", self.scope.get("scheme", "http").encode()))
         if b"x-request-id" not in names:
             pairs.append((b"x-request-id", uuid.uuid4().hex.encode()))
+        pairs.append((WAITED.encode(), b"%.3f" % (self.waited + time.monotonic() - self._arrived)))
         return pairs
 
     async def body(self, most: int, seconds: float, more: Callable[[int], None]) -> bytes:
@@ -163,7 +169,8 @@ class Call:
         self.started = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def give(self, data: bytes) -> None:
+    async def give(self, data: bytes, comment: bool = False) -> None:
+        self.given |= not comment
         self.sending = time.monotonic()
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self.sending = None
@@ -173,9 +180,12 @@ class Call:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def answer(self, status: int, data: bytes, pairs: Pairs) -> None:
-        """The whole answer at once."""
-        made = [(k, v) for k, v in pairs if k != b"content-length"]
-        await self.start(status, [*made, (b"content-length", str(len(data)).encode())])
+        """The whole answer at once; as the last event, where a stream has begun with comments."""
+        if self.started:
+            data = b"data: " + data + b"\n\n"
+        else:
+            made = [(k, v) for k, v in pairs if k != b"content-length"]
+            await self.start(status, [*made, (b"content-length", str(len(data)).encode())])
         await self.give(data)
         await self.end()
 

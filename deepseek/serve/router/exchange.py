@@ -189,6 +189,11 @@ async def whole_events(pieces: AsyncIterator[bytes], most: int) -> AsyncIterator
         yield held
 
 
+def first_line(events: bytes) -> bytes:
+    """The first line of server-sent events that says something; nothing where all of it are comments."""
+    return next((line for line in events.splitlines() if line and not line.startswith(b":")), b"")
+
+
 async def gathered(pieces: AsyncIterator[bytes], most: int) -> AsyncIterator[bytes]:
     """``pieces`` as one, if they have ``most`` bytes at most together; else they come once there are more."""
     found, whole = bytearray(), True

@@ -1,9 +1,11 @@
 """``serve_replicas``: the whole of one machine under one address, a `deepseek serve` process per GPU behind a router.
 
 Each process sees one GPU only (``CUDA_VISIBLE_DEVICES``), or has its share of the processor's cores, and listens on a
-loopback port of its own. One that ends is started again, later and later if it ends soon; one that ends before it was
-ever ready ends the whole, since the others would too. The router stops first, so the processes have nothing to do when
-they are told to stop; if this process is killed, they are told by the kernel.
+loopback port of its own. That socket is this process's: it is bound and listens from the start, every process that
+serves it inherits it, so nobody else can have the port, whenever a process ends. While none serves it, this one does:
+it hangs up on whoever connects. One that ends is started again, later and later if it ends soon; one that ends before
+it was ever ready ends the whole, since the others would too. The router stops first, so the processes have nothing to
+do when they are told to stop; if this process is killed, they are told by the kernel.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
-from deepseek.address import bind, is_loopback
+from deepseek.address import bind, is_loopback, url
 from deepseek.errors import ConfigError
 from deepseek.serve.router.application import RouterConfig
 from deepseek.serve.router.replica import Fleet
@@ -37,10 +40,10 @@ KILL = 10.0  #: seconds beyond its own drain after which a process that was told
 
 
 class LocalReplicas:
-    """Processes of this machine, each with its own port and environment.
+    """Processes of this machine, each with its own socket and environment. ``close`` it whatever happens.
 
     Args:
-        command: starts one, once ``--port PORT`` is added.
+        command: starts one, once ``--fd NUMBER`` is added: the listening socket that it inherits.
         environments: one for each.
         patience: seconds that one gets to end by itself.
         say: told what happens, in words.
@@ -54,15 +57,21 @@ class LocalReplicas:
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], patience: float,
                  say: Callable[[str], None]) -> None:  # fmt: skip
         self.command, self.environments, self.patience, self.say = command, environments, patience, say
-        self.ports = _free_ports(len(environments))
-        self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
+        with contextlib.ExitStack() as stack:
+            self.sockets = [stack.enter_context(bind("127.0.0.1", 0)) for _ in environments]
+            self._bound = stack.pop_all()
+        self.urls = [url(bound) for bound in self.sockets]
         self.fleet, self.failed = Fleet(), ""
         self.pids: dict[int, int] = {}  # by the number of the replica
+
+    def close(self) -> None:
+        """Give the ports back."""
+        self._bound.close()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While they run."""
-        keeping = [asyncio.create_task(self._keep(i)) for i in range(len(self.ports))]
+        keeping = [asyncio.create_task(self._keep(i)) for i in range(len(self.sockets))]
         try:
             yield
         finally:
@@ -76,7 +85,10 @@ class LocalReplicas:
         while True:
             began = time.monotonic()
             status = await self._run(index)
-            if not any(r.was_ready for r in self.fleet.replicas if r.name == self.urls[index]):
+            known = [r for r in self.fleet.replicas if r.name == self.urls[index]]
+            for replica in known:
+                replica.told(False, f"its process ended with status {status}")
+            if not any(r.was_ready for r in known):
                 self.failed = (
                     f"a replica ended with status {status} before it was ready; what it said is above"
                 )
@@ -85,11 +97,13 @@ class LocalReplicas:
             self.say(
                 f"replica {self.urls[index]} ended with status {status}; it is started again in {wait:g} s"
             )
-            await asyncio.sleep(wait)
+            with _hanging_up(self.sockets[index]):
+                await asyncio.sleep(wait)
 
     async def _run(self, index: int) -> int:
+        fd = self.sockets[index].fileno()
         process = await asyncio.create_subprocess_exec(
-            *self.command, "--port", str(self.ports[index]), env=dict(self.environments[index]),
+            *self.command, "--fd", str(fd), env=dict(self.environments[index]), pass_fds=(fd,),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         self.pids[index] = process.pid
@@ -112,7 +126,7 @@ def serve_replicas(arguments: Sequence[str], count: int, config: RouterConfig, *
     """Run ``deepseek serve ARGUMENTS`` ``count`` times behind a router, until SIGTERM or SIGINT; ``route``'s status.
 
     Args:
-        arguments: of ``deepseek serve``, without ``--host`` and ``--port``.
+        arguments: of ``deepseek serve``, without ``--host``, ``--port`` and ``--fd``.
         device: of the replicas: ``cpu``, or GPUs as far as there are any.
         keys: the replicas know them too, from where they come from.
         say: told the address once connections are accepted.
@@ -126,11 +140,11 @@ def serve_replicas(arguments: Sequence[str], count: int, config: RouterConfig, *
             f"--host {host} lets other machines use the model: give --keys-file FILE or DEEPSEEK_API_KEYS"
         )
     gpus = [] if device == "cpu" else visible_gpus(os.environ)
-    replicas = LocalReplicas(
+    with contextlib.closing(LocalReplicas(
         [*PROGRAM, "serve", *arguments], environments(count, gpus, os.environ), config.drain + KILL,
         lambda line: print(f"router: {line}", file=sys.stderr, flush=True),
-    )  # fmt: skip
-    return route(replicas.urls, config, host=host, port=port, keys=keys, listening=say, beside=replicas)
+    )) as replicas:  # fmt: skip
+        return route(replicas.urls, config, host=host, port=port, keys=keys, listening=say, beside=replicas)
 
 
 def environments(count: int, gpus: Sequence[str], environment: Mapping[str, str]) -> list[dict[str, str]]:
@@ -162,8 +176,19 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(bind("127.0.0.1", 0)) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+@contextlib.contextmanager
+def _hanging_up(bound: socket.socket) -> Iterator[None]:
+    """While nobody serves ``bound``: whoever has connected, or does, is not left to wait for the next start."""
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError):  # nobody is there any more
+            while True:
+                bound.accept()[0].close()
+
+    bound.setblocking(False)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(bound, hang_up)
+    try:
+        yield
+    finally:
+        loop.remove_reader(bound)

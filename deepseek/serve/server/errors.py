@@ -22,7 +22,7 @@ from deepseek.errors import (
     RunError,
     WeightsError,
 )
-from deepseek.serve.supervision import EngineBusy, EngineLost, EngineReloading
+from deepseek.serve.supervision import EngineBusy, EngineCrashed, EngineLost, EngineReloading
 
 LONGEST = 300  #: characters of a client's own value in an error message
 CLIENT_GONE = 499  #: logged, never sent: the client closed the connection before its answer
@@ -81,6 +81,8 @@ def translated(error: Exception) -> ApiError:
         return ApiError(str(error), 409, code="reload_in_progress", headers={"retry-after": "2"})
     if isinstance(error, EngineLost):
         return ApiError(str(error), 503, code="engine_lost", headers={"retry-after": "2"})
+    if isinstance(error, EngineCrashed):  # OpenAI's clients ask again after a 503 unless they are told not to
+        return ApiError(str(error), 503, code="engine_crashed", headers={"x-should-retry": "false"})
     if isinstance(error, EngineError):
         return ApiError(str(error), 503, code="engine_unavailable", headers={"retry-after": "2"})
     if isinstance(error, (ConfigError, DataError)):

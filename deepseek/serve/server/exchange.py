@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from deepseek.serve.server.shapes import Record as Shape
 
 RECORD, KEY, ABORT = "deepseek.record", "deepseek.key", "deepseek.abort"  #: names in an ASGI scope
+WAITED = (
+    "x-request-waited"  #: header: seconds that the request has had elsewhere, which count to its deadline
+)
 GRACE = 2.0  #: seconds beyond a deadline after which the front end itself ends a request
 FIRST = 0.5  #: seconds that the status of a stream waits for the engine's first word, so that errors have their own
 
@@ -64,17 +68,22 @@ class Exchange:
         self.body: dict[str, Any] = {}
         self.stream: Stream | None = None
         self.sequences = 0
+        self.waited = seconds_waited(self.request.headers.get(WAITED, ""))
 
     @property
     def deadline(self) -> float | None:
-        """Seconds from the request's arrival, or ``None``."""
+        """Seconds that the request may take, or ``None``."""
         return self.body.get("timeout") or self.front.config.timeout or None
 
     @property
     def time_left(self) -> float | None:
         """Seconds, more than none."""
         limit = self.deadline
-        return None if limit is None else max(0.001, limit - (time.monotonic() - self.record.began))
+        return (
+            None
+            if limit is None
+            else max(0.001, limit - self.waited - (time.monotonic() - self.record.began))
+        )
 
     def admit(self, sequences: int) -> None:
         """The request turns out to have so many sequences. Raises ``ApiError``."""
@@ -93,7 +102,8 @@ class Exchange:
     async def streamed(self, chunks: Any, opening: bytes) -> None:
         """Send ``chunks`` (an async generator of bytes) as an event stream that begins with ``opening``.
 
-        The status is sent with the first chunk, or after ``FIRST`` seconds without one.
+        The status is sent with the first chunk, or after ``FIRST`` seconds without one; ``opening`` with the first
+        chunk: what has got nothing yet can still be asked of another server.
         """
         stream = self.stream = Stream(self.send)
         self.front.streams.add(stream)
@@ -105,9 +115,7 @@ class Exchange:
                     if first.done():
                         first.result()
                     await stream.start()
-                    await stream.write(opening + (first.result() if first.done() else b""))
-                    if not first.done():
-                        await stream.write(await first)
+                    await stream.write(opening + await first)
                 finally:
                     first.cancel()
                     await asyncio.gather(first, return_exceptions=True)
@@ -223,6 +231,11 @@ class Operation:
             await asyncio.wait_for(last, self.front.config.stalled)
         except asyncio.TimeoutError:
             exchange.scope.get(ABORT, _nothing)()
+
+
+def seconds_waited(text: str) -> float:
+    """The value of a header ``WAITED``; 0 for what is none."""
+    return float(text) if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text, re.ASCII) else 0.0
 
 
 async def unless_gone(

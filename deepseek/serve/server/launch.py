@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek.address import bind, is_loopback, url
+from deepseek.address import adopt, bind, is_loopback, url
 from deepseek.errors import ConfigError, EngineError, MissingExtraError
 from deepseek.serve.server.config import ServerConfig
 from deepseek.serve.server.keys import Keyring
@@ -36,6 +36,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = PORT,
+    fd: int | None = None,
     keys_file: str = "",
     supervision: Supervision | None = None,
     say: Callable[[str], None] = print,
@@ -44,11 +45,16 @@ def serve(
 
     Returns the exit status: 0, or 128 plus its number when a second signal ended it at once.
 
+    Args:
+        fd: of a socket that listens already, in place of ``host`` and ``port``: whoever starts this process holds the
+            address, over its restarts too.
+
     Keys come from ``keys_file`` and from the environment (``DEEPSEEK_API_KEYS``, ``DEEPSEEK_ADMIN_KEYS``).
 
     Raises:
         ConfigError: no keys for an address that other machines can reach; the address cannot be had.
-        RunError, CheckpointError, WeightsError: the model cannot be loaded. MissingExtraError: without the extra
+        RunError, CheckpointError, WeightsError: the model cannot be loaded. EngineError: step processes died so often
+        that the engine was given up; whoever started this one may start it again. MissingExtraError: without the extra
         ``serve``.
     """
     _require()
@@ -56,11 +62,13 @@ def serve(
 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that has gone
     keys = Keyring.load(keys_file or None, os.environ)
-    if not keys and not is_loopback(host):
+    if fd is None and not keys and not is_loopback(host):
         raise ConfigError(NO_KEYS.format(host=host))
     if not Path(path).exists():
         raise ConfigError(f"there is no model at {path}; 'deepseek runs' lists runs")
-    with bind(host, port) as bound:
+    with bind(host, port) if fd is None else adopt(fd) as bound:
+        if not keys and not is_loopback(here := bound.getsockname()[0]):
+            raise ConfigError(NO_KEYS.format(host=here))
         client = ProcessClient(path, engine, supervision)
         address = url(bound)
         return asyncio.run(_serve(client, config, keys, bound, lambda: say(f"{path} is served at {address}")))
@@ -87,7 +95,12 @@ async def _serve(
         gc.freeze()  # what was loaded stays: a collection that looks at it all again stops every answer for 0.2 s
         ready()
 
-    loading = asyncio.create_task(load())
+    async def end_when_given_up() -> None:
+        await client.given_up.wait()
+        if not front.admission.draining:
+            server.stop()
+
+    loading, ending = asyncio.create_task(load()), asyncio.create_task(end_when_given_up())
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     try:
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -96,10 +109,13 @@ async def _serve(
             await serving
             raise error
         await serving
+        if client.given_up.is_set() and not server.killed:
+            raise EngineError(client.readiness()[1])
         return 128 + server.killed if server.killed else 0
     finally:
         loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
+        ending.cancel()
+        await asyncio.gather(loading, ending, return_exceptions=True)
         await client.close()
 
 
