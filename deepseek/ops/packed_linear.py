@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEMV_ROWS = 1  #: up to how many rows a product on CUDA is a matter of reading the weight
-#: Bytes of weights that a product asks for as it ends: where the next product follows at once, and where attention
-#: lies between, during which the memory would be idle.
-NEXT, BEYOND = 8 << 20, 24 << 20
 SMALL = 1 << 16  #: weights of an fp32 layer below which calling oneDNN costs more than it saves
 
 
@@ -91,10 +88,6 @@ class PackedLinear(ABC):
         """
         y = self(normed(x_NC, norm))
         return y if residual_NF is None else residual_NF + y
-
-    def before(self, *others: PackedLinear, most: int | None = None) -> None:
-        """``others`` are read after this: where it pays, ``most`` bytes of them (``NEXT``) are on their way then."""
-        return
 
 
 def pack_linear(
@@ -207,23 +200,11 @@ class RowwiseLinear(PlainLinear):
 
 
 class TritonLinear(PlainLinear):
-    """Few rows by ``gemv``, more by ``F.linear``; ``exact``: all by ``row_matmul``.
-
-    Attributes:
-        then: what ``gemv`` asks for as it ends: weights, and how many bytes of them.
-    """
+    """Few rows by ``gemv``, more by ``F.linear``; ``exact``: all by ``row_matmul``."""
 
     def __init__(self, weight_FC: Tensor, bias_F: Tensor | None, exact: bool) -> None:
         super().__init__(weight_FC, bias_F)
         self.exact, self._kernels = exact, kernels("linear")
-        self.then: list[tuple[Tensor, int]] = []
-
-    def before(self, *others: PackedLinear, most: int | None = None) -> None:
-        left, self.then = NEXT if most is None else most, []
-        for other in others:
-            if isinstance(other, TritonLinear) and left:
-                self.then.append((other.weight, min(left, other.nbytes)))
-                left -= self.then[-1][1]
 
     def streams(self, x_NC: Tensor) -> bool:
         """Whether ``stream`` is how to compute these rows."""
@@ -231,7 +212,7 @@ class TritonLinear(PlainLinear):
 
     def stream(self, x_NC: Tensor, **options: Any) -> Tensor:
         """The product by ``gemv``, whose options these are."""
-        y: Tensor = self._kernels.gemv(x_NC.contiguous(), self.weight, self.bias, then=self.then, **options)
+        y: Tensor = self._kernels.gemv(x_NC.contiguous(), self.weight, self.bias, **options)
         return y
 
     def __call__(self, x_NC: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from deepseek.registry import get_op, register_op
 __all__ = [
     "Pooled",
     "StepRows",
-    "append_and_attend",
     "append_rows",
     "paged_attention",
     "paged_hybrid_attention",
@@ -184,31 +183,6 @@ def paged_attention(
     return get_op("paged_attention", backend_for(q_NHD, rows, k_PTKD))(
         q_NHD, k_PTKD, v_PTKD, table_SP, rows, window
     )
-
-
-def append_and_attend(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    rope: tuple[Tensor, Tensor] | None,
-    pages: tuple[Tensor, Tensor],
-    rows: StepRows,
-    slot_N: Tensor,
-    window: int | None = None,
-) -> Tensor:
-    """``append_rows`` and ``paged_attention`` of a full or a window layer: one launch on a GPU if all rows are decodes.
-
-    Returns:
-        ``[N, H, D]``.
-    """
-    table_SP = rows.global_SP if window is None else rows.window_SP
-    if backend_for(q_NHD, rows) == "triton" and kernels("paged_decode").takes(rows):
-        y: Tensor = kernels("paged_decode").decode(
-            q_NHD, k_NKD, v_NKD, rope, pages, rows, slot_N, table_SP, window
-        )
-        return y
-    q = append_rows(q_NHD, k_NKD, v_NKD, rope, pages, rows, slot_N)
-    return paged_attention(q, *pages, table_SP, rows, window)
 
 
 def paged_hybrid_attention(

@@ -26,11 +26,10 @@ from deepseek.ops.decode_experts import PackedExperts
 from deepseek.ops.exact import exact_map
 from deepseek.ops.native_attention import NativeAppend
 from deepseek.ops.native_attention import takes as native_takes_heads
-from deepseek.ops.packed_linear import BEYOND, PackedLinear, PackedSwiGLU, normed, normed_heads, pack_linear
+from deepseek.ops.packed_linear import PackedLinear, PackedSwiGLU, normed, normed_heads, pack_linear
 from deepseek.ops.paged_attention import (
     Pooled,
     StepRows,
-    append_and_attend,
     append_rows,
     paged_attention,
     paged_hybrid_attention,
@@ -143,16 +142,6 @@ class DecoderLayer:
             assert isinstance(ffn, SwiGLU)
             self.ffn = _packed_swiglu(ffn, format, device, exact)
 
-    def before(self, following: PackedLinear) -> None:
-        """See ``Decoder.link``; ``following`` comes after the layer's last product."""
-        if self.experts is not None:  # which weights are read is not known before
-            self.qkv.before(self.output, most=BEYOND)
-            return
-        self.qkv.before(self.output, self.ffn.gate_up, most=BEYOND)
-        self.output.before(self.ffn.gate_up)
-        self.ffn.gate_up.before(self.ffn.down)
-        self.ffn.down.before(following)
-
     def over(self, cache: LayerPages) -> None:
         """Get ready for these pages."""
         c = self.config
@@ -201,11 +190,6 @@ class DecoderLayer:
         else:
             if self.head_norm is not None:
                 qk = normed_heads(qk, self.head_norm)
-            if self.kind != "H" and (qk.is_cuda or runs_on(qk.device)):
-                return append_and_attend(
-                    qk[:, : c.heads], qk[:, c.heads :], v, rope.halves if self.rotated else None,
-                    (cache.k, cache.v), rows, self._slots(rows), None if self.kind == "F" else c.window,
-                ).flatten(1)  # fmt: skip
             q = self._append(qk, v, rows, rope, cache)
         if self.kind == "F":
             return paged_attention(q, cache.k, cache.v, rows.global_SP, rows).flatten(1)
@@ -334,16 +318,10 @@ class Decoder:
         ]
         self.norm = Norm.of(model.norm, self.dtype, device)
         self.head = pack_linear(model.head_weight.detach(), None, format, device, exact=exact)
-        self.link()
         self.tables = PageTables(max_running, -(-max_length // layout.page) + 1, layout.page)
         a = c.attention
         self._rope = Rope.table(max_length + 1, a.head_dim, a.rope_theta, a.rope_scaling, device)
         self.caches: list[LayerPages] = []
-
-    def link(self) -> None:
-        """Each product learns what is read after it."""
-        for layer, after in zip(self.layers, [*(layer.qkv for layer in self.layers[1:]), self.head]):
-            layer.before(after)
 
     def allocate(self, pages: tuple[int, int]) -> None:
         """Make room for so many pages of the global and of the window group."""

@@ -40,28 +40,6 @@ def wait(CHAIN: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-PIECE = tl.constexpr(2048)  #: bytes that one thread asks for at a time
-
-
-@triton.jit
-def fetch(memory, bytes, program, programs, THREADS: tl.constexpr):
-    """Ask for the first ``bytes`` of ``memory`` to come to the L2 cache, and wait for nothing (Hopper on).
-
-    ``programs`` programs of ``THREADS`` threads share it out: pieces in turn.
-    """
-    at = memory.to(tl.int64)
-    for first in range(program, bytes // PIECE, programs * THREADS):
-        piece = first + tl.arange(0, THREADS) * programs
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 2048; mov.b32 $0, 0; }",
-            "=r,l,r",
-            [at + piece.to(tl.int64) * PIECE, (piece < bytes // PIECE).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
 def options(device: torch.device) -> dict[str, Any]:
     """Launch options: ``CHAIN`` for the kernel, and what the launch itself takes."""
     return {"CHAIN": True, "launch_pdl": True} if _chains(device) else {"CHAIN": False}

@@ -17,7 +17,7 @@ Shape letters: N rows, C inputs, F outputs, S parts of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek.ops.triton import processors
-from deepseek.ops.triton.chain import begin, fetch, options, wait
+from deepseek.ops.triton.chain import begin, options, wait
 
 MOST_ROWS = 8  #: of ``gemv``
 PROGRAMS = 264  #: from how many on every multiprocessor is busy
@@ -42,14 +42,14 @@ def _weights(weight, f, c, outputs, last, inputs):
 
 @triton.jit
 def _gemv_kernel(
-    x, weight, bias, scale, residual, out, next_1, next_2, n_rows, inputs, outputs, per_part, eps, bytes_1, bytes_2,
+    x, weight, bias, scale, residual, out, n_rows, inputs, outputs, per_part, eps,
     NP: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, THREADS: tl.constexpr, CHAIN: tl.constexpr,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """``out [S, N, F]``; with one part, it is the result. ``SWIGLU``: the weight is gate above up, ``[2F, C]``.
 
     A program takes every so-many-th tile of BF rows. ``WHOLE``: a tile has all inputs of the part, and ``x`` is read
-    once; else tiles are read in pieces of BC inputs. What is read next is asked for when all tiles are (``fetch``).
+    once; else tiles are read in pieces of BC inputs.
     """
     begin(CHAIN)
     part, n, i = tl.program_id(1), tl.arange(0, NP), tl.arange(0, BF)
@@ -121,11 +121,6 @@ def _gemv_kernel(
         if RESIDUAL:
             y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
-    if CHAIN:
-        program = part * tl.num_programs(0) + tl.program_id(0)
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        fetch(next_1, bytes_1, program, programs, THREADS)
-        fetch(next_2, bytes_2, program, programs, THREADS)
 
 
 @triton.jit
@@ -196,7 +191,6 @@ def gemv(
     swiglu: bool = False,
     residual_NF: Tensor | None = None,
     parts: int = 0,
-    then: Sequence[tuple[Tensor, int]] = (),
 ) -> Tensor:
     """``residual + act(norm(x) Wᵀ + b)`` for at most ``MOST_ROWS`` rows, in fp32 until it is stored.
 
@@ -206,8 +200,6 @@ def gemv(
         swiglu: the weight is gate above up, ``[2F, C]``, and the result ``silu(gate) · up``.
         parts: into how many the inputs are divided; 0: as many as it takes to occupy the chip. With a norm or
             swiglu it is one.
-        then: up to two tensors that are read after this product, and how many of their first bytes are asked for when
-            it ends, so that the memory works while what lies between does not need it.
 
     Returns:
         ``[N, F]``.
@@ -224,13 +216,10 @@ def gemv(
     split = out if parts == 1 else out.new_empty(parts, rows, outputs, dtype=torch.float32)
     scale, eps = norm or (None, 0.0)
     chain = options(x_NC.device)
-    (next_1, bytes_1), (next_2, bytes_2) = [*then, *[(weight_FC, 0)] * (2 - len(then))]
     _gemv_kernel[(min(tiles, blocks * processors(x_NC.device)), parts)](
-        x_NC, weight_FC, bias_F, scale, residual_NF, split, next_1, next_2, rows, inputs, outputs, per_part, eps,
-        bytes_1, bytes_2,
+        x_NC, weight_FC, bias_F, scale, residual_NF, split, rows, inputs, outputs, per_part, eps,
         NP=padded, BF=block_f, BC=block_c, WHOLE=per_part <= block_c, BIAS=bias_F is not None and parts == 1,
-        NORM=norm is not None, SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1,
-        THREADS=32 * warps, num_warps=warps, **chain,
+        NORM=norm is not None, SWIGLU=swiglu, RESIDUAL=residual_NF is not None and parts == 1, num_warps=warps, **chain,
     )  # fmt: skip
     if parts > 1:
         block = min(256, triton.next_power_of_2(outputs))

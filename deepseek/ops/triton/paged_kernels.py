@@ -120,7 +120,7 @@ def _blocks(position, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def store_part(parts, lses, part, acc, top, total, real, D: tl.constexpr, DP: tl.constexpr):
+def _store_part(parts, lses, part, acc, top, total, real, D: tl.constexpr, DP: tl.constexpr):
     """A split's softmax: its result, if it has seen anything, and the logarithm (base 2) of its sum."""
     d = tl.arange(0, DP)
     safe = tl.where(total == 0, 1.0, total)  # NaN stays NaN
@@ -168,7 +168,7 @@ def attend_kernel(
             (BLOCK - 1) // STRIDE, scale, split, splits, least, BN, PAGE // STRIDE, D, DP, SPLIT, False, PRECISION,
         )  # fmt: skip
         if SPLIT:
-            store_part(parts, lses, part, acc, top, total, real, D, DP)
+            _store_part(parts, lses, part, acc, top, total, real, D, DP)
             part += splits
         else:
             share_of_pool = tl.load(gate + row * g_n + head * g_h, mask=real, other=0.0).to(tl.float32)
@@ -185,7 +185,7 @@ def attend_kernel(
         scale, split, splits, least, BN, PAGE, D, DP, SPLIT, WINDOW, PRECISION,
     )  # fmt: skip
     if SPLIT:
-        store_part(parts, lses, part, acc, top, total, real, D, DP)
+        _store_part(parts, lses, part, acc, top, total, real, D, DP)
     else:
         safe = tl.where(total == 0, 1.0, total)
         if POOLED:
@@ -208,7 +208,7 @@ def _sink(q, sink, h, K, here, scale, BM: tl.constexpr, D: tl.constexpr, DP: tl.
 
 
 @triton.jit
-def attend_decode(
+def _decode(
     acc, top, total, q, k, v, table, width, h, K, lo, hi, before, scale, split, splits, least,
     BM: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -274,13 +274,13 @@ def decode_kernel(
         if split < pools:
             x = tl.load(q + own, mask=mask, other=0.0)
             acc, top, total = _sink(x, sink, h, K, split == 0, scale, BM, D, DP)
-            acc, top, total = attend_decode(
+            acc, top, total = _decode(
                 acc, top, total, x, pool_k, pool_v, pool_table, pool_width, h, K,
                 0, _blocks(length - 1, BLOCK, STRIDE), (BLOCK - 1) // STRIDE, scale, split, pools, least,
                 BM, BN, PAGE // STRIDE, D, DP, SPLIT, PRECISION,
             )  # fmt: skip
             if SPLIT:
-                store_part(parts, lses, part, acc, top, total, real, D, DP)
+                _store_part(parts, lses, part, acc, top, total, real, D, DP)
             else:
                 share_of_pool = tl.load(gate + row * g_n + head * g_h, mask=real, other=0.0).to(tl.float32)
                 y = acc * (share_of_pool / total)[:, None]
@@ -289,13 +289,13 @@ def decode_kernel(
         lo = 0
         if WINDOW:
             lo = tl.maximum(length - window, 0)
-        acc, top, total = attend_decode(
+        acc, top, total = _decode(
             tl.zeros((BM, DP), tl.float32), tl.full((BM,), float("-inf"), tl.float32),
             tl.zeros((BM,), tl.float32), x, k, v, table, width, h, K,
             lo, length, 0, scale, split - pools, splits - pools, least, BM, BN, PAGE, D, DP, SPLIT, PRECISION,
         )  # fmt: skip
         if SPLIT:
-            store_part(parts, lses, part, acc, top, total, real, D, DP)
+            _store_part(parts, lses, part, acc, top, total, real, D, DP)
         else:
             y += acc * ((1.0 - share_of_pool) / tl.where(total == 0, 1.0, total))[:, None]
             tl.store(out + (row * H + head[:, None]) * D + d[None, :], y.to(out.dtype.element_ty), mask=mask)
