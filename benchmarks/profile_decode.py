@@ -4,7 +4,8 @@
     python benchmarks/profile_decode.py --quick small_moe          # a CPU: to see that it runs
 
 Models are those of ``deepseek bench serve``, with random weights. For every number of streams: the median step between
-two tokens of all of them, with and without running ahead (``--ahead``: only with), then a profile of ten more steps.
+two tokens of all of them, with and without running ahead (``--ahead``: only with), the same step's captured graph
+replayed alone (what the step takes beyond that, the host takes), then a profile of ten more steps.
 Times of kernels that begin before the one before has ended (``deepseek/ops/triton/chain.py``) contain their waiting:
 they overlap, and add up to more than the step.
 """
@@ -49,6 +50,23 @@ def steps(engine: Engine, job: Job, streams: int, repeat: int, profiled: bool) -
     return seconds[5:first], found
 
 
+def replayed(engine: Engine, times: int = 200) -> float:
+    """Seconds of the captured step that was made last, replayed again and again; the best of five."""
+    if engine.graphs is None or not engine.graphs._made:
+        return float("nan")
+    _, replay = list(engine.graphs._made.values())[-1]
+    best = float("inf")
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / times / 1e3)
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["dense_856m"])
@@ -76,8 +94,9 @@ def main() -> None:
                     job = Job(str(directory), (streams,), args.prompt, args.answer, engine.vocabulary)
                     steps(engine, job, streams, 0, False)
                     seconds, found = steps(engine, job, streams, 1, True)
-                    middle = statistics.median(seconds)
-                    print(f"  {streams} streams: {1e6 * middle:.0f} us a step, {streams / middle:.0f} tok/s, "
+                    middle, alone = statistics.median(seconds), replayed(engine)
+                    print(f"  {streams} streams: {1e6 * middle:.0f} us a step, {streams / middle:.0f} tok/s, replayed "
+                          f"alone {1e6 * alone:.0f} us, "
                           f"{engine.decoder.bytes_read(streams) / 1e9:.3f} GB of weights", flush=True)  # fmt: skip
                     order = f"self_{'cuda' if CUDA else 'cpu'}_time_total"
                     print(
