@@ -223,7 +223,7 @@ def _alone(job: Job, options: argparse.Namespace, device: str, seconds: float) -
     index = mine.split(",")[int(index or 0)] if mine else index or "0"
     command = [sys.executable, __file__, *options.arguments, "--job", job.name, "--job-seed", str(job.seed)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": index, "OMP_NUM_THREADS": "4"}
-    limit = seconds if seconds < threading.TIMEOUT_MAX else None
+    limit = seconds if seconds < 1e6 else None  # a wait takes milliseconds as a small integer
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=limit)
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}, see above")
