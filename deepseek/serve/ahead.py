@@ -11,7 +11,7 @@ before its time: ``docs/serving-internals.md``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,17 +19,20 @@ from torch import Tensor
 from deepseek.serve.decoder import Traced
 from deepseek.serve.sampling import Drawing, Sampled
 from deepseek.serve.scheduler import Scheduled, Work
+from deepseek.serve.tables import HostRows
 from deepseek.serve.transfer import put
 
 
 class DrawnTokens(NamedTuple):
-    """Tokens that only the device knows: rows ``row_S`` of ``token_R``, int64."""
+    """Tokens that only the device knows: rows ``row_S`` of ``token_R``, int64; ``None``: all, in their order."""
 
     token_R: Tensor
-    row_S: list[int]
+    row_S: list[int] | None = None
 
     def gather(self) -> Tensor:
         """``[S]``, on the device."""
+        if self.row_S is None:
+            return self.token_R.contiguous()
         return self.token_R[put(self.row_S, self.token_R.device)]
 
 
@@ -38,23 +41,26 @@ class InFlight:
 
     Args:
         samples: for each work, whether it draws a token (more with drafts); the tokens come in this order.
-        hidden: ``[N, C]``, of all rows; traced: what the layers did, if asked.
+        host: its rows. hidden: ``[N, C]``, of all of them; traced: what the layers did, if asked.
         began: when it was begun, seconds of ``time.perf_counter``.
 
     Attributes:
         drawing: the tokens, if any.
-        follows: the next step can be launched without the host: every running sequence has drawn one token here, whose
-            successor is ``foreseeable``.
+        simple: every sequence draws one token here, and nothing else is read.
+        follows: and the next step can be launched without the host: all that run are here, and their next tokens are
+            ``foreseeable``.
     """
 
     def __init__(
-        self, work: list[Work], samples: list[bool], hidden: Tensor, traced: Traced | None, began: float
-    ) -> None:
-        self.work, self.samples, self.hidden, self.traced, self.began = work, samples, hidden, traced, began
-        self.sampling = [w for w, draws in zip(work, samples) if draws]
+        self, work: list[Work], samples: list[bool], host: HostRows, hidden: Tensor, traced: Traced | None,
+        began: float,
+    ) -> None:  # fmt: skip
+        self.work, self.samples, self.host, self.hidden = work, samples, host, hidden
+        self.traced, self.began = traced, began
+        self.sampling = work if all(samples) else [w for w, draws in zip(work, samples) if draws]
         self.drawing: Drawing | None = None
-        self.follows = False
-        self._counting = {id(w.sequence) for w in work}
+        self.simple = self.follows = False
+        self._dropped: set[Scheduled] = set()
 
     def rows(self) -> list[int]:
         """The rows whose logits are needed."""
@@ -67,28 +73,39 @@ class InFlight:
 
     def drop(self, sequence: Scheduled) -> None:
         """What this step finds for ``sequence`` counts for nothing: it has ended, or went on from a wrong token."""
-        self._counting.discard(id(sequence))
+        self._dropped.add(sequence)
 
     def counts(self, work: Work) -> bool:
-        return id(work.sequence) in self._counting
+        return work.sequence not in self._dropped
+
+    @property
+    def counting(self) -> list[Work]:
+        """The work that counts."""
+        return [w for w in self.work if w.sequence not in self._dropped] if self._dropped else self.work
 
     @property
     def alive(self) -> bool:
         """Whether anything counts; if not, nobody need read it."""
-        return bool(self._counting)
+        return bool(self.counting)
+
+    def repeats(self, work: Sequence[Work]) -> bool:
+        """Whether ``work``, which follows, is of all its sequences."""
+        return len(work) == len(self.work)
 
     def going(self) -> list[Work]:
-        """The work that counts, if it can be followed; else nothing."""
+        """The work that goes on with another row, as far as can be seen, if it can be followed; else nothing."""
         if not self.follows:
             return []
-        return [w for w in self.work if id(w.sequence) in self._counting]
+        return [w for w in self.counting if w.start + w.rows + 1 < w.sequence.most]
 
-    def hand_on(self, sequences: Iterable[Scheduled]) -> DrawnTokens:
-        """The tokens of some of its sequences for the next step, which overwrites what this one has left."""
+    def hand_on(self, work: Sequence[Work]) -> DrawnTokens:
+        """The tokens that ``work`` goes on from, if it follows; it overwrites what this step has left."""
         assert self.drawing is not None
         self.drawing.keep()
-        row = {id(w.sequence): i for i, w in enumerate(self.sampling)}
-        return DrawnTokens(self.drawing.token_N, [row[id(s)] for s in sequences])
+        if len(work) == len(self.sampling):
+            return DrawnTokens(self.drawing.token_N)
+        row = {w.sequence: i for i, w in enumerate(self.sampling)}
+        return DrawnTokens(self.drawing.token_N, [row[w.sequence] for w in work])
 
     @property
     def redrawn(self) -> list[Scheduled]:
@@ -100,6 +117,10 @@ class InFlight:
     def read(self) -> list[list[Sampled]]:
         """Wait for the tokens; one list for each work that ``samples``."""
         return self.drawing.read() if self.drawing is not None else []
+
+    def tokens(self) -> list[int] | None:
+        """Wait for the tokens; one for each work, or ``None`` where that is not all."""
+        return self.drawing.tokens() if self.drawing is not None and self.simple else None
 
 
 Tokens = Sequence[int] | DrawnTokens

@@ -28,19 +28,12 @@ class Answer:
     adapter: int = -1
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     embedding: Tensor | None = None
-    told: bool = False  #: its first output, which carries what is said once, is out
+    said: dict[str, Any] | None = None  #: what every output says; ``None`` before the first, which says more
+    more: bool = False  #: every output says more than that, and its text and tokens
 
-    @property
-    def ending(self) -> bool:
-        """Whether the next token is the last, whatever it is."""
-        return len(self.state.tokens) + 1 >= self.state.config.max_tokens
-
-    def foreseeable(self, work: Work) -> bool:
-        """Whether the step after ``work`` needs nothing of what this one finds but its token."""
-        if work.sequence.request.trace or self.proposer is not None:
-            return False
-        reads = self.prompt_logprobs is not None and work.start < work.sequence.prompt_length
-        return self.state.foreseeable and not reads
+    def reads(self, work: Work) -> bool:
+        """Whether the log-probabilities of the prompt are asked for, and ``work`` is of the prompt."""
+        return self.prompt_logprobs is not None and work.start < work.sequence.prompt_length
 
     def extend(self, sampled: Sequence[Sampled]) -> tuple[list[int], str]:
         """Take what was sampled as far as the answer goes on; the tokens taken, and the text they make showable."""
@@ -81,18 +74,22 @@ class Traces:
         return TokenTrace(tuple(experts), tuple((layer, share[row]) for layer, share in self._gates.items()))
 
 
-_SILENT = dict(Output("").__dict__)
+def saying(output: Output) -> dict[str, Any]:
+    """What ``output`` says, for ``output_of``."""
+    return dict(output.__dict__)
 
 
-def output_of(id: str, **told: Any) -> Output:
-    """``Output(id, **told)``: a frozen dataclass's own constructor sets every field by a call, which in a step of many
-    sequences takes a quarter of the host's time.
+_new = object.__new__
+
+
+def output_of(said: dict[str, Any], text: str, tokens: tuple[int, ...]) -> Output:
+    """``replace(output, text=text, tokens=tokens)``, of which ``said`` is ``saying``: a frozen dataclass's own
+    constructor sets every field by a call, which in a step of many sequences takes a quarter of the host's time.
     """
-    output = object.__new__(Output)
+    output = _new(Output)
     fields = output.__dict__
-    fields.update(_SILENT)
-    fields["id"] = id
-    fields.update(told)
+    fields.update(said)
+    fields["text"], fields["tokens"] = text, tokens
     return output
 
 

@@ -381,9 +381,9 @@ class Decoder:
 
         counts = host.rows
         return StepRows(
-            position_N=sent(host.position_N), ends_S=sent(host.ends_S), length_S=sent(host.length_S),
-            global_SP=sent(host.global_SP), window_SP=sent(host.window_SP), global_slot_N=sent(host.global_slot_N),
-            window_slot_N=sent(host.window_slot_N), page=self.layout.page, rows=tuple(counts),
+            position_N=sent(host.position_N), ends_S=sent(host.ends_S), length_S=sent(host.length_S.astype(np.int32)),
+            global_SP=sent(host.global_SP), window_SP=sent(host.window_SP), global_slot_N=sent(host.slot_2N[0]),
+            window_slot_N=sent(host.slot_2N[1]), page=self.layout.page, rows=tuple(counts),
             lengths=tuple(host.length_S.tolist()), decodes=host.decodes, exact=self.exact,
         )  # fmt: skip
 

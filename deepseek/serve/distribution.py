@@ -87,15 +87,12 @@ def draw_all(scores_RV: Tensor, filters: Filters, uniform_R: Tensor) -> Tensor:
         scores_RV: any floating-point type.
         uniform_R: fp64 in [0, 1), one per row.
     """
-    tokens = []
-    for part in parts(scores_RV):
-        scores, some = scores_RV[part].float(), filters.rows(part)
-        share = weights(scores, scores.amax(-1), some.temperature_R)
-        if some.min_p_R is not None:
-            share *= share >= some.min_p_R[:, None]
-        upto = whole(share).cumsum(-1)
-        tokens.append(_place(upto, upto[:, -1], uniform_R[part]))
-    return torch.cat(tokens)
+    slices = parts(scores_RV)
+    if len(slices) == 1:
+        return _draw_all(scores_RV.float(), filters, uniform_R)
+    return torch.cat(
+        [_draw_all(scores_RV[part].float(), filters.rows(part), uniform_R[part]) for part in slices]
+    )
 
 
 def draw_best(
@@ -114,9 +111,12 @@ def draw_best(
         The tokens, int64 ``[R]``, and whether more must be looked at, bool ``[R]``: those rows' tokens mean
         nothing.
     """
+    slices = parts(scores_RV)
+    if len(slices) == 1:
+        return _draw_best(scores_RV.float(), filters, uniform_R, candidates, totals)
     drawn = [
         _draw_best(scores_RV[part].float(), filters.rows(part), uniform_R[part], candidates, totals)
-        for part in parts(scores_RV)
+        for part in slices
     ]
     tokens, short = zip(*drawn)
     return torch.cat(tokens), torch.cat(short)
@@ -141,6 +141,14 @@ def parts(scores_RV: Tensor) -> list[slice]:
     rows, size = scores_RV.shape
     some = max(1, CACHED // size) if scores_RV.device.type == "cpu" else rows
     return [slice(first, first + some) for first in range(0, rows, some)]
+
+
+def _draw_all(scores_RV: Tensor, filters: Filters, uniform_R: Tensor) -> Tensor:
+    share = weights(scores_RV, scores_RV.amax(-1), filters.temperature_R)
+    if filters.min_p_R is not None:
+        share *= share >= filters.min_p_R[:, None]
+    upto = whole(share).cumsum(-1)
+    return _place(upto, upto[:, -1], uniform_R)
 
 
 def _draw_best(

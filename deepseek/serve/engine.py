@@ -32,7 +32,7 @@ from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
 from deepseek.serve.ahead import DrawnTokens, InFlight, Tokens
-from deepseek.serve.answer import Answer, Traces, Wordless, completion, output_of
+from deepseek.serve.answer import Answer, Traces, Wordless, completion, output_of, saying
 from deepseek.serve.budget import FeedbackBudget
 from deepseek.serve.decoder import Decoder, RowAdapters, Traced, cache_dtype, compute_dtype
 from deepseek.serve.engine_config import EngineConfig, default_running
@@ -49,9 +49,10 @@ from deepseek.serve.request import (
     Request,
 )
 from deepseek.serve.sampler import SamplingConfig
-from deepseek.serve.sampling import Drawing, Sampled, SamplingState, prompt_logprobs
+from deepseek.serve.sampling import Drawing, Sampled, SamplingState, Ways, prompt_logprobs
 from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
 from deepseek.serve.speculative import NgramProposer
+from deepseek.serve.tables import HostRows
 from deepseek.serve.text import TextStream, begins_text
 from deepseek.serve.transfer import Readback, put
 from deepseek.weights.gguf_parts import model_name
@@ -102,11 +103,13 @@ class Engine:
         self.ahead = captured if config.ahead is None else config.ahead
         self._readback = Readback(self.device)
         self._flight: InFlight | None = None
+        self._ways: Ways | None = None  #: of the last drawing
         self._read_at = 0.0  #: when the last step was read
         adapters = {name: load_adapter(place, shape) for name, place in config.adapters.items()}
         kept = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.bank = AdapterBank(adapters, kept, self.device, exact=config.deterministic)
         self.grammars = Grammars(self._tokenizer, self.vocabulary) if self._tokenizer else None
+        self._words = self._tokenizer or cast(Tokenizer, Wordless())
         self._live: dict[str, Scheduled] = {}
         self._timed: dict[str, Scheduled] = {}  #: those of them that have a deadline
         self._totals: dict[str, Any] = defaultdict(int)
@@ -160,14 +163,16 @@ class Engine:
         proposer = NgramProposer() if self.config.speculate else None
         if proposer is not None:
             proposer.extend(request.prompt)
-        words = tokenizer or cast(Tokenizer, Wordless())
+        words = self._words
         answer = Answer(
             state, TextStream(words, sampling, ends, first=begins_text(words, request.prompt)), room, proposer,
             self.bank.index(request.adapter),
             [] if sampling.prompt_logprobs is not None else None,
+            more=sampling.logprobs is not None or request.trace,
         )  # fmt: skip
         salt = b"" if request.adapter is None else request.adapter.encode()
-        sequence = Scheduled(request, list(request.prompt), salt=salt, engine=answer)
+        most = len(request.prompt) + sampling.max_tokens
+        sequence = Scheduled(request, list(request.prompt), salt=salt, engine=answer, most=most)
         self._live[request.id] = sequence
         if request.deadline is not None:
             self._timed[request.id] = sequence
@@ -272,10 +277,9 @@ class Engine:
         ``None`` where that takes the host: see ``InFlight.follows`` and ``Scheduler.follow``.
         """
         began = time.perf_counter()
-        going = flight.going()
-        if len(going) != len(self.scheduler.running):
+        if len(flight.counting) != len(self.scheduler.running):
             return None
-        work = self.scheduler.follow([w for w in going if not w.sequence.engine.ending])
+        work = self.scheduler.follow(flight.going())
         return self._launch(work, flight, began) if work else None
 
     def _launch(self, work: list[Work], before: InFlight | None, began: float) -> InFlight:
@@ -283,48 +287,71 @@ class Engine:
         if before is None:
             tokens: Tokens = [t for w in work for t in _row_tokens(w)]
             samples = [w.samples and not w.sequence.request.embed for w in work]
+            traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
+            host = self.decoder.tables.host_rows(work)
         else:
-            tokens, samples = before.hand_on(w.sequence for w in work), [True] * len(work)
-        hidden, logits, best, traced = self._run(work, tokens)
-        flight = InFlight(work, samples, hidden, traced, began)
-        if rows := flight.rows():
-            if logits is None or len(rows) < len(hidden):
-                logits, best = self.decoder.logits(hidden[put(rows, hidden.device)]), None
-            pairs = [(w.sequence.engine.state, w.sequence.draft[: w.drafts]) for w in flight.sampling]
-            ahead, like = (0, None) if before is None else (1, before.drawing)
-            flight.drawing = Drawing(
-                logits[:, : self.vocabulary], pairs, ahead=ahead, fetch=self._readback, like=like, best=best
-            )
+            tokens, samples, traced = before.hand_on(work), [True] * len(work), None
+            host = self.decoder.tables.host_rows(work, before.host if before.repeats(work) else None)
+        hidden, logits, best = self._run(work, host, tokens, traced)
+        flight = InFlight(work, samples, host, hidden, traced, began)
+        if flight.sampling:
+            if logits is None or len(flight.sampling) < len(work):
+                rows, best = flight.rows(), None
+                some = hidden[put(rows, hidden.device)] if len(rows) < len(hidden) else hidden
+                logits = self.decoder.logits(some)[:, : self.vocabulary]
+            flight.drawing = self._draw(flight, before, logits, best)
+        flight.simple = before is not None or (
+            all(samples) and traced is None and not self.config.speculate
+            and not any(w.sequence.engine.reads(w) for w in work)
+        )  # fmt: skip
         flight.follows = before is not None or (
-            all(samples)
+            flight.simple
             and len(work) == len(self.scheduler.running)
-            and all(w.sequence.engine.foreseeable(w) for w in work)
+            and all(w.sequence.engine.state.foreseeable for w in work)
         )
         return flight
 
     def _run(
-        self, work: list[Work], tokens: Tokens
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Traced | None]:
-        """Hidden states of all rows; when the step was captured their logits and likeliest tokens too; what the
-        layers did, if asked.
-        """
-        host, adapters = self.decoder.tables.host_rows(work), self._row_adapters(work)
-        traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
+        self, work: list[Work], host: HostRows, tokens: Tokens, traced: Traced | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hidden states of all rows; when the step was captured their logits and likeliest tokens too."""
+        adapters = self._row_adapters(work)
         if self.graphs is not None and adapters is None and traced is None:
-            done = self.graphs.run(tokens, host)
-            if done is not None:
-                return *done, None
+            found = self.graphs.run(tokens, host)
+            if found is not None:
+                return found
         if isinstance(tokens, DrawnTokens):
             tokens_N = tokens.gather()
         else:
             tokens_N = put(tokens, self.device)
-        return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, None, traced
+        return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, None
+
+    def _draw(
+        self, flight: InFlight, before: InFlight | None, logits_NV: Tensor, best: Tensor | None
+    ) -> Drawing:
+        """Queue the drawing of a step's tokens."""
+        if before is not None and before.drawing is not None and before.repeats(flight.work):
+            return before.drawing.following(logits_NV, self._readback, best)
+        states = [w.sequence.engine.state for w in flight.sampling]
+        drafts = [w.sequence.draft[: w.drafts] for w in flight.sampling] if before is None else ()
+        ahead = 0 if before is None else 1
+        drawing = Drawing.of(
+            logits_NV, states, drafts, ahead=ahead, fetch=self._readback, like=self._ways, best=best
+        )
+        self._ways = drawing.ways
+        return drawing
 
     def _read(self, flight: InFlight) -> list[Output]:
         """Wait for a step's tokens; what follows from them, and from its prompts."""
-        outputs, drawn = list[Output](), iter(flight.read())
+        tokens = flight.tokens()
+        drawn = iter(flight.read() if tokens is None else ())
         for sequence in flight.redrawn:
             self._discard(sequence)
+        outputs = list[Output]()
+        if tokens is not None:
+            outputs = self._append(flight, tokens)
+            self._time(flight)
+            return outputs
         traces = Traces(flight.traced) if flight.traced is not None else None
         end = 0
         for w, samples in zip(flight.work, flight.samples):
@@ -337,13 +364,31 @@ class Engine:
                 self.scheduler.advance(w, w.rows)  # before its end, which gives its pages back
                 outputs += self._embed(w, flight.hidden[first:end])
                 continue
-            if answer.prompt_logprobs is not None and w.start < w.sequence.prompt_length:
+            if answer.reads(w):
                 self._read_prompt(w, flight.hidden[first:end])
             if sampled is None:
                 self.scheduler.advance(w, w.rows)
             else:
                 outputs.append(self._extend(w, sampled, traces, end - w.drafts - 1))
         self._time(flight)
+        return outputs
+
+    def _append(self, flight: InFlight, tokens: list[int]) -> list[Output]:
+        """``_extend`` where every sequence has one token, and most have nothing else to tell."""
+        going, outputs = flight.counting, list[Output]()
+        if len(going) < len(tokens):
+            tokens = [token for w, token in zip(flight.work, tokens) if flight.counts(w)]
+        self.scheduler.advance_all(going)
+        self._totals["generated_tokens"] += len(going)
+        for (sequence, *_), token in zip(going, tokens):
+            answer: Answer = sequence.engine
+            sequence.tokens.append(token)
+            answer.state.accept(token)
+            text = answer.text.push(token)
+            if answer.said is not None and not (answer.more or answer.text.finish):
+                outputs.append(output_of(answer.said, text, (token,)))
+            else:
+                outputs.append(self._tell(sequence, text, [Sampled(token)]))
         return outputs
 
     def _extend(self, work: Work, sampled: list[Sampled], traces: Traces | None, row: int) -> Output:
@@ -363,23 +408,31 @@ class Engine:
             answer.proposer.extend(kept)
             if work.drafts:
                 answer.proposer.learn(work.drafts, len(kept) - 1)
+        return self._tell(sequence, text, sampled[: len(kept)], traces, row)
+
+    def _tell(
+        self, sequence: Scheduled, text: str, sampled: Sequence[Sampled], traces: Traces | None = None, row: int = 0
+    ) -> Output:  # fmt: skip
+        """The output that says what was appended; the end, if it is one."""
+        answer: Answer = sequence.engine
         more: dict[str, Any] = {}
-        if not answer.told:
-            answer.told = True
-            totals["prompt_tokens"] += sequence.prompt_length
+        if answer.said is None:
+            same = Output(
+                sequence.request.id, prompt_tokens=sequence.prompt_length, cached_tokens=sequence.cached,
+                queued=sequence.queued,
+            )  # fmt: skip
+            answer.said = saying(same)
+            self._totals["prompt_tokens"] += sequence.prompt_length
             if answer.prompt_logprobs is not None:
                 more["prompt_logprobs"] = tuple(answer.prompt_logprobs)
         if sequence.request.sampling.logprobs is not None:
-            more["logprobs"] = tuple(s.logprobs for s in sampled[: len(kept)])
+            more["logprobs"] = tuple(s.logprobs for s in sampled)
         if traces is not None and sequence.request.trace:
-            more["traces"] = tuple(traces.at(row + i) for i in range(len(kept)))
+            more["traces"] = tuple(traces.at(row + i) for i in range(len(sampled)))
         if answer.text.finish:
             more |= {"finish": answer.text.finish, "stop": answer.text.stop}
             self._drop(sequence)
-        return output_of(
-            sequence.request.id, text=text, tokens=tuple(kept), prompt_tokens=sequence.prompt_length,
-            cached_tokens=sequence.cached, queued=sequence.queued, **more,
-        )  # fmt: skip
+        return output_of({**answer.said, **more}, text, tuple(s.token for s in sampled))
 
     def _time(self, flight: InFlight) -> None:
         """The seconds that a step took: from its beginning, or from the end of the step before, to now."""

@@ -14,6 +14,7 @@ Shape letters: S sequences, P pages of a table, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ from deepseek.serve.tables import HostRows
 SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WIDEN = 4  #: a table is so many times as wide as the next smaller one
 
-Run = Callable[[], tuple[Tensor, Tensor, Tensor]]
+Found = tuple[Tensor, Tensor, Tensor]
+Run = Callable[[], Found]
 
 
 class Size(NamedTuple):
@@ -41,12 +43,12 @@ class Size(NamedTuple):
 class _Side:
     """One copy of a step's buffer, as the parts that it has: on the device, or one of the host's two.
 
-    The first ``small`` numbers are what changes at every step; the tables follow.
+    ``small`` is the beginning, which changes at every step; the tables follow.
     """
 
     def __init__(self, size: Size, ints: Tensor) -> None:
         S, P = size
-        self.ints, self.small = ints, 11 * S
+        self.ints, self.small = ints, ints[: 11 * S]
         self.long = ints[: 10 * S].view(torch.int64).view(5, S)
         self.length_S = ints[10 * S : 11 * S]
         self.global_SP, self.window_SP = ints[11 * S :].view(2, S, P).unbind()
@@ -60,10 +62,10 @@ class _HostSide:
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        S, P = size
+        self._size, (S, P) = size, size
         cuda = device.type == "cuda"
         side = _Side(size, torch.zeros(S * (11 + 2 * P), dtype=torch.int32, pin_memory=cuda))
-        self.ints, self.stamp_S = side.ints, np.zeros(S, np.int64)
+        self.stamp_S, self._side, self._filled = np.zeros(S, np.int64), side, 0
         self.long, self.length_S = side.long.numpy(), side.length_S.numpy()
         self.length_S[:] = 1
         self._tables = side.global_SP.numpy(), side.window_SP.numpy()
@@ -74,9 +76,10 @@ class _HostSide:
         if self._copied is not None:
             self._copied.synchronize()  # long since, as a rule: the other side has been in between
         n, tables = len(host.rows), host.tables
-        self.long[:, n:], self.length_S[n:] = 0, 1
-        self.long[1, :n], self.long[2, :n] = host.position_N, host.global_slot_N
-        self.long[3, :n], self.length_S[:n] = host.window_slot_N, host.length_S
+        if n < self._filled:
+            self.long[:, n:], self.length_S[n:] = 0, 1
+        self._filled = n
+        self.long[1, :n], self.long[2:4, :n], self.length_S[:n] = host.position_N, host.slot_2N, host.length_S
         stamp_S = np.zeros_like(self.stamp_S)
         stamp_S[:n] = tables.stamps[host.place_S]
         for row in np.flatnonzero(stamp_S != self.stamp_S).tolist():
@@ -84,9 +87,15 @@ class _HostSide:
                 mine[row] = theirs[host.place_S[row], : mine.shape[1]] if row < n else 0
         self.stamp_S = stamp_S
 
-    def send(self, to: Tensor, count: int) -> None:
-        """Queue the copy of the first ``count`` numbers."""
-        to[:count].copy_(self.ints[:count], non_blocking=True)
+    def copy_to(self, device: torch.device) -> _Side:
+        return _Side(self._size, self._side.ints.to(device, copy=True))
+
+    def send(self, to: _Side, tables: bool) -> None:
+        """Queue the copy, perhaps without the tables."""
+        if tables:
+            to.ints.copy_(self._side.ints, non_blocking=True)
+        else:
+            to.small.copy_(self._side.small, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
@@ -98,9 +107,10 @@ class StepBuffers:
         S, P = size
         self._hosts = [_HostSide(size, device) for _ in range(2)]
         self._turn = 0
-        side = self._device = _Side(size, self._hosts[0].ints.to(device, copy=True))
+        side = self._device = self._hosts[0].copy_to(device)
         self._tables_there = self._hosts[0].stamp_S  #: on the device
         self.tokens, position, global_slot, window_slot, self._source = side.long.unbind()
+        self._count, self._taken, self._from = 0, self.tokens[:0], self._source[:0]
         self.rows = StepRows(
             position_N=position, ends_S=torch.arange(S + 1, dtype=torch.int32, device=device),
             length_S=side.length_S, global_SP=side.global_SP, window_SP=side.window_SP,
@@ -113,18 +123,25 @@ class StepBuffers:
         self._turn ^= 1
         side = self._hosts[self._turn]
         side.write(host)
-        drawn = tokens if isinstance(tokens, DrawnTokens) else None
         count = len(host.rows)
-        side.long[0 if drawn is None else 4, :count] = tokens if drawn is None else drawn.row_S
+        if not isinstance(tokens, DrawnTokens):
+            side.long[0, :count] = tokens
+        elif tokens.row_S is not None:
+            side.long[4, :count] = tokens.row_S
         same = np.array_equal(side.stamp_S, self._tables_there)
         self._tables_there = side.stamp_S
-        side.send(self._device.ints, self._device.small if same else len(side.ints))
-        if drawn is not None:
-            self._take(drawn.token_R, count)
+        side.send(self._device, tables=not same)
+        if isinstance(tokens, DrawnTokens):
+            self._take(tokens, count)
 
-    def _take(self, token_R: Tensor, count: int) -> None:
+    def _take(self, drawn: DrawnTokens, count: int) -> None:
         """The step's tokens from where the last one's sampling left them."""
-        torch.index_select(token_R, 0, self._source[:count], out=self.tokens[:count])
+        if count != self._count:
+            self._count, self._taken, self._from = count, self.tokens[:count], self._source[:count]
+        if drawn.row_S is None:
+            self._taken.copy_(drawn.token_R)
+        else:
+            torch.index_select(drawn.token_R, 0, self._from, out=self._taken)
 
 
 class CudaCapture:
@@ -144,11 +161,30 @@ class CudaCapture:
         with torch.cuda.graph(graph, pool=self._pool):
             out = run()
 
-        def replay() -> tuple[Tensor, Tensor, Tensor]:
+        def replay() -> Found:
             graph.replay()
             return out
 
         return replay
+
+
+class _Captured:
+    """A captured size. What a replay leaves lies where it lay before, so it is cut to a step's sequences only once."""
+
+    def __init__(self, buffers: StepBuffers, replay: Run, vocabulary: int) -> None:
+        self._buffers, self._replay, self._vocabulary = buffers, replay, vocabulary
+        self._found: Found | None = None
+        self._cut: dict[int, Found] = {}
+
+    def __call__(self, tokens: Tokens, host: HostRows) -> Found:
+        self._buffers.fill(tokens, host)
+        found, n = self._replay(), len(host.rows)
+        if found is not self._found:
+            self._found, self._cut = found, {}
+        if n not in self._cut:
+            hidden, logits, best = found
+            self._cut[n] = hidden[:n], logits[:n, : self._vocabulary], best[:n]
+        return self._cut[n]
 
 
 class DecodeGraphs:
@@ -169,17 +205,18 @@ class DecodeGraphs:
         self._widths = [most.width]
         while self._widths[0] > 4 * WIDEN:
             self._widths.insert(0, -(-self._widths[0] // WIDEN))
-        self._made: dict[Size, tuple[StepBuffers, Run]] = {}
+        self._made: dict[Size, _Captured] = {}
 
     def size_for(self, sequences: int, width: int) -> Size | None:
         """The smallest size that holds a step, ``None`` if none does."""
         if sequences > self._most.sequences or width > self._most.width:
             return None
         return Size(
-            next(s for s in self._sequences if s >= sequences), next(w for w in self._widths if w >= width)
+            self._sequences[bisect_left(self._sequences, sequences)],
+            self._widths[bisect_left(self._widths, width)],
         )
 
-    def run(self, tokens: Tokens, host: HostRows) -> tuple[Tensor, Tensor, Tensor] | None:
+    def run(self, tokens: Tokens, host: HostRows) -> Found | None:
         """Hidden states ``[S, C]``, logits ``[S, V]`` and their ``likeliest`` tokens, or ``None``.
 
         Steps in which every sequence has one row are captured, up to a size; the others are not. The three are
@@ -189,18 +226,16 @@ class DecodeGraphs:
         size = self.size_for(n, host.width) if host.decodes == n else None
         if size is None:
             return None
-        if size not in self._made:
-            self._made[size] = self._make(size)
-        buffers, replay = self._made[size]
-        buffers.fill(tokens, host)
-        hidden, logits, best = replay()
-        return hidden[:n], logits[:n], best[:n]
+        captured = self._made.get(size)
+        if captured is None:
+            captured = self._made[size] = _Captured(*self._make(size), self._vocabulary)
+        return captured(tokens, host)
 
     def _make(self, size: Size) -> tuple[StepBuffers, Run]:
         decoder = self._decoder
         buffers = StepBuffers(size, decoder.layout.page, decoder.device, decoder.exact)
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
+        def run() -> Found:
             hidden = decoder.hidden(buffers.tokens, buffers.rows)
             logits = decoder.logits(hidden)
             return hidden, logits, likeliest(logits[:, : self._vocabulary])

@@ -15,6 +15,8 @@ needed, and the one unused longest goes first.
 from __future__ import annotations
 
 import hashlib
+import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,13 +141,19 @@ class PagePool:
 
 @dataclass
 class SequencePages:
-    """What one sequence holds: page ids by logical page (0: given back), and the hashes of its full pages."""
+    """What one sequence holds: page ids by logical page (0: given back), and the hashes of its full pages.
+
+    ``reach`` and ``due`` say where there is something to do next, so that a step need not ask: most have nothing.
+    """
 
     globals: list[int] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     named: int = 0  #: leading pages whose names are in the pools
     dropped: int = 0  #: leading window pages given back
+    reach: int = 0  #: positions that need no new page
+    due: int = 0  #: computed positions before which ``Pages.settle`` does nothing
+    changed: bool = True  #: since ``PageTables`` last looked
 
 
 class Pages:
@@ -158,6 +166,7 @@ class Pages:
         self.globals = PagePool(global_pages if layout.global_bytes else 0)
         self.windows = PagePool(window_pages if layout.window_bytes else 0)
         self.prefix_cache = prefix_cache
+        self._text = struct.Struct(f"<{layout.page}I")  # the tokens of a page
 
     @property
     def used(self) -> int:
@@ -169,11 +178,11 @@ class Pages:
 
     def hash_pages(self, held: SequencePages, tokens: Sequence[int], salt: bytes, upto: int) -> None:
         """Extend ``held.hashes`` to the pages that ``tokens[:upto]`` fill; ``salt``: what else a page depends on."""
-        page = self.layout.page
+        page, pack = self.layout.page, self._text.pack
         while (len(held.hashes) + 1) * page <= upto:
             start = len(held.hashes) * page
             before = held.hashes[-1] if held.hashes else salt
-            text = b"".join(t.to_bytes(4, "little") for t in tokens[start : start + page])
+            text = pack(*tokens[start : start + page])
             held.hashes.append(hashlib.blake2b(before + text, digest_size=16).digest())
 
     def match(self, hashes: Sequence[bytes]) -> int:
@@ -211,7 +220,8 @@ class Pages:
                 if found:
                     pool.share(found)
                 group.append(found)
-        held.named, held.dropped = pages, first
+        held.named, held.dropped, held.due, held.changed = pages, first, 0, True
+        self._measure(held)
 
     def needed(self, held: SequencePages, length: int) -> tuple[int, int]:
         """New pages of each group before ``length`` positions fit."""
@@ -223,10 +233,7 @@ class Pages:
 
     def covers(self, held: SequencePages, length: int) -> bool:
         """Whether ``length`` positions need no new page."""
-        page, layout = self.layout.page, self.layout
-        return (not layout.global_bytes or len(held.globals) * page >= length) and (
-            not layout.window_bytes or len(held.windows) * page >= length
-        )
+        return length <= held.reach
 
     def can_grow(self, held: SequencePages, length: int, spare: tuple[int, int] = (0, 0)) -> bool:
         """Whether ``length`` positions fit and ``spare`` pages of each group stay free."""
@@ -239,6 +246,8 @@ class Pages:
         for group, pool, _ in self._groups(held):
             while len(group) < pages:
                 group.append(pool.take())
+                held.changed = True
+        self._measure(held)
 
     def settle(self, held: SequencePages, tokens: Sequence[int], salt: bytes, computed: int) -> None:
         """``computed`` positions are final: name the full pages, give back those behind the window."""
@@ -256,7 +265,11 @@ class Pages:
                 for index in range(held.dropped, first):
                     self.windows.release(held.windows[index])
                     held.windows[index] = 0
-                held.dropped = max(held.dropped, first)
+                held.dropped, held.changed = max(held.dropped, first), True
+        page = self.layout.page
+        named = (held.named + 1) * page if self.prefix_cache else sys.maxsize
+        late = (held.dropped + 1) * page + self.layout.keep - 1 if self.layout.window_bytes else sys.maxsize
+        held.due = min(named, late)
 
     def release(self, held: SequencePages) -> None:
         """Give everything back; the end of the text becomes the oldest, so that beginnings stay longest."""
@@ -264,12 +277,16 @@ class Pages:
             for page in reversed(group):
                 pool.release(page)
             group.clear()
-        held.named = held.dropped = 0
+        held.named = held.dropped = held.due = held.reach = 0
+        held.changed = True
 
     def forget(self) -> None:
         """Drop the prefix cache."""
         self.globals.forget()
         self.windows.forget()
+
+    def _measure(self, held: SequencePages) -> None:
+        held.reach = self.layout.page * min((len(group) for group, _, _ in self._groups(held)), default=0)
 
     def _groups(self, held: SequencePages) -> list[tuple[list[int], PagePool, bool]]:
         """The groups in use; the flag says that every page from the first on is needed."""

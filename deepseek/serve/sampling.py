@@ -16,7 +16,7 @@ Shape letters: R rows, N rows of several requests' drafts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +29,15 @@ from deepseek.serve.sampling_config import SamplingConfig
 from deepseek.serve.sampling_state import Numbers, SamplingState, Updates
 from deepseek.serve.transfer import put
 
-__all__ = ["Drawing", "Sampled", "SamplingState", "prompt_logprobs", "sample", "sample_drafts"]
+__all__ = ["Drawing", "Sampled", "SamplingState", "Ways", "prompt_logprobs", "sample", "sample_drafts"]
 
 #: Begins to bring a tensor to the host; what it returns waits for it, and gives it.
-Fetch = Callable[[Tensor], Callable[[], Tensor]]
+Fetch = Callable[[Tensor], Callable[[], npt.NDArray[Any]]]
 
 #: How many of the most likely tokens are looked at first, and next, before a row is sorted in full. A second look
 #: costs a CPU what the work is, a GPU a wait: it looks at more at once.
 CANDIDATES, WIDER = 128, 2048
+TOGETHER = 16  #: places whose random numbers are sent at once, where steps follow each other
 
 
 class Sampled(NamedTuple):
@@ -74,7 +75,7 @@ def sample(
     """
     if places is None:
         places = [len(state.tokens) for state in rows]
-    drawn = _Draw(logits_RV, [_row(state, place) for state, place in zip(rows, places, strict=True)])
+    drawn = _Draw.of(logits_RV, [_row(state, place) for state, place in zip(rows, places, strict=True)])
     return drawn.read()
 
 
@@ -82,59 +83,85 @@ def sample_drafts(
     logits_NV: Tensor, requests: Sequence[tuple[SamplingState, Sequence[int]]]
 ) -> list[list[Sampled]]:
     """The tokens that several requests' drafts earn: ``Drawing``, read at once."""
-    return Drawing(logits_NV, requests).read()
+    states, drafts = [state for state, _ in requests], [draft for _, draft in requests]
+    return Drawing.of(logits_NV, states, drafts).read()
 
 
 class Drawing:
     """The tokens that several requests' drafts earn: those ``sample`` would have given, one after the other.
 
-    Everything is queued on the device when a drawing is made; ``read`` waits.
-
-    Args:
-        logits_NV: each request's ``1 + len(draft)`` rows, one request after the other: the logits after its
-            answer so far, then after each token of its draft.
-        requests: states (left as they are) and drafts, which may be empty.
-        ahead: tokens of each answer that have been drawn and that its state does not know yet; above 0 for
-            ``foreseeable`` states only.
-        fetch: how the result comes to the host.
-        like: the drawing of the step before: what their options say is not worked out again for the same requests.
-        best: what ``likeliest`` says of these logits, if it is known; may be overwritten once this drawing is queued.
+    Everything is queued on the device when a drawing is made (``of``, ``following``); ``tokens`` and ``read`` wait.
 
     Attributes:
-        redrawn: after ``read``, the rows whose token is not the one that the device had first.
+        ways: how the requests' options want their tokens drawn.
+        redrawn: after a wait, the rows whose token is not the one that the device had first.
     """
 
     def __init__(
-        self,
+        self, drawn: _Draw, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]] = (),
+        lengths: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self._drawn, self._states, self._drafts, self._lengths = drawn, states, drafts, lengths
+
+    @classmethod
+    def of(
+        cls,
         logits_NV: Tensor,
-        requests: Sequence[tuple[SamplingState, Sequence[int]]],
+        states: Sequence[SamplingState],
+        drafts: Sequence[Sequence[int]] = (),
         *,
         ahead: int = 0,
-        fetch: Fetch = lambda x: x.cpu,
-        like: Drawing | None = None,
+        fetch: Fetch | None = None,
+        like: Ways | None = None,
         best: Tensor | None = None,
-    ) -> None:
-        rows: list[_Row] = []
-        used: list[
-            int
-        ] = []  # rows of the logits; those after a token that the grammar forbids are not needed
-        first = 0
-        self._requests, self._lengths = requests, list[int]()
-        for state, draft in requests:
-            planned = _draft_rows(state, draft) if draft else [_row(state, len(state.tokens) + ahead)]
-            rows += planned
-            used += range(first, first + len(planned))
-            self._lengths.append(len(planned))
-            first += 1 + len(draft)
-        assert first == logits_NV.shape[0], f"{first} rows of drafts, {logits_NV.shape[0]} rows of logits"
-        if len(used) < first:
-            logits_NV, best = logits_NV[put(used, logits_NV.device)], None
-        self._drawn: _Draw = _Draw(logits_NV, rows, fetch, None if like is None else like._drawn, best)
+    ) -> Drawing:
+        """The next tokens of some requests.
+
+        Args:
+            logits_NV: each request's ``1 + len(draft)`` rows, one request after the other: the logits after its
+                answer so far, then after each token of its draft.
+            states: of the requests; left as they are. drafts: of each, or of none.
+            ahead: tokens of each answer that have been drawn and that its state does not know yet; above 0 for
+                ``foreseeable`` states only.
+            fetch: how the result comes to the host.
+            like: the ``ways`` of an earlier drawing, which hold for the same requests.
+            best: what ``likeliest`` says of these logits, if it is known; may be overwritten once this is queued.
+        """
+        lengths, first = list[int](), len(states)
+        if ahead or not any(drafts):
+            rows = [_row(state, len(state.tokens) + ahead) for state in states]
+        else:
+            rows, used, first = (
+                [],
+                list[int](),
+                0,
+            )  # rows after a token that the grammar forbids are not needed
+            for state, draft in zip(states, drafts, strict=True):
+                planned = _draft_rows(state, draft)
+                rows += planned
+                used += range(first, first + len(planned))
+                lengths.append(len(planned))
+                first += 1 + len(draft)
+            if len(used) < first:
+                logits_NV, best = logits_NV[put(used, logits_NV.device)], None
+        assert first >= len(rows) == len(logits_NV), (
+            f"{first} rows of drafts, {len(logits_NV)} rows of logits"
+        )
+        drawn = _Draw.of(logits_NV, rows, fetch, like, best)
+        return cls(drawn, states, drafts if lengths else (), lengths)
+
+    def following(self, logits_RV: Tensor, fetch: Fetch, best: Tensor | None) -> Drawing:
+        """The same requests' next tokens, before these are known here; without drafts, for ``foreseeable`` states."""
+        return Drawing(self._drawn.following(logits_RV, fetch, best), self._states)
+
+    @property
+    def ways(self) -> Ways:
+        return self._drawn.ways
 
     @property
     def token_N(self) -> Tensor:
         """What the device has drawn, int64, to go on from; a row may still be drawn anew by ``read``."""
-        return self._drawn.packed[:, 0]
+        return self._drawn.token_R
 
     @property
     def redrawn(self) -> list[int]:
@@ -144,13 +171,19 @@ class Drawing:
         """The logits will be overwritten before ``read``: keep of them what it may need."""
         self._drawn.keep()
 
+    def tokens(self) -> list[int] | None:
+        """One token for each request; ``None`` where there is more to say than that: then ``read``."""
+        return None if self._lengths else self._drawn.tokens()
+
     def read(self) -> list[list[Sampled]]:
         """For each request its drafted tokens as far as they are right, then one more token that is not of the draft.
 
         An end token, or a row without a token (``Sampled.error``), comes last.
         """
         found, at, answers = self._drawn.read(), 0, list[list[Sampled]]()
-        for (state, draft), length in zip(self._requests, self._lengths):
+        if not self._lengths:
+            return [[sampled] for sampled in found]
+        for state, draft, length in zip(self._states, self._drafts, self._lengths):
             answer: list[Sampled] = []
             for here, sampled in enumerate(found[at : at + length]):
                 answer.append(sampled)
@@ -222,7 +255,7 @@ class _Group(NamedTuple):
     totals: bool
 
 
-class _Ways:
+class Ways:
     """How a step's rows are drawn, as far as their requests' options say: the same step after step.
 
     Attributes:
@@ -254,52 +287,113 @@ class _Ways:
         self.likeliest = self.plain and not self.groups and not asked
 
 
+class _Uniforms:
+    """The random numbers of a step's rows and, where steps follow each other, of later places, sent together."""
+
+    def __init__(self, rows: Sequence[_Row], device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._sent: dict[
+            int, tuple[int, int, Tensor]
+        ] = {}  # by a group's first row: from which place on, how many
+
+    def of(self, group: Sequence[int], further: int) -> Tensor:
+        """fp64, of some rows, ``further`` places after the rows' own."""
+        first, count, table_KR = self._sent.get(group[0], (0, 0, None))
+        if table_KR is None or not 0 <= further - first < count:
+            first, count = further, TOGETHER if further else 1
+            rows = [self._rows[i] for i in group]
+            table = np.array([row.state.uniforms(row.place + further, count) for row in rows])
+            table_KR = put(np.ascontiguousarray(table.T), self._device)
+            self._sent[group[0]] = first, count, table_KR
+        return table_KR[further - first]
+
+
+def _fetch(x: Tensor) -> Callable[[], npt.NDArray[Any]]:
+    return lambda: x.cpu().numpy()
+
+
 class _Draw:
-    """One token for each row: queued at once, read later."""
+    """One token for each row: queued at once, read later.
+
+    Args:
+        rows: places and, where they are not ``plain``, what changes their scores.
+        further: how many steps it comes after the drawing that ``uniforms`` was made for.
+    """
 
     def __init__(
-        self,
-        logits_RV: Tensor,
-        rows: Sequence[_Row],
-        fetch: Fetch = lambda x: x.cpu,
-        like: _Draw | None = None,
-        best: Tensor | None = None,
-    ) -> None:
-        self._rows, self._logits = rows, logits_RV
+        self, logits_RV: Tensor, rows: Sequence[_Row], ways: Ways, uniforms: _Uniforms, further: int,
+        fetch: Fetch, best: Tensor | None,
+    ) -> None:  # fmt: skip
+        self._logits, self._rows, self.ways, self._uniforms = logits_RV, rows, ways, uniforms
+        self._further = further
         self.redrawn: list[int] = []
-        self._looks = [CANDIDATES, WIDER, logits_RV.shape[-1]]
-        if logits_RV.device.type != "cpu":
-            del self._looks[0]
-        states = [row.state for row in rows]
-        if like is not None and like.ways.states == states:
-            self.ways: _Ways = like.ways
-        else:
-            self.ways = _Ways(states, logits_RV.shape[-1], logits_RV.device)
+        self._found: npt.NDArray[Any] | None = None
         if rows:
-            self.packed = _launch(logits_RV, rows, self.ways.top, self._looks[0], self.ways, best)
+            look = _looks(logits_RV)[0]
+            self.packed = _launch(logits_RV, rows, ways.top, look, ways, best, (uniforms, further))
+            self.token_R = self.packed[:, 0]
             self._wait = fetch(self.packed)
+
+    @classmethod
+    def of(
+        cls, logits_RV: Tensor, rows: Sequence[_Row], fetch: Fetch | None = None, like: Ways | None = None,
+        best: Tensor | None = None,
+    ) -> _Draw:  # fmt: skip
+        states = [row.state for row in rows]
+        if like is not None and like.states == states:
+            ways = like
+        else:
+            ways = Ways(states, logits_RV.shape[-1], logits_RV.device)
+        return cls(logits_RV, rows, ways, _Uniforms(rows, logits_RV.device), 0, fetch or _fetch, best)
+
+    def following(self, logits_RV: Tensor, fetch: Fetch, best: Tensor | None) -> _Draw:
+        """The same at the next place of every row."""
+        rows = self._rows if self.ways.plain else [_row(row.state, row.place + 1) for row in self._rows]
+        return _Draw(logits_RV, rows, self.ways, self._uniforms, self._further + 1, fetch, best)
 
     def keep(self) -> None:
         """A later ``read`` looks at a copy of the logits, if it may have to look again."""
-        if self.ways.again and 2 * self._looks[0] < self._logits.shape[-1]:  # else the first look is at all
+        if self.ways.again and 2 * _looks(self._logits)[0] < self._logits.shape[-1]:  # else it looks at all
             self._logits = self._logits.clone()
+
+    def tokens(self) -> list[int] | None:
+        """Wait; the tokens, if each row has one and wants no more."""
+        found_R = self._look()
+        if self.ways.asked is not None or found_R[:, 1].any():
+            return None
+        if not self.ways.plain and any(row.error for row in self._rows):
+            return None
+        tokens: list[int] = found_R[:, 0].tolist()
+        return tokens
 
     def read(self) -> list[Sampled]:
         if not self._rows:
             return []
-        found_R = self._wait().numpy()
+        return [_read(row, packed, self.ways.top) for row, packed in zip(self._rows, self._look())]
+
+    def _look(self) -> npt.NDArray[Any]:
+        """Wait, and look again at the rows that need it."""
+        if self._found is not None:
+            return self._found
+        found_R = self._found = self._wait()
         logits, top = self._logits, self.ways.top
-        for candidates in self._looks[1:]:
+        for candidates in _looks(logits)[1:] if self.ways.again else ():
             again = np.flatnonzero(found_R[:, 1] == _SHORT)
             if not len(again):
                 break
             rows = [self._rows[i] for i in again.tolist()]
+            if self.ways.plain:
+                rows = [row._replace(place=row.place + self._further) for row in rows]
             wider = _launch(logits[put(again, logits.device)], rows, top, candidates).cpu().numpy()
             self.redrawn += again[found_R[again, 0] != wider[:, 0]].tolist()
             found_R[again, : wider.shape[1]] = wider
-        if self.ways.asked is None and not found_R[:, 1].any() and self.ways.plain:
-            return [Sampled(token) for token in found_R[:, 0].tolist()]
-        return [_read(row, packed, top) for row, packed in zip(self._rows, found_R)]
+        return found_R
+
+
+def _looks(logits_RV: Tensor) -> list[int]:
+    """How many candidates are looked at first, and then."""
+    looks = [CANDIDATES, WIDER, logits_RV.shape[-1]]
+    return looks if logits_RV.device.type == "cpu" else looks[1:]
 
 
 def _launch(
@@ -307,28 +401,33 @@ def _launch(
     rows: Sequence[_Row],
     top: int,
     candidates: int,
-    ways: _Ways | None = None,
+    ways: Ways | None = None,
     best_R2: Tensor | None = None,
+    random: tuple[_Uniforms, int] | None = None,
 ) -> Tensor:
     """Queue all of a step's work; ``[R, 2 or more]`` int64 on the device: token, health, log-probabilities."""
     device = logits_RV.device
     if ways is None:
-        ways = _Ways([row.state for row in rows], logits_RV.shape[-1], device)
+        ways = Ways([row.state for row in rows], logits_RV.shape[-1], device)
     if ways.likeliest:
         return likeliest(logits_RV) if best_R2 is None else best_R2
     edited = not ways.plain and not all(map(_bare, rows))
     scores_RV = _edited(logits_RV, rows) if edited else logits_RV
-    if ways.greedy:
-        best_R, token_R = scores_RV.max(-1)
+    if best_R2 is not None and not edited:
+        token_R, health_R = best_R2.unbind(1)
     else:
-        best_R, token_R = scores_RV.amax(-1), torch.zeros(len(rows), dtype=torch.int64, device=device)
-    health_R = torch.where(torch.isfinite(best_R), _GOOD, _BAD)
+        if ways.greedy:
+            best_R, token_R = scores_RV.max(-1)
+        else:
+            best_R, token_R = scores_RV.amax(-1), torch.zeros(len(rows), dtype=torch.int64, device=device)
+        health_R = torch.where(torch.isfinite(best_R), _GOOD, _BAD)
     if edited:
         health_R |= torch.where(torch.isfinite(logits_RV.amax(-1)), _GOOD, _BAD)
+    uniforms, further = random or (_Uniforms(rows, device), 0)
     for group in ways.groups:
         at = group.at
         scores = scores_RV if at is None else scores_RV[at]
-        uniform = put([rows[i].state.uniform(rows[i].place) for i in group.rows], device, np.float64)
+        uniform = uniforms.of(group.rows, further)
         if group.sorts:
             enough = max(candidates, group.enough)
             token, short = draw_best(scores, group.filters, uniform, enough, totals=group.totals)

@@ -81,7 +81,7 @@ class SamplingState:
         self.foreseeable = grammar is None and not self.counts.on
         self.plain = self.foreseeable and not (len(self.bias.ids) or config.min_tokens)
         self._uniform: npt.NDArray[np.float64] = np.empty(0)
-        self._block = -1
+        self._first = 0  # the place of the first of them
 
     def accept(self, token: int) -> None:
         """``token`` is part of the answer: penalties count it, the grammar goes on."""
@@ -92,11 +92,21 @@ class SamplingState:
 
     def uniform(self, place: int) -> float:
         """The random number in [0, 1) of the answer's token ``place``."""
-        block, at = divmod(place, _BLOCK)
-        if block != self._block:
-            raw = np.random.Philox(key=self.seed, counter=block * _BLOCK).random_raw(_BLOCK)
-            self._uniform, self._block = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53, block
-        return float(self._uniform[at])
+        return float(self.uniforms(place, 1)[0])
+
+    def uniforms(self, place: int, count: int) -> npt.NDArray[np.float64]:
+        """The random numbers of ``count`` places from ``place`` on; to look at."""
+        at = place - self._first
+        if at < 0 or at + count > len(self._uniform):
+            first, last = place // _BLOCK, (place + count - 1) // _BLOCK
+            self._uniform = np.concatenate([_block(self.seed, i) for i in range(first, last + 1)])
+            self._first, at = first * _BLOCK, place - first * _BLOCK
+        return self._uniform[at : at + count]
+
+
+def _block(seed: int, block: int) -> npt.NDArray[np.float64]:
+    raw = np.random.Philox(key=seed, counter=block * _BLOCK).random_raw(_BLOCK)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Counts:

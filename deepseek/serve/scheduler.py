@@ -12,6 +12,7 @@ without a decision: one more row for everybody.
 from __future__ import annotations
 
 import bisect
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 from deepseek.serve.pages import Pages, SequencePages
 from deepseek.serve.request import Request
 
+_new = tuple.__new__
+
 
 @dataclass(eq=False)
 class Scheduled:
@@ -27,6 +30,7 @@ class Scheduled:
 
     Attributes:
         tokens: prompt and answer. computed: leading tokens whose keys and values are in the cache.
+        most: tokens at which it ends, if nothing ends it before.
         draft: tokens that speculation proposes to come next.
         engine: what the engine keeps beside it (sampling state, text); the scheduler does not look at it.
     """
@@ -43,10 +47,11 @@ class Scheduled:
     pages: SequencePages = field(default_factory=SequencePages)
     engine: Any = None
     preempted: int = 0
+    most: int = sys.maxsize
+    prompt_length: int = field(init=False)
 
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.request.prompt)
 
     @property
     def decoding(self) -> bool:
@@ -145,12 +150,17 @@ class Scheduler:
         """The rows of the next step; their pages are taken. Empty when nothing can run."""
         work: list[Work] = []
         preempted: list[Scheduled] = []
-        decoding = [s for s in self.running if s.decoding]
-        prompts = [s for s in self.running if not s.decoding]
+        decoding, prompts = list[Scheduled](), list[Scheduled]()
+        for sequence in self.running:
+            (decoding if sequence.decoding else prompts).append(sequence)
         waiting_rows = sum(len(s.tokens) - s.computed for s in (*prompts, *self.waiting))
         self.prompt_rows, hits = waiting_rows, self.prefix_hits
         left = max(self.budget.rows(len(decoding), waiting_rows), len(decoding), 1)
         for sequence in decoding:
+            if not sequence.draft and sequence.computed < sequence.pages.reach and not preempted:
+                work.append(Work(sequence, sequence.computed, 1))
+                left -= 1
+                continue
             if sequence in preempted:
                 continue
             wanted = min(len(sequence.draft), left - (len(decoding) - len(work)))
@@ -167,11 +177,12 @@ class Scheduler:
                 left -= self._prefill(sequence, left, work, preempted)
         if not preempted:
             self._admit(left, work)
-        gone = set(map(id, preempted))
-        self.prompt_rows -= (
-            sum(w.rows for w in work[answers:] if id(w.sequence) not in gone) + self.prefix_hits - hits
-        )
-        return Plan([w for w in work if id(w.sequence) not in gone], preempted)
+        read = work[answers:]
+        if preempted:
+            gone = set(map(id, preempted))
+            work, read = ([w for w in some if id(w.sequence) not in gone] for some in (work, read))
+        self.prompt_rows -= rows_of(read) + self.prefix_hits - hits
+        return Plan(work, preempted)
 
     @property
     def admits(self) -> bool:
@@ -190,9 +201,10 @@ class Scheduler:
         """
         if self.waiting and (self.admits or len(going) < len(self.running)):
             return []
-        work = [Work(w.sequence, w.start + w.rows, 1) for w in going]
+        # As ``Work(…)``, without the call of Python that a named tuple's constructor is.
+        work = [_new(Work, (sequence, start + rows, 1, 0)) for sequence, start, rows, _ in going]
         pages, globals_, windows = self.pages, 0, 0
-        growing = [w for w in work if not pages.covers(w.sequence.pages, w.start + 1)]
+        growing = [w for w in work if w.start >= w.sequence.pages.reach]
         for w in growing:
             more = pages.needed(w.sequence.pages, w.start + 1)
             globals_, windows = globals_ + more[0], windows + more[1]
@@ -205,8 +217,22 @@ class Scheduler:
     def advance(self, work: Work, accepted: int) -> None:
         """``accepted`` of the work's rows are final: all of a prompt's, of drafts those that were right."""
         sequence = work.sequence
-        sequence.computed, known = work.start + accepted, sequence.pages.named
+        sequence.computed = work.start + accepted
         self.rows += accepted
+        if sequence.computed >= sequence.pages.due:
+            self._settle(sequence)
+
+    def advance_all(self, work: Sequence[Work]) -> None:
+        """``advance`` for each, all of whose rows are final."""
+        for sequence, start, rows, _ in work:
+            sequence.computed = computed = start + rows
+            self.rows += rows
+            if computed >= sequence.pages.due:
+                self._settle(sequence)
+
+    def _settle(self, sequence: Scheduled) -> None:
+        """Name pages that are full, and give back those behind the window."""
+        known = sequence.pages.named
         self.pages.settle(sequence.pages, sequence.tokens, sequence.salt, sequence.computed)
         if self._promised:
             for key in sequence.pages.hashes[known : sequence.pages.named]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from deepseek.serve.scheduler import Scheduled, Work
 
 Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
 
 
 class PageTables:
@@ -24,80 +25,83 @@ class PageTables:
     """
 
     def __init__(self, places: int, pages: int, page: int) -> None:
-        self.globals: Ints = np.zeros((places, pages), np.int32)
-        self.windows: Ints = np.zeros((places, pages), np.int32)
+        self._both: Ints = np.zeros((2, places, pages), np.int32)
+        self.globals, self.windows = self._both
         self.stamps = np.zeros(places, np.int64)
         self.width, self._page = pages, page
         self._free = list(range(places - 1, -1, -1))
-        self._place: dict[int, int] = {}
-        self._known: dict[int, tuple[int, int, int]] = {}
+        self._place: dict[Scheduled, int] = {}
+        self._known: dict[Scheduled, tuple[int, int, int]] = {}
         self._changes = 0
 
     def place(self, sequence: Scheduled) -> int:
         """The row of a sequence, brought up to date."""
-        key, held = id(sequence), sequence.pages
-        now, known = (len(held.globals), len(held.windows), held.dropped), self._known.get(key)
-        if known == now:
-            return self._place[key]
-        if known is None:
-            row, known = self._free.pop(), (0, 0, 0)
-            self._place[key] = row
-            self.globals[row] = self.windows[row] = 0
-        row, (globals_, windows, dropped) = self._place[key], known
+        row, held = self._place.get(sequence), sequence.pages
+        if row is None:
+            row = self._place[sequence] = self._free.pop()
+            self._both[:, row] = 0
+        elif not held.changed:
+            return row
+        globals_, windows, dropped = self._known.get(sequence, (0, 0, 0))
         self.globals[row, globals_ : len(held.globals)] = held.globals[globals_:]
         self.windows[row, windows : len(held.windows)] = held.windows[windows:]
         self.windows[row, dropped : held.dropped] = 0
-        self._known[key] = now
+        self._known[sequence] = len(held.globals), len(held.windows), held.dropped
+        held.changed = False
         self._changes += 1
         self.stamps[row] = self._changes
         return row
 
-    def host_rows(self, work: Sequence[Work]) -> HostRows:
-        """What attention needs to know of the step; single rows come first in ``work``."""
-        page, counts = self._page, [w.rows for w in work]
-        place_S = np.array([self.place(w.sequence) for w in work])
-        start_S = np.array([w.start for w in work])
-        if max(counts) == 1:
+    def host_rows(self, work: Sequence[Work], before: HostRows | None = None) -> HostRows:
+        """What attention needs to know of the step; single rows come first in ``work``.
+
+        ``before``: of a step of the same sequences in the same order, if this one is their next row each.
+        """
+        if before is not None and before.decodes == len(work):
+            for sequence, *_ in work:
+                if sequence.pages.changed:
+                    self.place(sequence)
+            place_S, start_S, counts, decodes = before.place_S, before.length_S, before.rows, len(work)
+        else:
+            place_S = np.array([self.place(w.sequence) for w in work])
+            start_S, counts = np.array([w.start for w in work]), [w.rows for w in work]
+            decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        if decodes == len(work):
             place_N, position_N, length_S = place_S, start_S, start_S + 1
         else:
             count_S = np.array(counts)
             length_S, place_N = start_S + count_S, place_S.repeat(counts)
             inside = np.arange(len(place_N)) - (count_S.cumsum() - count_S).repeat(counts)
             position_N = start_S.repeat(counts) + inside
-        page_N, offset_N = np.divmod(position_N, page)
-        slots = [
-            table[place_N, page_N].astype(np.int64) * page + offset_N
-            for table in (self.globals, self.windows)
-        ]
-        width = -(-int(length_S.max()) // page)
-        return HostRows(
-            position_N, length_S.astype(np.int32), place_S, self, width, slots[0], slots[1], counts
-        )
+        page_N, offset_N = np.divmod(position_N, self._page)
+        slot_2N = self._both[:, place_N, page_N].astype(np.int64, order="C") * self._page + offset_N
+        width = -(-int(length_S.max()) // self._page)
+        return HostRows(position_N, length_S, place_S, self, width, slot_2N, counts, decodes)
 
     def leave(self, sequence: Scheduled) -> None:
         """The sequence has no pages any more."""
-        row = self._place.pop(id(sequence), None)
+        row = self._place.pop(sequence, None)
         if row is not None:
-            del self._known[id(sequence)]
+            del self._known[sequence]
             self._free.append(row)
 
 
 class HostRows(NamedTuple):
-    """``StepRows`` before it goes to the device; ``place_S``: the sequences' rows of ``tables``, ``width`` wide."""
+    """``StepRows`` before it goes to the device.
 
-    position_N: npt.NDArray[np.int64]
-    length_S: Ints
-    place_S: npt.NDArray[np.int64]
+    Attributes:
+        place_S: the sequences' rows of ``tables``, ``width`` wide. slot_2N: of the global and of the window group.
+        rows: of each sequence. decodes: how many sequences at the front have a single one.
+    """
+
+    position_N: Longs
+    length_S: Longs
+    place_S: Longs
     tables: PageTables
     width: int
-    global_slot_N: npt.NDArray[np.int64]
-    window_slot_N: npt.NDArray[np.int64]
+    slot_2N: Longs
     rows: list[int]
-
-    @property
-    def decodes(self) -> int:
-        """How many sequences at the front have a single row."""
-        return next((i for i, count in enumerate(self.rows) if count != 1), len(self.rows))
+    decodes: int
 
     @property
     def ends_S(self) -> Ints:

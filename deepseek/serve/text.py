@@ -9,6 +9,7 @@ is complete first, the longest one if several are.
 from __future__ import annotations
 
 import codecs
+import contextlib
 from collections import deque
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -29,8 +30,7 @@ class TextStream:
     Attributes:
         finish: 'stop' or 'length' once the answer is over; ``None`` before.
         stop: the stop text, or the id of the end token, that ended it.
-        offsets: for every token pushed, how many characters of the text come before it (those of a token that
-            only continues a character: before that character).
+        pushed: how many tokens.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = _automaton(config.stop) if config.stop else None
         self._node, self._held, self._skip = 0, "", first and _strips_first_space(tokenizer)
-        self._decoded = 0  # characters, shown and held
+        self._texts, self._most = _texts(tokenizer), config.max_tokens
+        self._apart = not self._skip  # the next token's text is its own, whatever came before
+        self._easy = self._apart and self._stops is None  # and there is nothing to look for in it
         self._shown: list[str] = []
         self.finish: FinishReason | None = None
         self.stop: str | int | None = None
-        self.offsets: list[int] = []
+        self.pushed = 0
 
     @property
     def text(self) -> str:
@@ -59,23 +61,47 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that ``token`` makes showable, perhaps none; after it, look at ``finish``."""
+        pushed = self.pushed + 1
+        if self._easy and pushed < self._most and token not in self._ends:
+            text = self._texts.get(token)
+            if text is not None:
+                self.pushed = pushed
+                self._shown.append(text)
+                return text
+        return self._push(token)
+
+    def _push(self, token: int) -> str:
         assert self.finish is None, "the answer is over"
-        self.offsets.append(self._decoded)
-        count, c = len(self.offsets), self._config
-        if token in self._ends and count > c.min_tokens:
-            self.finish, self.stop = "stop", token
+        self.pushed += 1
+        c = self._config
+        if token in self._ends and self.pushed > c.min_tokens:
+            self.finish, self.stop, self._easy = "stop", token, False
             last = self._piece(token) if c.include_stop else b""
             return self._show(self._held + self._utf8.decode(last, final=True))
-        final = count >= c.max_tokens
-        shown = self._take(self._utf8.decode(self._piece(token), final=final))
+        final = self.pushed >= self._most
+        shown = self._take(self._decode(token, final))
         if final and self.finish is None:
             shown += self._let_go("length")
         return self._show(shown)
+
+    def _decode(self, token: int, final: bool) -> str:
+        """The characters that ``token`` completes."""
+        if self._apart and (text := self._texts.get(token)) is not None:
+            return text
+        piece = self._piece(token)
+        if self._apart and token not in self._tokenizer.special_ids:
+            with contextlib.suppress(UnicodeDecodeError):
+                self._texts[token] = piece.decode()
+        text = self._utf8.decode(piece, final=final)
+        self._apart = not self._skip and not self._utf8.getstate()[0]
+        self._easy = self._apart and self._stops is None
+        return text
 
     def close(self, finish: FinishReason) -> str:
         """The text held back, when something else ends the answer; nothing if it is over."""
         if self.finish is not None:
             return ""
+        self._easy = False
         shown = self._take(self._utf8.decode(b"", final=True))
         if self.finish is None:
             shown += self._let_go(finish)
@@ -90,10 +116,9 @@ class TextStream:
 
     def _take(self, new: str) -> str:
         """What may be shown after ``new`` characters; sets ``finish`` at a stop text."""
-        self._decoded += len(new)
         if self._stops is None:
             return new
-        text, early = self._held + new, len(self.offsets) < self._config.min_tokens
+        text, early = self._held + new, self.pushed < self._config.min_tokens
         at = len(self._held)
         for at, character in enumerate(new, len(self._held) + 1):
             self._node = self._stops.step(self._node, character)
@@ -126,6 +151,12 @@ def ends_of(config: SamplingConfig, end_ids: Collection[int]) -> frozenset[int]:
 def begins_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     """Whether an answer to ``prompt`` is where the text begins: ``first`` of ``TextStream``."""
     return not any(map(tokenizer.piece, prompt))
+
+
+@lru_cache(maxsize=8)
+def _texts(tokenizer: Tokenizer) -> dict[int, str]:
+    """Of tokens that are whole characters, as far as they have been met."""
+    return {}
 
 
 @lru_cache(maxsize=8)

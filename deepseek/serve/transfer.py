@@ -31,25 +31,35 @@ class Readback:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._buffers: list[Tensor | None] = [None, None]
-        self._turn = 0
+        self._buffers = [_Pinned(), _Pinned()] if self._cuda else []
 
-    def __call__(self, x: Tensor) -> Callable[[], Tensor]:
+    def __call__(self, x: Tensor) -> Callable[[], npt.NDArray[Any]]:
         """``x`` on the host, as a function that waits for it."""
         if not self._cuda:
-            return x.cpu
-        self._turn ^= 1
-        buffer = self._buffers[self._turn]
-        if buffer is None or buffer.numel() < x.numel() or buffer.dtype != x.dtype:
-            buffer = torch.empty(max(1024, 2 * x.numel()), dtype=x.dtype, pin_memory=True)
-            self._buffers[self._turn] = buffer
-        host = buffer[: x.numel()].view(x.shape)
-        host.copy_(x, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+            return x.cpu().numpy
+        self._buffers.reverse()
+        return self._buffers[0].fetch(x)
 
-        def wait() -> Tensor:
-            event.synchronize()
-            return host
 
-        return wait
+class _Pinned:
+    """Memory of the host, and when it was last copied to; seen in the shape of what was last copied."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._host = self._memory
+        self._array = self._host.numpy()
+        self._copied = torch.cuda.Event()
+
+    def fetch(self, x: Tensor) -> Callable[[], npt.NDArray[Any]]:
+        if self._host.shape != x.shape or self._host.dtype != x.dtype:
+            if self._memory.numel() < x.numel() or self._memory.dtype != x.dtype:
+                self._memory = torch.empty(max(1024, 2 * x.numel()), dtype=x.dtype, pin_memory=True)
+            self._host = self._memory[: x.numel()].view(x.shape)
+            self._array = self._host.numpy()
+        self._host.copy_(x, non_blocking=True)
+        self._copied.record()
+        return self._wait
+
+    def _wait(self) -> npt.NDArray[Any]:
+        self._copied.synchronize()
+        return self._array

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -77,16 +78,16 @@ class Readback:
         self.queue, self.turn = queue, 0
         self.buffers = [torch.full((1 << 14,), GARBAGE) for _ in range(2)]
 
-    def __call__(self, x: Tensor) -> Callable[[], Tensor]:
+    def __call__(self, x: Tensor) -> Callable[[], npt.NDArray[Any]]:
         self.turn ^= 1
         host = self.buffers[self.turn][: x.numel()].view(x.shape)
         host.fill_(GARBAGE)
         at = self.queue.put(lambda: host.copy_(x))
 
-        def wait() -> Tensor:
+        def wait() -> npt.NDArray[Any]:
             if self.patient:
                 self.queue.wait(at)
-            return host
+            return host.numpy()
 
         return wait
 
@@ -129,15 +130,13 @@ def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Que
     take, side = StepBuffers._take, graphs._HostSide.__init__
     hidden = engine.decoder.hidden
 
-    def launched(
-        logits: Tensor, rows: Any, top: int, candidates: int, ways: Any = None, best: Tensor | None = None
-    ) -> Tensor:
+    def launched(logits: Tensor, rows: Any, top: int, candidates: int, *more: Any) -> Tensor:
         if candidates != sampling.CANDIDATES:  # a second look: somebody is waiting
             queue.wait()
-            return launch(logits, rows, top, candidates, ways)
+            return launch(logits, rows, top, candidates, *more)
         asked = any(row.state.config.logprobs is not None for row in rows)
         packed = torch.full((len(rows), 4 + 2 * top if asked else 2), GARBAGE)
-        queue.put(lambda: packed.copy_(launch(logits, rows, top, candidates, ways, best)))
+        queue.put(lambda: packed.copy_(launch(logits, rows, top, candidates, *more)))
         return packed
 
     def kept(draw: Any) -> None:
@@ -148,8 +147,9 @@ def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Que
             at = queue.put(lambda: copy.copy_(before))
             draw._wait = lambda: (wait(), queue.wait(at))[0]  # a look at it is queued behind it
 
-    def sent(host: Any, to: Tensor, count: int) -> None:
-        queue.put(lambda: to[:count].copy_(host.ints[:count]))
+    def sent(host: Any, to: Any, tables: bool) -> None:
+        part = "ints" if tables else "small"
+        queue.put(lambda: getattr(to, part).copy_(getattr(host._side, part)))
         host._copied.record()
 
     def made(host: Any, size: Size, device: torch.device) -> None:

@@ -140,9 +140,9 @@ def launched(engine: Engine) -> list[int]:
     """Grows by the rows of every step."""
     rows, host_rows = [], engine.decoder.tables.host_rows
 
-    def told(work: Any) -> Any:
+    def told(work: Any, *before: Any) -> Any:
         rows.append(sum(w.rows for w in work))
-        return host_rows(work)
+        return host_rows(work, *before)
 
     engine.decoder.tables.host_rows = told  # type: ignore[method-assign]
     return rows

@@ -4,15 +4,17 @@ import dataclasses
 
 import pytest
 
-from deepseek.serve.answer import output_of
+from deepseek.serve.answer import output_of, saying
 from deepseek.serve.request import Output
 
 
 def test_an_output_made_the_short_way_is_an_output() -> None:
-    short = output_of("a", text="x", tokens=(1, 2), prompt_tokens=3)
-    assert short == Output("a", "x", (1, 2), prompt_tokens=3)
-    assert dataclasses.asdict(short) == dataclasses.asdict(Output("a", "x", (1, 2), prompt_tokens=3))
-    assert hash(short) == hash(Output("a", "x", (1, 2), prompt_tokens=3))
-    assert output_of("b") == Output("b")
+    said = saying(Output("a", prompt_tokens=3))
+    short, long = output_of(said, "x", (1, 2)), Output("a", "x", (1, 2), prompt_tokens=3)
+    assert short == long
+    assert dataclasses.asdict(short) == dataclasses.asdict(long)
+    assert hash(short) == hash(long)
+    assert output_of({**said, "finish": "stop"}, "", ()) == Output("a", prompt_tokens=3, finish="stop")
+    assert output_of(said, "y", (4,)) == Output("a", "y", (4,), prompt_tokens=3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         short.text = "y"  # type: ignore[misc]

@@ -218,10 +218,10 @@ def test_an_end_token_comes_only_where_the_answer_may_end(tokenizer: Tokenizer, 
     """Not before min_tokens, unless nothing else may come; and with a grammar it is never ignored."""
     text = Grammar(kind="regex", text="a{1,40}")
     for stream in answers(tokenizer, grammars, text, list(range(10)), min_tokens=5):
-        assert len(stream.offsets) > 5
+        assert stream.pushed > 5
     short = Grammar(kind="choice", text='["a"]')
     for stream in answers(tokenizer, grammars, short, [1, 2], min_tokens=5, ignore_eos=True):
-        assert (stream.text, stream.finish) == ("a", "length" if len(stream.offsets) >= 300 else "stop")
+        assert (stream.text, stream.finish) == ("a", "length" if stream.pushed >= 300 else "stop")
 
 
 @pytest.mark.parametrize("seed", range(12))
