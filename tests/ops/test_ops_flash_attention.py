@@ -20,7 +20,7 @@ from deepseek.nn.attention import AttentionConfig
 from deepseek.ops import flash_attention as flash
 from deepseek.ops.attention import causal_mask, dense_attention
 from deepseek.parallel.flops import flop_counter
-from deepseek.parallel.selective import is_dear
+from deepseek.parallel.memory import activation_checkpoint
 from deepseek.recipes import doctor
 
 #: Dynamo looks at the gradient of every input, and hides this warning with a filter that pytest overrides.
@@ -222,10 +222,6 @@ def test_flops_count_as_torchs_attention_does(stand_in: SimpleNamespace) -> None
     assert window.get_total_flops() == 2 * products * 4 // 16
 
 
-def test_checkpointing_keeps_its_results() -> None:
-    assert is_dear(torch.ops.deepseek.flash_attention.default)
-
-
 def model(**changes: Any) -> Transformer:
     torch.manual_seed(0)
     options = AttentionConfig(heads=4, kv_heads=2, head_dim=64, **changes)
@@ -275,6 +271,22 @@ def test_the_model_with_it_is_the_model_without(
             block.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(made, packed), want, rtol=1e-4, atol=2e-5)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("mode", "runs"), [("none", 2), ("blocks", 4), ("selective", 2)])
+def test_checkpointing_knows_what_is_dear(
+    mode: str, runs: int, stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The selective rule keeps the operation's results; where blocks are run again, it gives the same gradients."""
+    made, calls = model(), []
+    monkeypatch.setattr(layers.flash_attention, "usable", lambda *args, **options: True)
+    want = results(made, False)
+    monkeypatch.setattr(
+        stand_in, "_flash_attn_fwd", lambda *args, **options: (calls.append(1), forward(*args, **options))[1]
+    )
+    activation_checkpoint(made, mode)
+    torch.testing.assert_close(results(made, False), want, rtol=0, atol=0)
+    assert len(calls) == runs
 
 
 def test_what_is_not_training_stays_with_what_it_had(
