@@ -222,7 +222,8 @@ def flash_forward(
     """
     sizes = _sizes(q, offsets, window)
     flat = [x.flatten(0, 1) if offsets is not None else x for x in (q, k, v)]
-    out, lse = kernels()._flash_attn_fwd(*flat, **sizes, return_lse=True)[:2]
+    with torch.cuda.device_of(q):
+        out, lse = kernels()._flash_attn_fwd(*flat, **sizes, return_lse=True)[:2]
     return out.view(q.shape), lse
 
 
@@ -251,7 +252,8 @@ def flash_backward(
     sizes, grads = _sizes(q, offsets, window), [x.new_empty(x.shape) for x in (q, k, v)]
     flat = [x.flatten(0, 1) if offsets is not None else x for x in (q, k, v, out, do, *grads)]
     dq, dk, dv = flat[5:]
-    kernels()._flash_attn_bwd(*flat[:5], lse, **sizes, deterministic=deterministic, dq=dq, dk=dk, dv=dv)
+    with torch.cuda.device_of(q):
+        kernels()._flash_attn_bwd(*flat[:5], lse, **sizes, deterministic=deterministic, dq=dq, dk=dk, dv=dv)
     return grads[0], grads[1], grads[2]
 
 
