@@ -218,6 +218,11 @@ def test_large_bodies_at_once_are_bounded_together(fake: FakeReplica) -> None:
         until(lambda: router.router.bodies.held == 0)
 
 
+def test_a_body_that_is_too_large_is_answered_while_it_is_sent(router: Routed) -> None:
+    got = router.ask("POST", "/v1/completions", b" " * 30_000_000)
+    assert (got.status, got.json["error"]["code"]) == (413, "request_too_large")
+
+
 def test_headers_that_a_client_calls_its_connections_own_do_not_pass(router: Routed) -> None:
     """``Connection: NAME`` must not take away what the router says itself."""
     told = echoed(

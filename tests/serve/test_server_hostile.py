@@ -1,6 +1,7 @@
 """Requests of people who mean no good, over bare sockets: each gets a 4xx or is cut off, and the server serves on."""
 
 import contextlib
+import http.client
 import json
 import socket
 import time
@@ -74,6 +75,9 @@ BODIES = {
     "a million digits": b'{"prompt": "x", "seed": ' + b"9" * 90_000 + b"}",
     "deep": DEEP,
     "deep in a field": b'{"prompt": ' + DEEP + b"}",
+    "as deep as is parsed": b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+    "deep objects": b'{"prompt": "x", "stop": ' + b'{"a":' * 1000 + b"1" + b"}" * 1000 + b"}",
+    "wide": b'{"prompt": ' + b"[" + b"{}," * 20_000 + b"{}]}",
     "deep schema": b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema", '
     b'"json_schema": {"name": "x", "schema": ' + b'{"a":' * 200 + b"1" + b"}" * 200 + b"}}}",
     "bad UTF-8": b'{"prompt": "\xff\xfe"}',
@@ -173,6 +177,18 @@ def test_chunked_bodies_are_read_and_bounded(server: Served) -> None:
     endless = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     assert read(talk(server, head + endless * 3))[0] == 413
     assert read(talk(server, head + b"zz\r\n"))[0] == 400
+
+
+def test_a_body_that_is_too_large_is_answered_while_it_is_sent(server: Served) -> None:
+    """Most clients read nothing before they have sent everything: a connection that is reset tells them nothing."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    for more in ({}, {"Content-Type": "text/plain"}):
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", b" " * 30_000_000, {**headers, **more})
+            answer = connection.getresponse()
+            assert answer.status == (415 if more else 413)
+            assert json.loads(answer.read())["error"]["message"]
 
 
 @pytest.mark.parametrize(

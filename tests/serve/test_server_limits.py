@@ -296,6 +296,9 @@ def test_a_long_prompt_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPat
         assert begun.wait(60)
         assert httpx2.get(f"{server.url}/health", timeout=60).status_code == 200
         assert httpx2.get(f"{server.url}/v1/models", timeout=60).status_code == 200
+        for size in (1, 3000):  # in the event loop, and in a thread
+            short = {"prompt": "a " * size, "max_tokens": 1}
+            assert httpx2.post(f"{server.url}/v1/completions", json=short, timeout=60).status_code == 200
         assert answers == []
         go_on.set()
     assert answers[0].status_code == 200

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMap
 from typing import Any
 from urllib.parse import urlsplit
 
+from deepseek.serve.server.body import lingering
 from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.exchange import ABORT, WAITED, seconds_waited
 
@@ -192,6 +193,8 @@ class Call:
     async def refuse(self, error: ApiError) -> None:
         self.closing |= error.headers.get("connection") == "close"
         extra = [(k.encode(), v.encode()) for k, v in error.headers.items()]
+        if error.headers.get("connection") == "close":  # perhaps before the whole body is here
+            self._send = lingering(self._receive, self._send)
         await self.answer(error.status, error.encoded(), [(b"content-type", b"application/json"), *extra])
 
     def _header(self, name: bytes) -> str:

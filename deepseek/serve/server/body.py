@@ -7,7 +7,7 @@ Of a name that an object has twice, the last one counts, as in RFC 8259's accoun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -17,7 +17,11 @@ from starlette.requests import ClientDisconnect, Request
 from deepseek.serve.server.errors import LONGEST, ApiError
 from deepseek.serve.server.shapes import Record
 
-CLOSE = {"connection": "close"}  #: the rest of the body is not read
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+CLOSE = {"connection": "close"}  #: the rest of the body is not waited for
+LINGER = 2.0  #: seconds for the rest of a body that is refused
 
 
 async def read(request: Request, most: int, seconds: float, more: Callable[[int], None]) -> bytes:
@@ -47,6 +51,33 @@ async def read(request: Request, most: int, seconds: float, more: Callable[[int]
     if limit.cancelled_caught or time.monotonic() > end:
         raise ApiError(f"the body did not arrive within {seconds:g} seconds", 408, headers=CLOSE)
     raise ClientDisconnect
+
+
+def lingering(receive: Receive, send: Send) -> Send:
+    """``send`` for an answer after which the connection is closed, although its body may still be coming.
+
+    Closing it at once would reset it: most clients read no answer before they have sent everything, and would never see
+    why. So the answer is sent, what comes is thrown away for ``LINGER`` seconds at most, and then it ends.
+    """
+
+    async def sent(message: Any) -> None:
+        if message["type"] != "http.response.body" or message.get("more_body"):
+            return await send(message)
+        await send({**message, "more_body": True})
+        await discard(receive)
+        return await send({"type": "http.response.body", "body": b""})
+
+    return sent
+
+
+async def discard(receive: Receive) -> None:
+    """Throw away the rest of a body, until its end or for ``LINGER`` seconds."""
+    end = time.monotonic() + LINGER
+    with anyio.move_on_after(LINGER):
+        while time.monotonic() < end:  # many small pieces never let a timer run
+            message = await receive()
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                return
 
 
 def parse(data: bytes, shape: Record) -> dict[str, Any]:

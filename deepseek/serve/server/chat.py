@@ -294,7 +294,10 @@ async def chat_prompt(exchange: Exchange, served: Served, plan: ToolPlan) -> lis
             continue_final_message=going_on, variables=variables,
         )  # fmt: skip
 
-    ids = await served.threaded(size + 50 * len(messages), exchange.front.config.long_text, work)
+    effort = max(
+        exchange.size, 50 * len(messages)
+    )  # tools and variables are rendered too, however large they are
+    ids = await served.threaded(effort, exchange.front.config.long_text, work)
     check_prompt(served, ids, "messages")
     return ids
 

@@ -7,6 +7,7 @@ a client's mistake is a 4xx and a 500 is always a fault of ours.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,9 +93,13 @@ def translated(error: Exception) -> ApiError:
     return ApiError(f"a fault of this server: {type(error).__name__}", 500, code="internal_error")
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxdict, _BRIEF.maxstring = 8, 50, 50, LONGEST
+
+
 def shown(value: Any) -> str:
-    """A client's value in a message: short, on one line."""
-    text = repr(value)
+    """A client's value in a message: short, on one line, and made in no time however large or deep the value is."""
+    text = repr(value[: LONGEST + 1]) if isinstance(value, str) else _BRIEF.repr(value)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

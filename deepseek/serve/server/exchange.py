@@ -54,7 +54,7 @@ class Exchange:
     """What a handler knows of its request.
 
     Attributes:
-        body: what ``Operation.body`` made of the JSON.
+        body: what ``Operation.body`` made of the JSON; size: its bytes.
         stream: the event stream that the answer is, if it is one.
         sequences: how many the request has let in.
     """
@@ -66,6 +66,7 @@ class Exchange:
         self.record: Record = scope[RECORD]
         self.key: Key | None = scope.get(KEY)
         self.body: dict[str, Any] = {}
+        self.size = 0
         self.stream: Stream | None = None
         self.sequences = 0
         self.waited = seconds_waited(self.request.headers.get(WAITED, ""))
@@ -202,6 +203,7 @@ class Operation:
 
     async def _handle(self, exchange: Exchange, data: bytes) -> Response | None:
         assert self.body is not None
+        exchange.size = len(data)
         if not self.generates:
             exchange.body = body.parse(data, self.body)
             return await unless_gone(exchange.receive, self.handler(exchange), None)
@@ -223,7 +225,9 @@ class Operation:
         stream = exchange.stream
         if stream is None or not stream.started:
             headers = {**error.headers, **(exchange.key.headers() if exchange.key else {})}
-            await Json(error.body(), error.status, headers)(exchange.scope, exchange.receive, exchange.send)
+            closing = error.headers.get("connection") == "close"
+            send = body.lingering(exchange.receive, exchange.send) if closing else exchange.send
+            await Json(error.body(), error.status, headers)(exchange.scope, exchange.receive, send)
             return
         exchange.record.status = error.status  # what the log says; the client has had its 200
         try:

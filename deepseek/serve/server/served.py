@@ -7,7 +7,6 @@ a hundred thousand characters delays nobody else's next word.
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +64,6 @@ class Served:
     fingerprint: str
     longest_text: int
     created: int = field(default_factory=lambda: int(time.time()))
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def of(cls, info: ModelInfo, name: str, tokenizer: Tokenizer, chat: Chat | None) -> Served:
@@ -108,22 +106,13 @@ class Served:
             code="model_not_found",
         )
 
-    async def threaded(self, size: int, limit: int, work: Callable[[], T]) -> T:
-        """``work`` with the tokenizer to itself: here if it is small and the tokenizer is free, else in a thread.
+    @staticmethod
+    async def threaded(size: int, limit: int, work: Callable[[], T]) -> T:
+        """``work`` on a text of ``size``: here if that is at most ``limit``, else in a thread.
 
-        A tokenizer is told by a switch of its own whether to read special tokens, so two texts at a time do not go.
+        Tokenizers and templates keep nothing of one text while they work on it, so several threads may.
         """
-        if size <= limit and self._lock.acquire(blocking=False):
-            try:
-                return work()
-            finally:
-                self._lock.release()
-
-        def alone() -> T:
-            with self._lock:
-                return work()
-
-        return await anyio.to_thread.run_sync(alone)
+        return work() if size <= limit else await anyio.to_thread.run_sync(work)
 
     def token_text(self, token: int) -> str:
         """A token as text; one that is part of a character as ``bytes:\\xe2\\x82``, as the OpenAI API writes it."""
