@@ -6,10 +6,13 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_client import ADMIN, KEY, Served, keyring, serving
+
+from deepseek.serve.server.launch import load_texts
 
 JSON = "Content-Type: application/json\r\n"
 AUTHORIZED = f"Authorization: Bearer {KEY}\r\n"
@@ -304,3 +307,16 @@ def test_a_port_scan_does_no_harm(server: Served) -> None:
     while server.front.admission.inside or server.client.running:
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_model_without_a_tokenizer_is_the_callers_mistake(
+    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no 503, after which clients and routers ask again."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(server.front, "load", load_texts)
+    body = json.dumps({"path": str(tmp_path)})
+    head = f"POST /admin/reload HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\n{JSON}"
+    status, told = read(talk(server, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()))
+    assert (status, told["error"]["param"]) == (400, "path")
+    assert "has no tokenizer: put its tokenizer.json there" in told["error"]["message"]

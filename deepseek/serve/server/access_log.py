@@ -1,7 +1,8 @@
 """The access log: one JSON line a request, with its sizes and times and without a word of what was said.
 
 Lines are written by a thread: a terminal or a pipe that nobody reads must not stop the event loop. A writer that cannot
-follow loses lines, and says how many.
+follow, or whose disk is full, loses lines, and says how many as soon as it can. A line of a file is one write at its
+end, so several processes may share the file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import threading
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import orjson
 
@@ -61,17 +63,20 @@ class AccessLog:
     """Writes records to ``where``: '-' for standard error, a file, or '' for nowhere."""
 
     def __init__(self, where: str) -> None:
-        self.lost = 0
+        self.lost = 0  # of a full queue
+        self._unwritten, self._torn = (
+            0,
+            False,
+        )  # lines that the file did not take; it has a part of the last one
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST)
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None  # standard error unless told
         self._thread: threading.Thread | None = None
         if not where:
             return
         try:
-            self._file = sys.stderr if where == "-" else Path(where).open("a", encoding="utf-8")  # noqa: SIM115
+            self._file = None if where == "-" else Path(where).open("ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"cannot write the access log {where}: {error.strerror or error}") from None
-        self._owned = where != "-"
         self._thread = threading.Thread(target=self._write, name="deepseek-access-log", daemon=True)
         self._thread.start()
 
@@ -90,18 +95,29 @@ class AccessLog:
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=1)
         self._thread.join(3)
-        if self._owned and self._file is not None and not self._thread.is_alive():
-            self._file.close()
+        if self._file is not None and not self._thread.is_alive():
+            with contextlib.suppress(OSError):
+                self._file.close()
         self._thread = None
 
     def _write(self) -> None:
-        told, file = 0, self._file
-        assert file is not None
+        told = 0
         while (line := self._lines.get()) is not None:
-            with contextlib.suppress(OSError, ValueError):  # the reader has gone, the disk is full
-                if self.lost > told:
-                    file.write(f'{{"lost_lines": {self.lost - told}}}\n')
-                    told = self.lost
-                file.write(line.decode() + "\n")
-                if self._lines.empty():
-                    file.flush()
+            try:
+                if (lost := self.lost + self._unwritten) > told:
+                    self._append(b'{"lost_lines": %d}' % (lost - told))
+                    told = lost
+                self._append(line)
+            except (OSError, ValueError):  # the reader has gone, the disk is full
+                self._unwritten += 1
+
+    def _append(self, line: bytes) -> None:
+        """Raises ``OSError`` where not all of it is written."""
+        if self._file is None:
+            print(line.decode(), file=sys.stderr, flush=True)
+            return
+        data = (b"\n" if self._torn else b"") + line + b"\n"
+        if written := self._file.write(data):
+            self._torn = written < len(data)
+        if written != len(data):
+            raise OSError("the disk is full")

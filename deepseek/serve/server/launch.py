@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek.address import adopt, bind, is_loopback, url
-from deepseek.errors import ConfigError, EngineError, MissingExtraError
+from deepseek.errors import ConfigError, DataError, EngineError, MissingExtraError
 from deepseek.serve.server.config import ServerConfig
 from deepseek.serve.server.keys import Keyring
 
@@ -120,13 +120,13 @@ async def _serve(
 
 
 def load_texts(path: str) -> tuple[Tokenizer, Chat | None]:
-    """Tokenizer and chat template of a model. Raises ``EngineError`` when it has no tokenizer."""
+    """Tokenizer and chat template of a model. Raises ``DataError`` when it has no tokenizer."""
     from deepseek.assemble import load_tokenizer
     from deepseek.serve.chat_template import ChatTemplate
 
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
-        raise EngineError(f"{path} has no tokenizer: put its tokenizer.json there")
+        raise DataError(f"{path} has no tokenizer: put its tokenizer.json there")
     return tokenizer, ChatTemplate.of(tokenizer)
 
 

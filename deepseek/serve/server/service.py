@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from deepseek.errors import DeepseekError
+from deepseek.errors import DataError, DeepseekError
 from deepseek.serve.server.errors import ApiError
 from deepseek.serve.server.exchange import Exchange, Json
 from deepseek.serve.server.metrics import CONTENT_TYPE
@@ -76,5 +76,8 @@ async def reload(exchange: Exchange) -> Json:
         there = False
     if not there:
         raise ApiError(f"there is nothing at {path[:200]!r}", param="path")
-    served = await exchange.front.reload(path)
+    try:
+        served = await exchange.front.reload(path)
+    except DataError as error:
+        raise ApiError(str(error), param="path") from None
     return Json({"object": "model.reload", "model": described(served, served.name)})
