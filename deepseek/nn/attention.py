@@ -89,7 +89,7 @@ class Context:
 
     Attributes:
         backend: who computes windows and documents, ``triton`` or ``chunked``.
-        flash: whether full layers run through FlashAttention-4: in training, where it is usable.
+        flash: the kinds of layers that run through FlashAttention-4: in training, where it is usable.
         spans, pooled, offsets: the documents for the kernels; the masks are for plain torch.
     """
 
@@ -108,10 +108,10 @@ class Context:
     ) -> None:
         self.config, self.length, self.device, self.start = config, length, device, start
         self.backend = pick_backend(device, config.head_dim, dtype)
-        self.flash = False
+        self.flash = ""
         self.offsets: Tensor | None = None
-        if "F" in kinds and not cached and torch.is_grad_enabled():
-            self._try_flash(documents is not None, starts, compute_dtype(device, dtype))
+        if not cached and torch.is_grad_enabled():
+            self._try_flash(kinds, documents is not None, starts, compute_dtype(device, dtype))
         self.index = torch.arange(start, start + length, device=device)  #: place in the row
         if positions is None and start == 0:
             self.rope = counted_rope_table(
@@ -148,12 +148,16 @@ class Context:
         if "H" in kinds:
             self.pooled_mask = pooled_mask(self.index, T, c.block, c.stride, documents)
 
-    def _try_flash(self, packed: bool, starts: Tensor | None, dtype: torch.dtype) -> None:
-        """Full layers through FlashAttention-4, if it is there and takes what they do."""
+    def _try_flash(self, kinds: str, packed: bool, starts: Tensor | None, dtype: torch.dtype) -> None:
+        """Full layers and wide windows through FlashAttention-4, if it is there and takes what they do."""
         c = self.config
         if packed and not flash_attention.countable(starts, self.length):
             return
-        self.flash = flash_attention.usable(self.device, dtype, c.head_dim, c.heads // c.kv_heads, packed)
+        for kind, gains in (("F", True), ("L", flash_attention.WIDE <= c.window < self.length)):
+            if kind in kinds and gains:
+                heads = c.head_dim, c.heads // c.kv_heads
+                if flash_attention.usable(self.device, dtype, *heads, packed, window=kind == "L"):
+                    self.flash += kind
         if self.flash and packed and starts is not None:
             self.offsets = flash_attention.document_offsets(starts, self.length)
 
@@ -216,7 +220,7 @@ class FullAttention(Attention):
             q, k = rotate(q, context.rope), rotate(k, context.rope)
         if cache is not None:
             k, v, _ = cache.extend(k, v)
-        if context.flash:
+        if "F" in context.flash:
             return flash_attention.flash_attention(q, k, v, context.offsets), None
         if context.spans is not None:
             return window_attention_kernel(q, k, v, context.length, context.spans), None
@@ -237,6 +241,8 @@ class WindowAttention(Attention):
         if context.start:
             places = torch.arange(first, first + keys.shape[2], device=context.device)
             return dense_attention(q, keys, values, causal_mask(context.index, places, window)), None
+        if "L" in context.flash:
+            return flash_attention.flash_attention(q, k, v, context.offsets, window), None
         if context.backend == "triton":
             return window_attention_kernel(q, k, v, window, context.spans), None
         return window_attention(q, k, v, window, context.window_mask), None

@@ -34,6 +34,7 @@ HEAD_DIMS = (64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 SWITCH = {"": None, "auto": None, "0": False, "1": True}
 SLOT = 32  #: positions a row must have for each slot of documents, which cost memory and empty programs
+WIDE = 1024  #: windows from which on it beats our own kernel: 1.4 times at 1,024, not at 128 (LOG.md)
 TOLERANCE = 2e-2  #: relative error of a 16-bit output or gradient at which the kernels are not believed
 
 _forced: bool | None = None
@@ -66,13 +67,21 @@ def kernels() -> Any:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def usable(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, packed: bool = False) -> bool:
+def usable(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    packed: bool = False,
+    window: bool = False,
+) -> bool:
     """Whether whole-row causal attention on ``device`` runs here; a first answer may compile kernels.
 
     Args:
         dtype, head_dim: of queries, keys and values.
         group: query heads to a key/value head.
         packed: whether rows hold several documents.
+        window: whether positions see only the last few.
 
     Raises:
         MissingExtraError, ConfigError: it is switched on, ``device`` is CUDA, and it cannot be had.
@@ -85,7 +94,8 @@ def usable(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, 
         return False
     if asked and _missing(_broken()):
         raise MissingExtraError("flash-attn-4", "flash", "DEEPSEEK_FLASH=1")
-    why = _refusal(device, dtype, head_dim) or _failure(device, dtype, head_dim, group, packed, deterministic)
+    why = _refusal(device, dtype, head_dim)
+    why = why or _failure(device, dtype, head_dim, group, packed, window, deterministic)
     if asked and why:
         raise ConfigError(f"DEEPSEEK_FLASH=1, but {why}; unset it to run torch's attention")
     return not why
@@ -122,7 +132,13 @@ def _broken() -> Exception | None:
 
 @cache
 def _failure(
-    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, packed: bool, deterministic: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    packed: bool,
+    window: bool,
+    deterministic: bool,
 ) -> str:
     """Why kernels of this kind cannot be used, or nothing: found by a small problem, and told in the log."""
     if error := _broken():
@@ -135,7 +151,7 @@ def _failure(
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # the compiler's own, about types it knows in another way
-            worst = relative_error(device, dtype, head_dim, group, packed, deterministic)
+            worst = relative_error(device, dtype, head_dim, group, packed, window, deterministic)
         if worst < TOLERANCE:
             return ""
         why = f"FlashAttention-4 is off by {worst:.1e} from float64, more than {TOLERANCE}"
@@ -146,7 +162,13 @@ def _failure(
 
 
 def relative_error(
-    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, packed: bool, deterministic: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    packed: bool,
+    window: bool,
+    deterministic: bool,
 ) -> float:
     """The worst error of output and gradients on two rows of two key/value heads, against float64."""
     B, T, K = 2, 330, 2  # several tiles and a part of one: what long rows need is then compiled
@@ -155,13 +177,16 @@ def relative_error(
     q, k, v, do = (torch.randn(s, generator=random, device=device).to(dtype) for s in shapes)
     position = torch.arange(T, device=device)
     seen = position[:, None] >= position
+    sees = 150 if window else None
+    if sees is not None:
+        seen &= position[:, None] < position + sees
     offsets = None
     if packed:
         offsets = torch.tensor([0, 200, T, T, T, 2 * T, 2 * T], device=device, dtype=torch.int32)
         apart = (position[:, None] >= 200) & (position < 200)
         seen = torch.stack((seen & ~apart, seen))[:, None, None]
-    out, lse = flash_forward(q, k, v, offsets, None, deterministic)
-    got = (out, *flash_backward(do, q, k, v, out, lse, offsets, None, deterministic))
+    out, lse = flash_forward(q, k, v, offsets, sees, deterministic)
+    got = (out, *flash_backward(do, q, k, v, out, lse, offsets, sees, deterministic))
 
     q, k, v, do = (x.double().unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4) for x in (q, k, v, do))
     scores = q @ k.mT * head_dim**-0.5
@@ -188,20 +213,23 @@ def document_offsets(starts: Tensor, length: int) -> Tensor:
     return F.pad((starts + first[:, None]).flatten(), (0, 1), value=B * length)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None = None) -> Tensor:
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """Causal attention over whole rows by FlashAttention-4, where it is ``usable``; differentiable.
 
     Args:
         q: ``[B, H, T, D]``; k, v: ``[B, K, T, D]``; 16-bit, best as transposed views of ``[B, T, …, D]``, which is
             how the kernels read them: they copy what is not aligned to 16 bytes.
         offsets: ``document_offsets`` when rows hold several documents.
+        window: a position sees the last ``window`` positions, itself included; ``None``: all.
 
     Returns:
         ``[B, H, T, D]``, in memory ``[B, T, H, D]``.
     """
     rows = [x.transpose(1, 2) for x in (q, k, v)]
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return flash_forward(rows[0], rows[1], rows[2], offsets, None, deterministic)[0].transpose(1, 2)
+    return flash_forward(rows[0], rows[1], rows[2], offsets, window, deterministic)[0].transpose(1, 2)
 
 
 @torch.library.custom_op("deepseek::flash_attention", mutates_args=())

@@ -224,8 +224,9 @@ def test_flops_count_as_torchs_attention_does(stand_in: SimpleNamespace) -> None
 
 def model(**changes: Any) -> Transformer:
     torch.manual_seed(0)
+    pattern = "L" if "window" in changes else "F"
     options = AttentionConfig(heads=4, kv_heads=2, head_dim=64, **changes)
-    made = Transformer(ModelConfig(vocab_size=64, hidden=32, layers=2, pattern="F", attention=options))
+    made = Transformer(ModelConfig(vocab_size=64, hidden=32, layers=2, pattern=pattern, attention=options))
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return made
@@ -253,11 +254,19 @@ def results(made: Transformer, packed: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("compiled", "full_rope"), [(False, True), (False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("compiled", "options"),
+    [(False, {}), (False, {"full_rope": False}), (True, {}), (False, {"window": 9}), (True, {"window": 9})],
+)
 def test_the_model_with_it_is_the_model_without(
-    compiled: bool, full_rope: bool, packed: bool, stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    compiled: bool,
+    options: dict[str, Any],
+    packed: bool,
+    stand_in: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = model(full_rope=full_rope)
+    monkeypatch.setattr(layers.flash_attention, "WIDE", 9)
+    made = model(**options)
     want = results(made, packed)
     calls = []
     monkeypatch.setattr(
@@ -304,6 +313,18 @@ def test_what_is_not_training_stays_with_what_it_had(
         made(tokens)
 
 
+def test_narrow_windows_and_rows_within_one_stay(
+    stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers.flash_attention, "usable", lambda *args, **options: True)
+    monkeypatch.setattr(layers.flash_attention, "WIDE", 9)
+    stand_in._flash_attn_fwd = None
+    model(window=8)(torch.zeros(1, 30, dtype=torch.long))
+    model(window=9)(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(TypeError):
+        model(window=9)(torch.zeros(1, 10, dtype=torch.long))
+
+
 def test_the_choice_is_a_constant_of_a_compiled_graph(stand_in: SimpleNamespace, gpu: None) -> None:
     """It is made while tracing, on real tensors."""
 
@@ -322,6 +343,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph(stand_in: SimpleNamespace,
 def test_a_package_that_works_is_taken(packed: bool, stand_in: SimpleNamespace, gpu: None) -> None:
     assert flash.usable(GPU, torch.bfloat16, 64, 4, packed)
     assert flash.usable(GPU, torch.float16, 128, 1, packed)
+    assert flash.usable(GPU, torch.bfloat16, 64, 2, packed, window=True)
     assert not flash.usable(CPU, torch.bfloat16, 64, 4, packed)
     assert not flash.usable(GPU, torch.float32, 64, 4, packed)
     assert not flash.usable(GPU, torch.bfloat16, 80, 4, packed)
@@ -444,21 +466,21 @@ needs_package = pytest.mark.skipif(
 
 @needs_package
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("length", [1, 127, 1000])
+@pytest.mark.parametrize(("length", "window"), [(1, None), (127, None), (1000, None), (1000, 300)])
 @pytest.mark.parametrize(("size", "heads", "kv"), [(64, 8, 2), (96, 4, 4), (128, 8, 2), (128, 6, 2)])
-def test_the_package_is_attention(size: int, heads: int, kv: int, length: int) -> None:
+def test_the_package_is_attention(size: int, heads: int, kv: int, length: int, window: int | None) -> None:
     """Outputs and gradients against float64; queries, keys and values are slices of one product."""
     narrow = tensors(2, length, heads, kv, size)[0].detach().cuda().bfloat16().requires_grad_()
     wide = narrow.detach().double().requires_grad_()
     widths, t = [heads * size, kv * size, kv * size], torch.arange(length)
     split = lambda x: [y.unflatten(-1, (-1, size)) for y in x.split(widths, -1)]  # noqa: E731
     for documents in (None, (torch.rand(2, length) < 4 / length).long().cumsum(1)):
-        offsets = mask = None
+        offsets, mask = None, None if window is None else causal_mask(t, t, window).cuda()
         if documents is not None:
             new = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True).flatten()
             offsets = F.pad(new.nonzero()[:, 0], (0, 3), value=new.numel()).int().cuda()
-            mask = causal_mask(t, t, None, documents).cuda()
-        y = flash.flash_forward(*split(narrow), offsets, None, False)[0]
+            mask = causal_mask(t, t, window, documents).cuda()
+        y = flash.flash_forward(*split(narrow), offsets, window, False)[0]
         want = dense_attention(*(x.transpose(1, 2) for x in split(wide)), mask).transpose(1, 2)
         do = torch.randn_like(y)
         got = torch.autograd.grad(y, narrow, do)[0].split(widths, -1)
