@@ -44,13 +44,15 @@ def inputs(B: int, T: int, H: int, K: int, D: int) -> list[Tensor]:
 
 def milliseconds(work: Callable[[], object], repeats: int = 8) -> float:
     """GPU time of one call, by a graph of ``repeats`` calls; the best of five replays."""
+    work()  # on the leaves' own stream: what autograd and cuBLAS set up there cannot be captured
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
             work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
             work()
     best = float("inf")

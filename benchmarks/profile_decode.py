@@ -54,7 +54,7 @@ def replayed(engine: Engine, times: int = 200) -> float:
     """Seconds of the captured step that was made last, replayed again and again; the best of five."""
     if engine.graphs is None or not engine.graphs._made:
         return float("nan")
-    _, replay = list(engine.graphs._made.values())[-1]
+    replay = list(engine.graphs._made.values())[-1]._replay
     best = float("inf")
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
