@@ -439,7 +439,8 @@ class Engine:
         now = time.perf_counter()
         seconds = now - max(flight.began, self._read_at)
         self._read_at = now
-        self._count(steps=1, step_seconds=seconds)
+        self._totals["steps"] += 1
+        self._totals["step_seconds"] += seconds
         if self.feedback is not None:
             answers = sum(w.rows for w in flight.work if w.start >= w.sequence.prompt_length)
             self.feedback.observe(seconds, answers, rows_of(flight.work) - answers)
@@ -456,7 +457,7 @@ class Engine:
         if not bool(torch.isfinite(mean).all()):
             error = f"the hidden states of the prompt are not finite; {self._advice()}"
             return [self._end(sequence, "error", error=error)]
-        self._count(prompt_tokens=sequence.prompt_length)
+        self._totals["prompt_tokens"] += sequence.prompt_length
         return [self._end(sequence, "stop", embedding=tuple(mean.float().tolist()))]
 
     def _read_prompt(self, work: Work, hidden_NC: Tensor) -> None:
@@ -560,10 +561,6 @@ class Engine:
                 raise RequestError(f"token id {outside[0]} is outside the vocabulary of {top}", name)
         if sampling.stop and self._tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and the model came without one", "stop")
-
-    def _count(self, **more: float) -> None:
-        for name, amount in more.items():
-            self._totals[name] += amount
 
 
 def _row_tokens(work: Work) -> list[int]:

@@ -9,7 +9,7 @@ leaves (graphs share their memory) is read by the sampling that was queued befor
 stream's order is the host's side of the copy: two sets of pinned memory in turn, each with an event that says when it
 has been copied.
 
-Shape letters: S sequences, P pages of a table, C hidden size, V vocabulary.
+Shape letters: S sequences, U of them whose tables changed, P pages of a table, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Side:
         self.ints, self.small = ints, ints[: 11 * S]
         self.long = ints[: 10 * S].view(torch.int64).view(5, S)
         self.length_S = ints[10 * S : 11 * S]
-        self.global_SP, self.window_SP = ints[11 * S :].view(2, S, P).unbind()
+        self.tables_2SP = ints[11 * S :].view(2, S, P)
 
 
 class _HostSide:
@@ -68,7 +68,7 @@ class _HostSide:
         self.stamp_S, self._side, self._filled = np.zeros(S, np.int64), side, 0
         self.long, self.length_S = side.long.numpy(), side.length_S.numpy()
         self.length_S[:] = 1
-        self._tables = side.global_SP.numpy(), side.window_SP.numpy()
+        self._tables_2SP = side.tables_2SP.numpy()
         self._copied = torch.cuda.Event() if cuda else None
 
     def write(self, host: HostRows) -> None:
@@ -77,14 +77,15 @@ class _HostSide:
             self._copied.synchronize()  # long since, as a rule: the other side has been in between
         n, tables = len(host.rows), host.tables
         if n < self._filled:
-            self.long[:, n:], self.length_S[n:] = 0, 1
+            self.long[:, n:], self.length_S[n:], self._tables_2SP[:, n:] = 0, 1, 0
         self._filled = n
         self.long[1, :n], self.long[2:4, :n], self.length_S[:n] = host.position_N, host.slot_2N, host.length_S
-        stamp_S = np.zeros_like(self.stamp_S)
+        stamp_S = np.zeros(len(self.stamp_S), np.int64)
         stamp_S[:n] = tables.stamps[host.place_S]
-        for row in np.flatnonzero(stamp_S != self.stamp_S).tolist():
-            for mine, theirs in zip(self._tables, (tables.globals, tables.windows)):
-                mine[row] = theirs[host.place_S[row], : mine.shape[1]] if row < n else 0
+        (row_U,) = (stamp_S[:n] != self.stamp_S[:n]).nonzero()
+        if len(row_U):
+            width = self._tables_2SP.shape[2]
+            self._tables_2SP[:, row_U] = tables.both[:, host.place_S[row_U], :width]
         self.stamp_S = stamp_S
 
     def copy_to(self, device: torch.device) -> _Side:
@@ -113,7 +114,7 @@ class StepBuffers:
         self._count, self._taken, self._from = 0, self.tokens[:0], self._source[:0]
         self.rows = StepRows(
             position_N=position, ends_S=torch.arange(S + 1, dtype=torch.int32, device=device),
-            length_S=side.length_S, global_SP=side.global_SP, window_SP=side.window_SP,
+            length_S=side.length_S, global_SP=side.tables_2SP[0], window_SP=side.tables_2SP[1],
             global_slot_N=global_slot, window_slot_N=window_slot, page=page,
             rows=(1,) * S, lengths=(P * page,) * S, decodes=S, exact=exact, static=True,
         )  # fmt: skip
@@ -128,7 +129,7 @@ class StepBuffers:
             side.long[0, :count] = tokens
         elif tokens.row_S is not None:
             side.long[4, :count] = tokens.row_S
-        same = np.array_equal(side.stamp_S, self._tables_there)
+        same = bool((side.stamp_S == self._tables_there).all())
         self._tables_there = side.stamp_S
         side.send(self._device, tables=not same)
         if isinstance(tokens, DrawnTokens):

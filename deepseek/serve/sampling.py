@@ -63,6 +63,9 @@ class _Row(NamedTuple):
     error: str = ""
 
 
+_new, _BARE = tuple.__new__, (None, None, None, "")  # a row without the call of Python that ``_Row(…)`` is
+
+
 def sample(
     logits_RV: Tensor, rows: Sequence[SamplingState], places: Sequence[int] | None = None
 ) -> list[Sampled]:
@@ -129,7 +132,10 @@ class Drawing:
         """
         lengths, first = list[int](), len(states)
         if ahead or not any(drafts):
-            rows = [_row(state, len(state.tokens) + ahead) for state in states]
+            rows = [
+                _new(_Row, (s, len(s.tokens) + ahead, *_BARE)) if s.plain else _row(s, len(s.tokens) + ahead)
+                for s in states
+            ]
         else:
             rows, used, first = (
                 [],
@@ -260,12 +266,14 @@ class Ways:
 
     Attributes:
         top: log-probabilities asked for at a place; asked: which rows want any.
+        looks: how many candidates are looked at first, and then.
         again: a row may need a second look.
         likeliest: every row wants its likeliest token, and nothing else.
     """
 
     def __init__(self, states: list[SamplingState], vocabulary: int, device: torch.device) -> None:
         self.states, configs = states, [state.config for state in states]
+        self.looks = [CANDIDATES, WIDER, vocabulary][device.type != "cpu" :]
         self.plain = all(state.plain for state in states)
         self.greedy = [i for i, state in enumerate(states) if state.greedy]
         sorting = [c.top_k > 0 or c.top_p < 1 for c in configs]
@@ -292,9 +300,7 @@ class _Uniforms:
 
     def __init__(self, rows: Sequence[_Row], device: torch.device) -> None:
         self._rows, self._device = rows, device
-        self._sent: dict[
-            int, tuple[int, int, Tensor]
-        ] = {}  # by a group's first row: from which place on, how many
+        self._sent: dict[int, tuple[int, int, Tensor]] = {}  # by a group's first row: from where on, how many
 
     def of(self, group: Sequence[int], further: int) -> Tensor:
         """fp64, of some rows, ``further`` places after the rows' own."""
@@ -329,10 +335,9 @@ class _Draw:
         self.redrawn: list[int] = []
         self._found: npt.NDArray[Any] | None = None
         if rows:
-            look = _looks(logits_RV)[0]
-            self.packed = _launch(logits_RV, rows, ways.top, look, ways, best, (uniforms, further))
-            self.token_R = self.packed[:, 0]
+            self.packed = _launch(logits_RV, rows, ways.top, ways.looks[0], ways, best, (uniforms, further))
             self._wait = fetch(self.packed)
+        self._token_R: Tensor | None = None
 
     @classmethod
     def of(
@@ -349,11 +354,21 @@ class _Draw:
     def following(self, logits_RV: Tensor, fetch: Fetch, best: Tensor | None) -> _Draw:
         """The same at the next place of every row."""
         rows = self._rows if self.ways.plain else [_row(row.state, row.place + 1) for row in self._rows]
-        return _Draw(logits_RV, rows, self.ways, self._uniforms, self._further + 1, fetch, best)
+        drawn = _Draw(logits_RV, rows, self.ways, self._uniforms, self._further + 1, fetch, best)
+        if drawn.packed is self.packed:  # what a captured step has left lies where it lay before
+            drawn._token_R = self._token_R
+        return drawn
+
+    @property
+    def token_R(self) -> Tensor:
+        """The tokens on the device."""
+        if self._token_R is None:
+            self._token_R = self.packed[:, 0]
+        return self._token_R
 
     def keep(self) -> None:
         """A later ``read`` looks at a copy of the logits, if it may have to look again."""
-        if self.ways.again and 2 * _looks(self._logits)[0] < self._logits.shape[-1]:  # else it looks at all
+        if self.ways.again and 2 * self.ways.looks[0] < self._logits.shape[-1]:  # else it looks at all
             self._logits = self._logits.clone()
 
     def tokens(self) -> list[int] | None:
@@ -377,7 +392,7 @@ class _Draw:
             return self._found
         found_R = self._found = self._wait()
         logits, top = self._logits, self.ways.top
-        for candidates in _looks(logits)[1:] if self.ways.again else ():
+        for candidates in self.ways.looks[1:] if self.ways.again else ():
             again = np.flatnonzero(found_R[:, 1] == _SHORT)
             if not len(again):
                 break
@@ -388,12 +403,6 @@ class _Draw:
             self.redrawn += again[found_R[again, 0] != wider[:, 0]].tolist()
             found_R[again, : wider.shape[1]] = wider
         return found_R
-
-
-def _looks(logits_RV: Tensor) -> list[int]:
-    """How many candidates are looked at first, and then."""
-    looks = [CANDIDATES, WIDER, logits_RV.shape[-1]]
-    return looks if logits_RV.device.type == "cpu" else looks[1:]
 
 
 def _launch(

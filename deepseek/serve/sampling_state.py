@@ -86,9 +86,10 @@ class SamplingState:
     def accept(self, token: int) -> None:
         """``token`` is part of the answer: penalties count it, the grammar goes on."""
         self.tokens.append(token)
-        self.counts.add(token)
-        if self.grammar is not None:
-            self.grammar.accept(token)
+        if not self.foreseeable:
+            self.counts.add(token)
+            if self.grammar is not None:
+                self.grammar.accept(token)
 
     def uniform(self, place: int) -> float:
         """The random number in [0, 1) of the answer's token ``place``."""

@@ -224,9 +224,9 @@ class Scheduler:
 
     def advance_all(self, work: Sequence[Work]) -> None:
         """``advance`` for each, all of whose rows are final."""
+        self.rows += rows_of(work)
         for sequence, start, rows, _ in work:
             sequence.computed = computed = start + rows
-            self.rows += rows
             if computed >= sequence.pages.due:
                 self._settle(sequence)
 
@@ -367,4 +367,4 @@ class Scheduler:
 
 def rows_of(work: Sequence[Work]) -> int:
     """Rows of a step."""
-    return sum(w.rows for w in work)
+    return sum([w.rows for w in work])

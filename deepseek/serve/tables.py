@@ -21,12 +21,13 @@ class PageTables:
     """The page tables of the running sequences as two arrays, kept in step with ``SequencePages`` by difference.
 
     Attributes:
+        both: of the global and of the window group, ``[2, places, pages]``; page 0 where there is none.
         stamps: one number for each row, new whenever the row changes, so that copies know what they lack.
     """
 
     def __init__(self, places: int, pages: int, page: int) -> None:
-        self._both: Ints = np.zeros((2, places, pages), np.int32)
-        self.globals, self.windows = self._both
+        self.both: Ints = np.zeros((2, places, pages), np.int32)
+        self._globals, self._windows = self.both
         self.stamps = np.zeros(places, np.int64)
         self.width, self._page = pages, page
         self._free = list(range(places - 1, -1, -1))
@@ -39,13 +40,13 @@ class PageTables:
         row, held = self._place.get(sequence), sequence.pages
         if row is None:
             row = self._place[sequence] = self._free.pop()
-            self._both[:, row] = 0
+            self.both[:, row] = 0
         elif not held.changed:
             return row
         globals_, windows, dropped = self._known.get(sequence, (0, 0, 0))
-        self.globals[row, globals_ : len(held.globals)] = held.globals[globals_:]
-        self.windows[row, windows : len(held.windows)] = held.windows[windows:]
-        self.windows[row, dropped : held.dropped] = 0
+        self._globals[row, globals_ : len(held.globals)] = held.globals[globals_:]
+        self._windows[row, windows : len(held.windows)] = held.windows[windows:]
+        self._windows[row, dropped : held.dropped] = 0
         self._known[sequence] = len(held.globals), len(held.windows), held.dropped
         held.changed = False
         self._changes += 1
@@ -62,10 +63,12 @@ class PageTables:
                 if sequence.pages.changed:
                     self.place(sequence)
             place_S, start_S, counts, decodes = before.place_S, before.length_S, before.rows, len(work)
+            longest = before.longest + 1
         else:
             place_S = np.array([self.place(w.sequence) for w in work])
             start_S, counts = np.array([w.start for w in work]), [w.rows for w in work]
             decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+            longest = max(w.start + w.rows for w in work)
         if decodes == len(work):
             place_N, position_N, length_S = place_S, start_S, start_S + 1
         else:
@@ -74,9 +77,9 @@ class PageTables:
             inside = np.arange(len(place_N)) - (count_S.cumsum() - count_S).repeat(counts)
             position_N = start_S.repeat(counts) + inside
         page_N, offset_N = np.divmod(position_N, self._page)
-        slot_2N = self._both[:, place_N, page_N].astype(np.int64, order="C") * self._page + offset_N
-        width = -(-int(length_S.max()) // self._page)
-        return HostRows(position_N, length_S, place_S, self, width, slot_2N, counts, decodes)
+        slot_2N = self.both[:, place_N, page_N].astype(np.int64, order="C") * self._page + offset_N
+        width = -(-longest // self._page)
+        return HostRows(position_N, length_S, place_S, self, longest, width, slot_2N, counts, decodes)
 
     def leave(self, sequence: Scheduled) -> None:
         """The sequence has no pages any more."""
@@ -90,7 +93,8 @@ class HostRows(NamedTuple):
     """``StepRows`` before it goes to the device.
 
     Attributes:
-        place_S: the sequences' rows of ``tables``, ``width`` wide. slot_2N: of the global and of the window group.
+        place_S: the sequences' rows of ``tables``, ``width`` wide. longest: the largest length.
+        slot_2N: of the global and of the window group.
         rows: of each sequence. decodes: how many sequences at the front have a single one.
     """
 
@@ -98,6 +102,7 @@ class HostRows(NamedTuple):
     length_S: Longs
     place_S: Longs
     tables: PageTables
+    longest: int
     width: int
     slot_2N: Longs
     rows: list[int]
@@ -111,8 +116,8 @@ class HostRows(NamedTuple):
 
     @property
     def global_SP(self) -> Ints:
-        return self.tables.globals[self.place_S, : self.width]
+        return self.tables.both[0, self.place_S, : self.width]
 
     @property
     def window_SP(self) -> Ints:
-        return self.tables.windows[self.place_S, : self.width]
+        return self.tables.both[1, self.place_S, : self.width]

@@ -190,7 +190,7 @@ def _names(cls: type) -> tuple[str, ...]:
 _REQUEST, _SAMPLING, _GRAMMAR = _names(Request), _names(SamplingConfig), _names(Grammar)
 _OUTPUT, _INFO = _names(Output), _names(ModelInfo)
 _request_of, _sampling_of, _grammar_of = attrgetter(*_REQUEST), attrgetter(*_SAMPLING), attrgetter(*_GRAMMAR)
-_output_of, _info_of = attrgetter(*_OUTPUT), attrgetter(*_INFO)
+_info_of = attrgetter(*_INFO)
 _logprob_of = attrgetter(*_names(TokenLogprobs))
 _PLAIN = {type(None), bool, int, float, str}
 
@@ -235,7 +235,7 @@ def unpack_request(values: Message) -> Request:
 
 
 def pack_output(output: Output) -> Message:
-    values = _output_of(output)
+    values = tuple(output.__dict__.values())  # in the order of the fields, however it was made
     if not (output.logprobs or output.traces or output.prompt_logprobs):
         return values
     fields = dict(zip(_OUTPUT, values))

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from deepseek.errors import (
     RequestError,
 )
 from deepseek.serve import wire
+from deepseek.serve.answer import output_of, saying
 from deepseek.serve.client import EngineDraining
 from deepseek.serve.request import EngineStats, ModelInfo, Output, Request, TokenLogprobs, TokenTrace
 from deepseek.serve.sampler import Grammar, SamplingConfig
@@ -56,6 +58,8 @@ OUTPUTS = [
     ),
     Output("d", embedding=(0.1, -2.0), finish="stop"),
     Output("e", finish="error", error="no", prompt_logprobs=()),
+    output_of({**saying(Output("f", prompt_tokens=3)), "finish": "stop", "logprobs": ()}, "x", (7,)),
+    replace(Output("g", "x", (1,)), tokens=(2, 3), finish="length"),
 ]  # fmt: skip
 
 
