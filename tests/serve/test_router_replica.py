@@ -160,6 +160,8 @@ def test_odd_prompts_do_no_harm() -> None:
         '{"prompt": [null]}',
         '{"messages": []}',
         '{"messages": [3, null]}',
+        f'{{"prompt": {"[" * 1000}{"]" * 1000}}}',  # as deep as is read, and deeper than is written
+        f'{{"messages": {"[" * 1000}{"]" * 1000}}}',
     ):
         prefix_key(body.encode(), 64)
     assert key('{"prompt": "x"}', 0) is None

@@ -40,7 +40,10 @@ def prefix_key(body: bytes, characters: int) -> bytes | None:
         prompt = prompt[0]  # the first of several prompts
     if isinstance(prompt, list):
         prompt = prompt[:characters]  # token ids
-    text = prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
+    try:
+        text = prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
+    except orjson.JSONEncodeError:  # nested deeper than it writes, but not than it reads
+        return None
     return _digest(f"{asked.get('model')}\0{text[:characters]}".encode("utf-8", "replace"))
 
 
