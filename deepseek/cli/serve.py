@@ -13,6 +13,8 @@ from tyro.conf import Positional
 from deepseek.cli.options import as_arguments
 from deepseek.errors import ConfigError
 
+LONGEST_NAME = 256  #: characters of a model's name in a request
+
 
 @dataclass(frozen=True)
 class Serve:
@@ -60,7 +62,7 @@ class Serve:
             max_step_tokens=self.max_step_tokens, step_goal=self.step_goal, max_length=self.max_length,
             speculate=self.speculate,
             prefix_cache=self.prefix_cache, deterministic=self.deterministic, graphs=self.graphs,
-            ahead=None if self.ahead else False, adapters=_adapters(self.adapter), name=name,
+            ahead=None if self.ahead else False, adapters=_adapters(self.adapter, name), name=name,
         )  # fmt: skip
         config = ServerConfig(
             name=name, max_running=self.max_running or _running(self.device), max_waiting=self.max_waiting,
@@ -94,12 +96,25 @@ class Serve:
         )  # fmt: skip
 
 
-def _adapters(given: Sequence[str]) -> dict[str, str]:
-    found = {}
+def _adapters(given: Sequence[str], model: str) -> dict[str, str]:
+    """Directories by the names under which clients ask for them, as they ask for the ``model`` itself."""
+    found: dict[str, str] = {}
     for entry in given:
         name, separator, directory = entry.partition("=")
         if not separator or not name or not directory:
             raise ConfigError(f"--adapter {entry!r} must be NAME=DIRECTORY")
+        if name in found:
+            raise ConfigError(
+                f"--adapter: {found[name]} and {directory} are both named {name!r}; name them apart"
+            )
+        if name == model:
+            raise ConfigError(
+                f"--adapter {entry!r} has the name of the model itself; give another one, or another --name"
+            )
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ConfigError(
+                f"--adapter {name[:80]!r}…: a name has at most {LONGEST_NAME} printable characters"
+            )
         found[name] = directory
     return found
 
