@@ -5,6 +5,7 @@ operation of torch costs its dispatch and a little work (vocabulary of 512), not
 steadily; the least of the chunks' means is told, which on a machine that others use comes nearest to the truth.
 
     python benchmarks/bench_host_step.py [--streams 1 64] [--sampling greedy random] [--steps 400] [--profile --top 20]
+    python benchmarks/bench_host_step.py --torch  # what a step calls of torch, without the replay
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import cProfile
 import inspect
 import pstats
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ SAMPLING = {
     "random": {"temperature": 0.8, "top_p": 1.0, "seed": 1},
     "top-p": {"temperature": 0.8, "top_p": 0.95, "seed": 1},
     "logprobs": {"temperature": 0.0, "logprobs": 1},
+    "penalty": {"temperature": 0.0, "presence_penalty": 0.5},
+    "stop": {"temperature": 0.0, "stop": ("\n\n\n", "Observation:")},
 }
 
 
@@ -59,20 +63,28 @@ def engine_of(streams: int, ahead: bool, length: int) -> Engine:
         best_S2[:, 0] = words[torch.arange(len(best_S2)) % len(words)]
         return lambda: out
 
-    engine.graphs = DecodeGraphs(engine.decoder, most, engine.vocabulary, instant)
+    engine.launcher.graphs = DecodeGraphs(engine.decoder, most, engine.vocabulary, instant)
     return engine
 
 
 def measure(
-    streams: int, sampling: str, steps: int, ahead: bool, length: int, profile: cProfile.Profile | None = None
-) -> float:
-    """Microseconds of a step, the least of the chunks' means."""
+    streams: int, sampling: str, steps: int, ahead: bool, length: int, profile: cProfile.Profile | None = None,
+    counts: Counter[str] | None = None,
+) -> float:  # fmt: skip
+    """Microseconds of a step, the least of the chunks' means; ``counts``: of torch's operations in one step."""
     engine = engine_of(streams, ahead, length)
     config = SamplingConfig(max_tokens=steps + 64, ignore_eos=True, **SAMPLING[sampling])  # type: ignore[arg-type]
     for i in range(streams):
         engine.add(Request(str(i), tuple(range(1, 40 + i % 32)), config))
     for _ in range(20):
         engine.step()
+    if counts is not None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+            for _ in range(CHUNK):
+                engine.step()
+        for event in trace.key_averages():
+            if event.key.startswith("aten::"):
+                counts[event.key] = event.count
     best = float("inf")
     for _ in range(steps // CHUNK):
         began = time.process_time()
@@ -104,6 +116,7 @@ def main() -> None:
         "--profile", action="store_true", help="count calls; the time is then the profiler's, too"
     )
     parser.add_argument("--top", type=int, default=0, help="with --profile, functions by their own time")
+    parser.add_argument("--torch", action="store_true", help="count the operations of torch in a step, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'streams':>7} {'sampling':10} {'ahead':6} {'us/step':>9}")
@@ -111,9 +124,13 @@ def main() -> None:
         for sampling in args.sampling:
             for ahead in (False, True):
                 profile = cProfile.Profile() if args.profile else None
-                found = measure(streams, sampling, args.steps, ahead, args.max_length, profile)
+                counts: Counter[str] | None = Counter() if args.torch else None
+                found = measure(streams, sampling, args.steps, ahead, args.max_length, profile, counts)
                 calls = "" if profile is None else f"  {_calls(profile, args.steps):9.0f} calls of Python"
                 print(f"{streams:7} {sampling:10} {'on' if ahead else 'off':6} {found:9.1f}{calls}")
+                if counts is not None:
+                    each = ", ".join(f"{name[6:]} {n / CHUNK:.3g}" for name, n in counts.most_common())
+                    print(f"{'':8}{sum(counts.values()) / CHUNK:.1f} operations of torch: {each}")
                 if profile is not None and args.top:
                     pstats.Stats(profile).sort_stats("tottime").print_stats(args.top)
 

@@ -46,6 +46,11 @@ class Instant:
     def has_work(self) -> bool:
         return self.left > 0
 
+    def prepared(self, request: Request) -> bool:
+        return True
+
+    def prepare(self, request: Request) -> None: ...
+
     def add(self, request: Request) -> None:
         self.live[request.id] = request.sampling.max_tokens
 

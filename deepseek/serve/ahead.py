@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from deepseek.serve.decoder import Traced
+from deepseek.serve.request import TokenLogprobs
 from deepseek.serve.sampling import Drawing, Sampled
 from deepseek.serve.scheduler import Scheduled, Work
 from deepseek.serve.tables import HostRows
@@ -46,7 +47,7 @@ class InFlight:
 
     Attributes:
         drawing: the tokens, if any.
-        simple: every sequence draws one token here, and nothing else is read.
+        simple: every sequence draws one token here, and nothing but its log-probabilities is read besides.
         follows: and the next step can be launched without the host: all that run are here, and their next tokens are
             ``foreseeable``.
     """
@@ -88,10 +89,6 @@ class InFlight:
         """Whether anything counts; if not, nobody need read it."""
         return bool(self.counting)
 
-    def repeats(self, work: Sequence[Work]) -> bool:
-        """Whether ``work``, which follows, is of all its sequences."""
-        return len(work) == len(self.work)
-
     def going(self) -> list[Work]:
         """The work that goes on with another row, as far as can be seen, if it can be followed; else nothing."""
         if not self.follows:
@@ -119,8 +116,12 @@ class InFlight:
         return self.drawing.read() if self.drawing is not None else []
 
     def tokens(self) -> list[int] | None:
-        """Wait for the tokens; one for each work, or ``None`` where that is not all."""
+        """Wait for the tokens; one for each work, or ``None`` where it takes ``read``."""
         return self.drawing.tokens() if self.drawing is not None and self.simple else None
+
+    def logprobs(self) -> list[TokenLogprobs | None] | None:
+        """After ``tokens``: of each, as far as they were asked for; ``None`` if none were."""
+        return self.drawing.logprobs() if self.drawing is not None else None
 
 
 Tokens = Sequence[int] | DrawnTokens

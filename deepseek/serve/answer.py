@@ -35,6 +35,10 @@ class Answer:
         """Whether the log-probabilities of the prompt are asked for, and ``work`` is of the prompt."""
         return self.prompt_logprobs is not None and work.start < work.sequence.prompt_length
 
+    def simple(self, work: Work) -> bool:
+        """Whether all that is made of ``work``, which draws a token, is that token."""
+        return self.proposer is None and not self.reads(work)
+
     def extend(self, sampled: Sequence[Sampled]) -> tuple[list[int], str]:
         """Take what was sampled as far as the answer goes on; the tokens taken, and the text they make showable."""
         kept, text, stream = list[int](), "", self.text

@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,14 +32,15 @@ from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, EngineError, RequestError
 from deepseek.precision import choose
 from deepseek.serve.adapters import AdapterBank, load_adapter
-from deepseek.serve.ahead import DrawnTokens, InFlight, Tokens
+from deepseek.serve.ahead import InFlight
 from deepseek.serve.answer import Answer, Traces, Wordless, completion, output_of, saying
 from deepseek.serve.budget import FeedbackBudget
-from deepseek.serve.decoder import Decoder, RowAdapters, Traced, cache_dtype, compute_dtype
+from deepseek.serve.decoder import Decoder, cache_dtype, compute_dtype
 from deepseek.serve.engine_config import EngineConfig, default_running
 from deepseek.serve.generate import Completion
 from deepseek.serve.grammar import PARAM, Grammars, GrammarState
 from deepseek.serve.graphs import DecodeGraphs, Size
+from deepseek.serve.launcher import Launcher
 from deepseek.serve.memory import cache_budget
 from deepseek.serve.pages import PageLayout, Pages, share_memory
 from deepseek.serve.request import (
@@ -49,12 +51,10 @@ from deepseek.serve.request import (
     Request,
 )
 from deepseek.serve.sampler import SamplingConfig
-from deepseek.serve.sampling import Drawing, Sampled, SamplingState, Ways, prompt_logprobs
+from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs
 from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
 from deepseek.serve.speculative import NgramProposer
-from deepseek.serve.tables import HostRows
 from deepseek.serve.text import TextStream, begins_text
-from deepseek.serve.transfer import Readback, put
 from deepseek.weights.gguf_parts import model_name
 
 LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
@@ -94,20 +94,19 @@ class Engine:
         self.scheduler = Scheduler(
             self.pages, max_running=running, budget=self.feedback or StaticBudget(step)
         )
-        most = Size(running, self.decoder.tables.width)
-        captured = config.graphs and self.device.type == "cuda"
         self.vocabulary = min(
             loaded.tokenizer.vocab_size if loaded.tokenizer else shape.vocab_size, shape.vocab_size
         )
-        self.graphs = DecodeGraphs(self.decoder, most, self.vocabulary) if captured else None
-        self.ahead = captured if config.ahead is None else config.ahead
-        self._readback = Readback(self.device)
-        self._flight: InFlight | None = None
-        self._ways: Ways | None = None  #: of the last drawing
-        self._read_at = 0.0  #: when the last step was read
         adapters = {name: load_adapter(place, shape) for name, place in config.adapters.items()}
         kept = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.bank = AdapterBank(adapters, kept, self.device, exact=config.deterministic)
+        captured = config.graphs and self.device.type == "cuda"
+        most = Size(running, self.decoder.tables.width)
+        graphs = DecodeGraphs(self.decoder, most, self.vocabulary) if captured else None
+        self.launcher = Launcher(self.decoder, self.vocabulary, graphs, self.bank)
+        self.ahead = captured if config.ahead is None else config.ahead
+        self._flight: InFlight | None = None
+        self._read_at = 0.0  #: when the last step was read
         self.grammars = Grammars(self._tokenizer, self.vocabulary) if self._tokenizer else None
         self._words = self._tokenizer or cast(Tokenizer, Wordless())
         self._live: dict[str, Scheduled] = {}
@@ -269,7 +268,13 @@ class Engine:
             self.decoder.tables.leave(sequence)
         if not plan.work:
             return None
-        return self._launch(sorted(plan.work, key=lambda w: w.rows != 1), None, began)
+        flight = self.launcher.start(sorted(plan.work, key=lambda w: w.rows != 1), began)
+        flight.follows = (
+            flight.simple
+            and len(flight.work) == len(self.scheduler.running)
+            and all(w.sequence.engine.state.foreseeable for w in flight.work)
+        )
+        return flight
 
     def _follow(self, flight: InFlight) -> InFlight | None:
         """Launch the step after ``flight``, whose tokens nobody has seen, as if all went on but for the ends in sight.
@@ -280,66 +285,7 @@ class Engine:
         if len(flight.counting) != len(self.scheduler.running):
             return None
         work = self.scheduler.follow(flight.going())
-        return self._launch(work, flight, began) if work else None
-
-    def _launch(self, work: list[Work], before: InFlight | None, began: float) -> InFlight:
-        """Queue a step on the device: the model over the rows, and a token for every sequence that is at its end."""
-        if before is None:
-            tokens: Tokens = [t for w in work for t in _row_tokens(w)]
-            samples = [w.samples and not w.sequence.request.embed for w in work]
-            traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
-            host = self.decoder.tables.host_rows(work)
-        else:
-            tokens, samples, traced = before.hand_on(work), [True] * len(work), None
-            host = self.decoder.tables.host_rows(work, before.host if before.repeats(work) else None)
-        hidden, logits, best = self._run(work, host, tokens, traced)
-        flight = InFlight(work, samples, host, hidden, traced, began)
-        if flight.sampling:
-            if logits is None or len(flight.sampling) < len(work):
-                rows, best = flight.rows(), None
-                some = hidden[put(rows, hidden.device)] if len(rows) < len(hidden) else hidden
-                logits = self.decoder.logits(some)[:, : self.vocabulary]
-            flight.drawing = self._draw(flight, before, logits, best)
-        flight.simple = before is not None or (
-            all(samples) and traced is None and not self.config.speculate
-            and not any(w.sequence.engine.reads(w) for w in work)
-        )  # fmt: skip
-        flight.follows = before is not None or (
-            flight.simple
-            and len(work) == len(self.scheduler.running)
-            and all(w.sequence.engine.state.foreseeable for w in work)
-        )
-        return flight
-
-    def _run(
-        self, work: list[Work], host: HostRows, tokens: Tokens, traced: Traced | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Hidden states of all rows; when the step was captured their logits and likeliest tokens too."""
-        adapters = self._row_adapters(work)
-        if self.graphs is not None and adapters is None and traced is None:
-            found = self.graphs.run(tokens, host)
-            if found is not None:
-                return found
-        if isinstance(tokens, DrawnTokens):
-            tokens_N = tokens.gather()
-        else:
-            tokens_N = put(tokens, self.device)
-        return self.decoder.hidden(tokens_N, self.decoder.rows(host), adapters, traced), None, None
-
-    def _draw(
-        self, flight: InFlight, before: InFlight | None, logits_NV: Tensor, best: Tensor | None
-    ) -> Drawing:
-        """Queue the drawing of a step's tokens."""
-        if before is not None and before.drawing is not None and before.repeats(flight.work):
-            return before.drawing.following(logits_NV, self._readback, best)
-        states = [w.sequence.engine.state for w in flight.sampling]
-        drafts = [w.sequence.draft[: w.drafts] for w in flight.sampling] if before is None else ()
-        ahead = 0 if before is None else 1
-        drawing = Drawing.of(
-            logits_NV, states, drafts, ahead=ahead, fetch=self._readback, like=self._ways, best=best
-        )
-        self._ways = drawing.ways
-        return drawing
+        return self.launcher.follow(work, flight, began) if work else None
 
     def _read(self, flight: InFlight) -> list[Output]:
         """Wait for a step's tokens; what follows from them, and from its prompts."""
@@ -375,12 +321,13 @@ class Engine:
 
     def _append(self, flight: InFlight, tokens: list[int]) -> list[Output]:
         """``_extend`` where every sequence has one token, and most have nothing else to tell."""
-        going, outputs = flight.counting, list[Output]()
-        if len(going) < len(tokens):
-            tokens = [token for w, token in zip(flight.work, tokens) if flight.counts(w)]
+        going, drawn = flight.counting, list(zip(flight.work, tokens, flight.logprobs() or repeat(None)))
+        if len(going) < len(drawn):
+            drawn = [one for one in drawn if flight.counts(one[0])]
         self.scheduler.advance_all(going)
         self._totals["generated_tokens"] += len(going)
-        for (sequence, *_), token in zip(going, tokens):
+        outputs = list[Output]()
+        for (sequence, *_), token, logprobs in drawn:
             answer: Answer = sequence.engine
             sequence.tokens.append(token)
             answer.state.accept(token)
@@ -388,7 +335,7 @@ class Engine:
             if answer.said is not None and not (answer.more or answer.text.finish):
                 outputs.append(output_of(answer.said, text, (token,)))
             else:
-                outputs.append(self._tell(sequence, text, [Sampled(token)]))
+                outputs.append(self._tell(sequence, text, [Sampled(token, logprobs)]))
         return outputs
 
     def _extend(self, work: Work, sampled: list[Sampled], traces: Traces | None, row: int) -> Output:
@@ -471,7 +418,7 @@ class Engine:
         top = sequence.request.sampling.prompt_logprobs or 0
         for at in range(0, len(following), LOGIT_ROWS):
             some = following[at : at + LOGIT_ROWS]
-            logits = self.decoder.logits(hidden_NC[at : at + len(some)])[:, : self.vocabulary]
+            logits = self.launcher.logits(hidden_NC[at : at + len(some)])
             answer.prompt_logprobs += prompt_logprobs(logits, some, top)
 
     def _propose(self) -> None:
@@ -525,13 +472,6 @@ class Engine:
             "try an earlier checkpoint or precision='fp32'"
         )
 
-    def _row_adapters(self, work: list[Work]) -> RowAdapters | None:
-        if not len(self.bank) or all(w.sequence.engine.adapter < 0 for w in work):
-            return None
-        return RowAdapters(
-            self.bank, self.bank.rows(w.sequence.engine.adapter for w in work for _ in range(w.rows))
-        )
-
     def _grammar(self, request: Request) -> GrammarState | None:
         if request.sampling.grammar is None:
             return None
@@ -561,11 +501,6 @@ class Engine:
                 raise RequestError(f"token id {outside[0]} is outside the vocabulary of {top}", name)
         if sampling.stop and self._tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and the model came without one", "stop")
-
-
-def _row_tokens(work: Work) -> list[int]:
-    sequence, end = work.sequence, work.start + work.rows - work.drafts
-    return sequence.tokens[work.start : end] + sequence.draft[: work.drafts]
 
 
 def _format(config: EngineConfig, device: torch.device) -> str:

@@ -178,8 +178,12 @@ class Drawing:
         self._drawn.keep()
 
     def tokens(self) -> list[int] | None:
-        """One token for each request; ``None`` where there is more to say than that: then ``read``."""
+        """One token for each request; ``None`` where one has none, or there were drafts: then ``read``."""
         return None if self._lengths else self._drawn.tokens()
+
+    def logprobs(self) -> list[TokenLogprobs | None] | None:
+        """With ``tokens``: of each, as far as they were asked for; ``None`` if none were."""
+        return None if self.ways.asked is None else self._drawn.logprobs()
 
     def read(self) -> list[list[Sampled]]:
         """For each request its drafted tokens as far as they are right, then one more token that is not of the draft.
@@ -208,7 +212,7 @@ def prompt_logprobs(logits_RV: Tensor, next_tokens: Sequence[int], top: int) -> 
     if again := torch.nonzero(packed[:, 0])[:, 0].tolist():
         index = torch.tensor(again, device=logits_RV.device)
         packed[again] = _logprobs(logits_RV[index], tokens_R[index], top, logits_RV.shape[-1]).cpu()
-    return [_read_logprobs(token, row, top) for token, row in zip(next_tokens, packed.numpy())]
+    return _read_logprobs(next_tokens, packed.numpy(), [top] * len(next_tokens))
 
 
 def _row(state: SamplingState, place: int) -> _Row:
@@ -234,17 +238,24 @@ def _draft_rows(state: SamplingState, draft: Sequence[int]) -> list[_Row]:
     begin, grammar, counts = len(state.tokens), state.grammar, state.counts
     if state.plain:
         return [_Row(state, begin + i) for i in range(1 + len(draft))]
-    rows, mark, taken = [_row(state, begin)], counts.mark(), 0
+    rows, mark, taken = [_kept(_row(state, begin))], counts.mark(), 0
     for token in draft:
         if rows[-1].error or token in state.ends or (grammar and not grammar.try_accept(token)):
             break
         counts.add(token)
         taken += 1
-        rows.append(_row(state, begin + taken))
+        rows.append(_kept(_row(state, begin + taken)))
     counts.remove(draft[:taken], mark)
     if grammar:
         grammar.retract(taken)
     return rows
+
+
+def _kept(row: _Row) -> _Row:
+    """``row``, whose state will change before it is used."""
+    if row.penalties is None:
+        return row
+    return row._replace(penalties=Updates(row.penalties.ids.copy(), row.penalties.amounts.copy()))
 
 
 _GOOD, _BAD, _SHORT = 0, 1, 2
@@ -372,19 +383,27 @@ class _Draw:
             self._logits = self._logits.clone()
 
     def tokens(self) -> list[int] | None:
-        """Wait; the tokens, if each row has one and wants no more."""
+        """Wait; the tokens, if each row has one."""
         found_R = self._look()
-        if self.ways.asked is not None or found_R[:, 1].any():
-            return None
-        if not self.ways.plain and any(row.error for row in self._rows):
+        if found_R[:, 1].any() or (not self.ways.plain and any(row.error for row in self._rows)):
             return None
         tokens: list[int] = found_R[:, 0].tolist()
         return tokens
 
+    def logprobs(self) -> list[TokenLogprobs | None]:
+        """After a wait: what was asked for, row by row."""
+        found_R, asked = self._look(), [row.state.config.logprobs for row in self._rows]
+        some = [i for i, top in enumerate(asked) if top is not None]
+        read = _read_logprobs(found_R[some, 0].tolist(), found_R[some, 1:], [asked[i] or 0 for i in some])
+        by_row = dict(zip(some, read))
+        return [by_row.get(i) for i in range(len(asked))]
+
     def read(self) -> list[Sampled]:
         if not self._rows:
             return []
-        return [_read(row, packed, self.ways.top) for row, packed in zip(self._rows, self._look())]
+        found_R, none = self._look(), [None] * len(self._rows)
+        logprobs = none if self.ways.asked is None else self.logprobs()
+        return list(map(_read, self._rows, found_R[:, 0].tolist(), found_R[:, 1].tolist(), logprobs))
 
     def _look(self) -> npt.NDArray[Any]:
         """Wait, and look again at the rows that need it."""
@@ -483,10 +502,8 @@ def _edited(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
     touched = [(i, row.penalties) for i, row in enumerate(rows) if row.penalties is not None]
     if touched:
         at, ids = _places([(i, u.ids) for i, u in touched], device)
-        factors = [
-            np.full(len(u.ids), rows[i].state.config.repetition_penalty, np.float32) for i, u in touched
-        ]
-        factor = put(np.concatenate(factors), device)
+        factors = np.array([rows[i].state.config.repetition_penalty for i, _ in touched], np.float32)
+        factor = put(factors.repeat([len(u.ids) for _, u in touched]), device)
         amount = put(np.concatenate([u.amounts for _, u in touched]), device)
         old = scores_RV[at, ids]
         scores_RV[at, ids] = torch.where(old > 0, old / factor, old * factor) - amount
@@ -543,23 +560,22 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32).long()
 
 
-def _read_logprobs(token: int, packed: Numbers, top: int) -> TokenLogprobs:
-    """From ``_logprobs``' row."""
-    floats = packed.astype(np.int32).view(np.float32)
-    n = (len(packed) - 3) // 2
-    best = zip(packed[3 : 3 + n].tolist(), floats[3 + n :].tolist())
-    return TokenLogprobs(token, float(floats[1]), int(packed[2]), tuple(best)[:top])
+def _read_logprobs(tokens: Sequence[int], packed_RX: Numbers, tops: Sequence[int]) -> list[TokenLogprobs]:
+    """From ``_logprobs``' rows, and how many of the best each row wants."""
+    floats_RX, n = packed_RX.astype(np.int32).view(np.float32), (packed_RX.shape[1] - 3) // 2
+    own, rank = floats_RX[:, 1].tolist(), packed_RX[:, 2].tolist()
+    ids, scores = packed_RX[:, 3 : 3 + n].tolist(), floats_RX[:, 3 + n :].tolist()
+    return [
+        TokenLogprobs(token, own[i], rank[i], tuple(zip(ids[i][:top], scores[i])))
+        for i, (token, top) in enumerate(zip(tokens, tops))
+    ]
 
 
-def _read(row: _Row, packed: Numbers, top: int) -> Sampled:
-    token, health = int(packed[0]), int(packed[1])
+def _read(row: _Row, token: int, health: int, logprobs: TokenLogprobs | None) -> Sampled:
     if row.error:
         return Sampled(-1, None, row.error)
     if health & _BAD:
         return Sampled(
             -1, None, "no token can be drawn: the logits are not finite, or every token is forbidden"
         )
-    asked = row.state.config.logprobs
-    if asked is None:
-        return Sampled(token)
-    return Sampled(token, _read_logprobs(token, packed[1:], asked))
+    return Sampled(token, logprobs)

@@ -111,7 +111,10 @@ def _block(seed: int, block: int) -> npt.NDArray[np.float64]:
 
 
 class Counts:
-    """Which tokens a request's penalties touch, and how often each was generated; grows by one slot a token."""
+    """Which tokens a request's penalties touch, how often each was generated, and what that takes from its score.
+
+    It grows by one slot a token.
+    """
 
     def __init__(self, config: SamplingConfig, prompt: Sequence[int], vocabulary: int) -> None:
         self.presence, self.frequency = config.presence_penalty, config.frequency_penalty
@@ -122,7 +125,8 @@ class Counts:
         self._size, self._vocabulary = len(seen), vocabulary
         self._ids = np.zeros(max(64, 2 * len(seen)), np.int64)
         self._ids[: len(seen)] = seen
-        self._times = np.zeros_like(self._ids)
+        self._times = [0] * len(seen)
+        self._amounts = np.zeros(len(self._ids), np.float32)
         self._slots = {int(token): slot for slot, token in enumerate(seen)} if self.on else {}
 
     def add(self, token: int) -> None:
@@ -132,12 +136,12 @@ class Counts:
         if slot is None:
             slot = self._slots[token] = self._size
             if slot == len(self._ids):
-                self._ids, self._times = (
-                    np.concatenate([a, np.zeros_like(a)]) for a in (self._ids, self._times)
-                )
-            self._ids[slot], self._times[slot] = token, 0
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._amounts = np.concatenate([self._amounts, np.zeros_like(self._amounts)])
+            self._ids[slot] = token
+            self._times.append(0)
             self._size += 1
-        self._times[slot] += 1
+        self._set(slot, self._times[slot] + 1)
 
     def mark(self) -> int:
         return self._size
@@ -146,12 +150,17 @@ class Counts:
         """Undo the ``add`` of ``tokens``, since ``mark``."""
         for token in tokens:
             if self.on and 0 <= token < self._vocabulary:
-                self._times[self._slots[token]] -= 1
+                slot = self._slots[token]
+                self._set(slot, self._times[slot] - 1)
         while self._size > mark:
             self._size -= 1
+            self._times.pop()
             del self._slots[int(self._ids[self._size])]
 
     def updates(self) -> Updates:
-        times = self._times[: self._size]
-        amounts = self.presence * (times > 0) + self.frequency * times
-        return Updates(self._ids[: self._size].copy(), amounts.astype(np.float32))
+        """To look at, before anything is added."""
+        return Updates(self._ids[: self._size], self._amounts[: self._size])
+
+    def _set(self, slot: int, times: int) -> None:
+        self._times[slot] = times
+        self._amounts[slot] = self.presence * (times > 0) + self.frequency * times

@@ -118,6 +118,8 @@ class TextStream:
         """What may be shown after ``new`` characters; sets ``finish`` at a stop text."""
         if self._stops is None:
             return new
+        if not self._node and self._stops.first.isdisjoint(new):
+            return new
         text, early = self._held + new, self.pushed < self._config.min_tokens
         at = len(self._held)
         for at, character in enumerate(new, len(self._held) + 1):
@@ -174,6 +176,7 @@ class _Automaton:
     Attributes:
         found: the longest stop text that ends at each node, or ''.
         growing: how many of the last characters may still become part of a stop text.
+        first: the characters that stop texts begin with.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
@@ -190,6 +193,7 @@ class _Automaton:
                     self.found.append("")
                 node = self._next[node][character]
             self.found[node] = stop
+        self.first = frozenset(self._next[0])
         self.growing = [0] * len(depth)
         waiting = deque(self._next[0].values())
         while waiting:  # by depth, so that a failure link's target is finished first

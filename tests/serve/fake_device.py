@@ -166,7 +166,7 @@ def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Que
     patch.setattr(graphs._HostSide, "send", sent)
     patch.setattr(StepBuffers, "_take", lambda *args: queue.put(lambda: take(*args)))
     patch.setattr(engine.decoder, "hidden", at_once)
-    engine._readback = Readback(queue)  # type: ignore[assignment]
+    engine.launcher.readback = Readback(queue)  # type: ignore[assignment]
     most = Size(engine.scheduler.max_running, engine.decoder.tables.width)
-    engine.graphs = DecodeGraphs(engine.decoder, most, engine.vocabulary, Capture(queue))
+    engine.launcher.graphs = DecodeGraphs(engine.decoder, most, engine.vocabulary, Capture(queue))
     return queue

@@ -185,7 +185,7 @@ def test_nothing_is_read_or_overwritten_before_its_time(
     found = drive(engine, requests, arrivals)
     assert {id: tokens_of(o) for id, o in found.items()} == wanted
     assert len(set(rows)) > 2
-    assert len(engine.graphs._made) > 1  # type: ignore[union-attr]
+    assert len(engine.launcher.graphs._made) > 1  # type: ignore[union-attr]
     assert queue.depth > 4  # a step and the next one's launch were waiting at once
     assert Event.waits == 0  # nobody waited for memory to copy from
 

@@ -43,7 +43,9 @@ def test_answers_by_the_kernels_are_the_plain_models(
     assert isinstance(layer.qkv, TritonLinear)
     assert layer.experts is None or isinstance(layer.experts._layer, DeviceExperts)
     most = Size(8, engine.decoder.tables.width)
-    engine.graphs = engine.graphs or DecodeGraphs(engine.decoder, most, engine.vocabulary, lambda run: run)
+    engine.launcher.graphs = engine.launcher.graphs or DecodeGraphs(
+        engine.decoder, most, engine.vocabulary, lambda run: run
+    )
     found: dict[str, list[Output]] = {str(i): [] for i in range(len(prompts))}
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), tuple(prompt), GREEDY))

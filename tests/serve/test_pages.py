@@ -113,6 +113,12 @@ def serve(
                     truth.append(sum(truth) % 7 if chance.random() < 0.7 else 99)
                 sequence.draft = truth[len(sequence.tokens) :]
         step = following
+        for sequence in scheduler.running:
+            held, groups = sequence.pages, [ids for _, ids in oracle._groups(sequence.pages)]
+            assert held.reach == layout.page * min(map(len, groups))
+            if sequence.computed < held.due:  # nothing to settle
+                assert not prefix_cache or sequence.computed < (held.named + 1) * layout.page
+                assert not layout.window_bytes or layout.first_needed(sequence.computed) <= held.dropped
         unread = [s for s in (*scheduler.running, *scheduler.waiting) if not s.decoding]
         assert ahead or scheduler.prompt_rows == sum(len(s.tokens) - s.computed for s in unread)
     assert not scheduler.has_work

@@ -245,6 +245,9 @@ def test_seeds_and_places_are_independent() -> None:
     backwards = [state_of(config, seed=0).uniform(place) for place in (199, 63, 64, 0)]
     state = state_of(config, seed=0)
     assert backwards == [[state.uniform(i) for i in range(200)][i] for i in (199, 63, 64, 0)]
+    for place, count in ((0, 200), (60, 16), (63, 1), (64, 130), (5, 3)):
+        some = state_of(config, seed=0).uniforms(place, count)
+        assert some.tolist() == [state.uniform(i) for i in range(place, place + count)]
 
 
 def test_ties_go_to_the_lowest_id() -> None:
