@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
+from deepseek.cli.terminal import tell
+
 
 @dataclass(frozen=True)
 class Route:
@@ -28,12 +30,16 @@ class Route:
 
     def go(self, rest: Sequence[str]) -> int:
         from deepseek.serve.router import RouterConfig, route
-        from deepseek.serve.router.run import print_address
         from deepseek.serve.server.keys import Keyring
 
         options = ("affinity", "ready_path", "resolve", "max_body", "silence", "linger", "drain", "open")
         config = RouterConfig(**{name: getattr(self, name) for name in options})
         keys = Keyring.load(self.keys_file or None, os.environ)
         return route(
-            self.replicas, config, host=self.host, port=self.port, keys=keys or None, listening=print_address
+            self.replicas,
+            config,
+            host=self.host,
+            port=self.port,
+            keys=keys or None,
+            listening=lambda address: tell(f"routing on {address}"),
         )

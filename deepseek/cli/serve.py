@@ -11,6 +11,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from deepseek.cli.options import as_arguments
+from deepseek.cli.terminal import tell
 from deepseek.errors import ConfigError
 
 LONGEST_NAME = 256  #: characters of a model's name in a request
@@ -72,7 +73,7 @@ class Serve:
             self.model, engine, config, host=self.host, port=self.port,
             fd=None if self.fd < 0 else self.fd, keys_file=self.keys_file,
             supervision=Supervision(reload=self.reload, first_token=self.first_token),
-            say=lambda line: print(line, flush=True),
+            say=tell,
         )  # fmt: skip
 
     def _several(self) -> int:
@@ -92,7 +93,7 @@ class Serve:
         return serve_replicas(
             arguments, self.replicas, RouterConfig(drain=self.drain, silence=silence), host=self.host, port=self.port,
             keys=keys, device=self.device,
-            say=lambda at: print(f"{self.model} is served at {at} once a replica is ready", flush=True),
+            say=lambda at: tell(f"{self.model} is served at {at} once a replica is ready"),
         )  # fmt: skip
 
 

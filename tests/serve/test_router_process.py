@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -254,6 +255,32 @@ def test_kill_9_of_replicas_at_random_moments() -> None:
             assert (answer.status, answer.getheader("retry-after")) == (503, "1")
             answer.read()
             connection.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+def test_nobody_has_to_read_what_a_server_prints() -> None:
+    """Its address, on a pipe whose reader has gone."""
+    port = free_port()
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "deepseek", "route", "http://127.0.0.1:9", "--port", str(port)]
+    with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writer)
+        try:
+            until(lambda: process.poll() is not None or reachable(port))
+            assert ask(port, "GET", "/health")[0] == 200
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=60)[1]
+            assert (process.returncode, "BrokenPipe" in said, "Traceback" in said) == (0, False, False)
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def reachable(port: int) -> bool:
+    with contextlib.suppress(OSError), contextlib.closing(socket.create_connection(("127.0.0.1", port), 10)):
+        return True
+    return False
 
 
 @pytest.mark.parametrize(

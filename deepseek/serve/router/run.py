@@ -7,7 +7,6 @@ new is accepted; what is running has ``drain`` seconds, then it ends with an err
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -111,8 +110,3 @@ def settings(router: Router) -> Any:
         timeout_keep_alive=round(limits.keep_alive),
         timeout_graceful_shutdown=round(limits.drain + 2 * LAST_WORDS),
     )  # fmt: skip
-
-
-def print_address(address: str) -> None:
-    """On standard output, for people and for programs that wait for it."""
-    print(f"routing on {address}", flush=True, file=sys.stdout)

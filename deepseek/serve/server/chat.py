@@ -295,7 +295,7 @@ async def chat_prompt(exchange: Exchange, served: Served, plan: ToolPlan) -> lis
         )  # fmt: skip
 
     effort = max(
-        exchange.size, 50 * len(messages)
+        exchange.size or 0, 50 * len(messages)
     )  # tools and variables are rendered too, however large they are
     ids = await served.threaded(effort, exchange.front.config.long_text, work)
     check_prompt(served, ids, "messages")

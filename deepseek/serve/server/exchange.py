@@ -54,7 +54,7 @@ class Exchange:
     """What a handler knows of its request.
 
     Attributes:
-        body: what ``Operation.body`` made of the JSON; size: its bytes.
+        body: what ``Operation.body`` made of the JSON; size: its bytes, once all of them are here.
         stream: the event stream that the answer is, if it is one.
         sequences: how many the request has let in.
     """
@@ -66,7 +66,7 @@ class Exchange:
         self.record: Record = scope[RECORD]
         self.key: Key | None = scope.get(KEY)
         self.body: dict[str, Any] = {}
-        self.size = 0
+        self.size: int | None = None
         self.stream: Stream | None = None
         self.sequences = 0
         self.waited = seconds_waited(self.request.headers.get(WAITED, ""))
@@ -225,7 +225,7 @@ class Operation:
         stream = exchange.stream
         if stream is None or not stream.started:
             headers = {**error.headers, **(exchange.key.headers() if exchange.key else {})}
-            closing = error.headers.get("connection") == "close"
+            closing = error.headers.get("connection") == "close" and exchange.size is None
             send = body.lingering(exchange.receive, exchange.send) if closing else exchange.send
             await Json(error.body(), error.status, headers)(exchange.scope, exchange.receive, send)
             return
