@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import json
 import shutil
@@ -23,7 +24,8 @@ from fake_replica import FakeReplica, in_thread, replica
 from deepseek.address import bind
 from deepseek.errors import ConfigError
 from deepseek.serve.router import Router, RouterConfig
-from deepseek.serve.router.replica import FAILURES
+from deepseek.serve.router.exchange import KEEPALIVE, Exchange, ExchangeError
+from deepseek.serve.router.replica import FAILURES, Address, Replica
 from deepseek.serve.router.retry import RetryBudget
 from deepseek.serve.router.run import settings
 from deepseek.serve.server.keys import Keyring
@@ -828,3 +830,31 @@ def test_one_that_never_says_continue_is_asked_so_once(monkeypatch: pytest.Monke
 def test_what_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Router(wrong.pop("urls", ["http://a:1"]), RouterConfig(**wrong))
+
+
+def test_a_machine_that_is_gone_without_a_word_is_lost_and_not_only_silent(
+    two: tuple[FakeReplica, FakeReplica],
+) -> None:
+    """The kernel's own time-out is a connection that broke: what had no answer yet is asked of another replica."""
+
+    async def ask() -> None:
+        known = Replica(Address.parse(two[0].url), "127.0.0.1")
+        two[0].allowed = 0
+        with contextlib.closing(Exchange(known, 600.0)) as exchange:
+            body = b'{"prompt": "p"}'
+            asking = asyncio.ensure_future(exchange.ask("POST", b"/v1/completions", [], body))
+            while not exchange.begun:
+                await asyncio.sleep(0.01)
+            assert exchange._writer is not None
+            assert exchange._reader is not None
+            connection = exchange._writer.get_extra_info("socket")
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+                assert told == KEEPALIVE["TCP_USER_TIMEOUT"]
+            exchange._reader.set_exception(OSError(errno.ETIMEDOUT, "Connection timed out"))
+            with pytest.raises(ExchangeError) as caught:
+                await asking
+            assert (caught.value.kind, caught.value.begun) == ("broken", True)
+
+    asyncio.run(ask())

@@ -324,6 +324,9 @@ def test_embeddings_as_numbers_and_as_base64(client: OpenAI, server: Served) -> 
     assert told.usage.prompt_tokens == sum(len(server.client.tokenizer.prompt(t)) for t in ("a", "b c"))
     with pytest.raises(openai.BadRequestError, match="have 8 and cannot be cut"):
         client.embeddings.create(model="fake", input="a", dimensions=4)
+    with pytest.raises(openai.BadRequestError, match="items of input are 300 sequences") as caught:
+        client.embeddings.create(model="fake", input=["a"] * 300)
+    assert caught.value.param == "input"
 
 
 def test_tokenize_and_back(client: OpenAI) -> None:

@@ -26,7 +26,7 @@ async def embeddings(exchange: Exchange) -> Json:
             f"dimensions={body['dimensions']}: this model's embeddings have {served.info.hidden} and cannot be cut",
             param="dimensions",
         )
-    exchange.admit(len(body["input"]))
+    exchange.admit(len(body["input"]), "input")
     prompts, _ = await encoded(exchange, served, body["input"], "input", answer=False)
     exchange.record.prompt_tokens = total = sum(map(len, prompts))
     exchange.spend(total)

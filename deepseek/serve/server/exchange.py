@@ -86,13 +86,12 @@ class Exchange:
             else max(0.001, limit - self.waited - (time.monotonic() - self.record.began))
         )
 
-    def admit(self, sequences: int) -> None:
-        """The request turns out to have so many sequences. Raises ``ApiError``."""
+    def admit(self, sequences: int, param: str = "n") -> None:
+        """The request turns out to have so many sequences, by its field ``param``. Raises ``ApiError``."""
         most = self.front.config.max_sequences
         if sequences > most:
-            raise ApiError(
-                f"prompts × n are {sequences:,} sequences; one request may have {most:,}", param="n"
-            )
+            what = "prompts × n" if param == "n" else f"the items of {param}"
+            raise ApiError(f"{what} are {sequences:,} sequences; one request may have {most:,}", param=param)
         self.front.admission.more(sequences)
         self.sequences = sequences
 
