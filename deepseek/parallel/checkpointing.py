@@ -107,7 +107,7 @@ class Checkpointed:
         given, device = _tensors(args)[:1], _device(args)
         held = [*self.blocks[index].parameters(), *given]
         with torch.random.fork_rng(_devices(device), device_type=_fork_type(device)):
-            with SavedBytes(held) as saved:
+            with SavedBytes(held, keep=False) as saved:
                 run(*args, **kwargs)
             clock = _Clock(device)
             with saved_tensors_hooks(clock.lap, _never):

@@ -40,12 +40,15 @@ class SavedBytes:
 
     Args:
         weights: tensors that do not count, beside parameters and their views: a compiled block saves detached views.
+        keep: ``False`` where backward is never run: then nothing is kept. An operation that keeps its own output would
+            hold its graph, which holds the output: a circle that only backward opens.
     """
 
-    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+    def __init__(self, weights: Iterable[Tensor] = (), *, keep: bool = True) -> None:
         self.sizes: dict[int, int] = {}
         self.weights = {w.untyped_storage()._cdata for w in weights}
         self.offloaded = 0
+        self._keep = keep
         self._alive: list[Any] = []  # a storage that is counted must live, or its address would be another's
         self._hooks: saved_tensors_hooks | None = None
 
@@ -63,7 +66,8 @@ class SavedBytes:
         return tensor
 
     def __enter__(self) -> SavedBytes:
-        self._hooks = saved_tensors_hooks(self.add, lambda tensor: tensor)
+        pack = self.add if self._keep else lambda tensor: (self.add(tensor), None)[1]
+        self._hooks = saved_tensors_hooks(pack, lambda held: held)
         self._hooks.__enter__()
         _open.append(self)
         return self
