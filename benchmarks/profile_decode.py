@@ -30,24 +30,30 @@ from deepseek.serve.sampler import SamplingConfig
 CUDA = torch.cuda.is_available()
 
 
-def steps(engine: Engine, job: Job, streams: int, repeat: int, profiled: bool) -> tuple[list[float], profile]:
-    """Seconds of each step in which every stream decodes, and a profile of the ten after three quarters of them."""
+def steps(
+    engine: Engine, job: Job, streams: int, repeat: int, profiled: bool
+) -> tuple[list[float], float, profile]:
+    """Of steps in which every stream decodes: the seconds of each, those of one replayed after three quarters of them,
+    and a profile of the ten that follow.
+    """
     sampling = SamplingConfig(temperature=0, max_tokens=job.answer, ignore_eos=True)
     for i, prompt in enumerate(job.prompts(streams, repeat)):
         engine.add(Request(f"{repeat}-{i}", tuple(prompt), sampling))
     begun, seconds, first = set[str](), list[float](), job.answer * 3 // 4
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-    found = profile(activities=activities)
+    found, alone = profile(activities=activities), float("nan")
     while engine.has_work:
         if profiled and len(seconds) in (first, first + 10):
             if CUDA:
                 torch.cuda.synchronize()
+            if len(seconds) == first:
+                alone = replayed(engine)
             (found.start if len(seconds) == first else found.stop)()
         began = time.perf_counter()
         begun |= {output.id for output in engine.step() if output.tokens}
         if len(begun) == streams:
             seconds.append(time.perf_counter() - began)
-    return seconds[5:first], found
+    return seconds[5:first], alone, found
 
 
 def replayed(engine: Engine, times: int = 200) -> float:
@@ -93,8 +99,8 @@ def main() -> None:
                 for streams in args.streams:
                     job = Job(str(directory), (streams,), args.prompt, args.answer, engine.vocabulary)
                     steps(engine, job, streams, 0, False)
-                    seconds, found = steps(engine, job, streams, 1, True)
-                    middle, alone = statistics.median(seconds), replayed(engine)
+                    seconds, alone, found = steps(engine, job, streams, 1, True)
+                    middle = statistics.median(seconds)
                     print(f"  {streams} streams: {1e6 * middle:.0f} us a step, {streams / middle:.0f} tok/s, replayed "
                           f"alone {1e6 * alone:.0f} us, "
                           f"{engine.decoder.bytes_read(streams) / 1e9:.3f} GB of weights", flush=True)  # fmt: skip
