@@ -6,6 +6,7 @@ the commands, so that ``deepseek --help`` answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         if rest and not isinstance(parsed, (train.Pretrain, train.Resume)):
             raise ConfigError(f"unknown option {rest[0]!r}; see `deepseek {args[0]} --help`")
+        _check_lists(parsed, args)
         return parsed.go(rest)
     except DeepseekError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,6 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 1
+
+
+def _check_lists(parsed: Any, args: Sequence[str]) -> None:
+    """Raises ``ConfigError`` where an option that takes several values is given twice: the first would be dropped."""
+    for field in dataclasses.fields(parsed):
+        option = f"--{field.name.replace('_', '-')}"
+        times = sum(a.partition("=")[0].replace("_", "-") == option for a in args)
+        if times > 1 and isinstance(getattr(parsed, field.name), tuple):
+            raise ConfigError(
+                f"{option} is given {times} times; give all of its values after one: {option} A B"
+            )
 
 
 def _parsed_by_tyro() -> Any:

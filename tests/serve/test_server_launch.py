@@ -152,6 +152,7 @@ def test_a_reload_drops_nothing(model: Path) -> None:
         (["{model}", "--adapter", "a=x", "tiny=y"], 2, "'tiny=y' has the name of the model itself"),
         (["{model}", "--name", "a", "--adapter", "a=x"], 2, "'a=x' has the name of the model itself"),
         (["{model}", "--adapter", "a\nb=x"], 2, "printable"),
+        (["{model}", "--adapter", "a=x", "--adapter", "b=x"], 2, "--adapter is given 2 times"),
         (["{model}", "--max-waiting", "-1"], 2, "max_waiting=-1"),
         (["{model}", "--speculate", "1000"], 2, "speculate=1000"),
     ],
