@@ -58,9 +58,10 @@ def steps(
 
 def replayed(engine: Engine, times: int = 200) -> float:
     """Seconds of the captured step that was made last, replayed again and again; the best of five."""
-    if engine.graphs is None or not engine.graphs._made:
+    graphs = engine.launcher.graphs
+    if graphs is None or not graphs._made:
         return float("nan")
-    replay = list(engine.graphs._made.values())[-1]._replay
+    replay = list(graphs._made.values())[-1]._replay
     best = float("inf")
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
