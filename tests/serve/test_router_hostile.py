@@ -218,6 +218,21 @@ def test_large_bodies_at_once_are_bounded_together(fake: FakeReplica) -> None:
         until(lambda: router.router.bodies.held == 0)
 
 
+def test_senders_of_slow_bodies_take_no_place_from_others(fake: FakeReplica) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: 20\r\n\r\n"
+    with routed(fake, max_inside=1) as router, contextlib.ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", router.port), 120)) for _ in range(5)
+        ]
+        for one in slow:
+            one.sendall(head + b'{"prompt"')
+        until(lambda: router.router.arriving == 5)
+        assert [router.complete().status for _ in range(3)] == [200] * 3
+        slow[0].sendall(b': "hello"} ')
+        assert status(slow[0].recv(1000)) == 200, "and it has one when its body is here"
+    until(lambda: router.router.arriving == 0)
+
+
 def test_a_body_that_is_too_large_is_answered_while_it_is_sent(router: Routed) -> None:
     got = router.ask("POST", "/v1/completions", b" " * 30_000_000)
     assert (got.status, got.json["error"]["code"]) == (413, "request_too_large")

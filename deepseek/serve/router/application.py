@@ -79,7 +79,7 @@ class RouterConfig:
         affinity: characters of the prompt by which equal prefixes meet the same replica; 0: only the load decides.
         affinity_load: times the mean load above which a preferred replica is passed over.
         max_body: bytes of a request's body; max_bodies: of all that pass through at once.
-        max_inside: requests at once; one more is answered 429.
+        max_inside: requests at once, whose bodies are here; one more is answered 429.
         body_seconds: for a body to arrive.
         silence: seconds that a replica may say nothing; above the replicas' own time limit.
         retries: times that a request is given to another replica because one was lost with it; 0: never.
@@ -217,6 +217,7 @@ class Router:
         self.budget = RetryBudget(config.retry_burst, config.retry_share)
         self.suspects = RetryBudget(min(SUSPECTS, config.retry_burst), SUSPECT_SHARE * config.retry_share)
         self.calls: set[Call] = set()
+        self.arriving = 0  # of them: their bodies are still on the way
         self.beside = beside
         if beside is not None:
             beside.fleet = self.fleet
@@ -259,16 +260,25 @@ class Router:
 
     async def _pass_on(self, call: Call) -> None:
         """The answer of a replica, while the client waits for it."""
-        if len(self.calls) >= self.config.max_inside:
-            raise ApiError(f"{self.config.max_inside:,} requests are passing through this router; try again in 1 s",
-                           429, code="queue_full", headers={"retry-after": "1", "connection": "close"})  # fmt: skip
+        self._check_room()
         self.calls.add(call)
         try:
             with self.bodies.hold() as more:
-                body = await call.body(self.config.max_body, self.config.body_seconds, more)
+                self.arriving += 1  # who sends slowly takes no place from others
+                try:
+                    body = await call.body(self.config.max_body, self.config.body_seconds, more)
+                    self._check_room()
+                finally:
+                    self.arriving -= 1
                 await call.while_there(self._ask_in_turn(call, body))
         finally:
             self.calls.discard(call)
+
+    def _check_room(self) -> None:
+        """Raises ``ApiError`` 429 where one more would be too many."""
+        if len(self.calls) - self.arriving >= self.config.max_inside:
+            raise ApiError(f"{self.config.max_inside:,} requests are passing through this router; try again in 1 s",
+                           429, code="queue_full", headers={"retry-after": "1", "connection": "close"})  # fmt: skip
 
     async def _ask_in_turn(self, call: Call, body: bytes) -> None:
         key = prefix_key(body, self.config.affinity)

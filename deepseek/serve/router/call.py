@@ -55,7 +55,7 @@ class Call:
         self.closing = False  # the connection ends with this answer
         self.sending: float | None = None
         self.between_events = False
-        self._ends = False
+        self._ends = self._whole = False
         self._leaving: asyncio.Task[None] | None = None
 
     @property
@@ -120,6 +120,7 @@ class Call:
             if len(data) > most:
                 raise self._too_large(most)
             more(len(piece))
+        self._whole = True
         return bytes(data)
 
     async def while_there(self, work: Coroutine[Any, Any, None]) -> None:
@@ -193,7 +194,7 @@ class Call:
     async def refuse(self, error: ApiError) -> None:
         self.closing |= error.headers.get("connection") == "close"
         extra = [(k.encode(), v.encode()) for k, v in error.headers.items()]
-        if error.headers.get("connection") == "close":  # perhaps before the whole body is here
+        if error.headers.get("connection") == "close" and not self._whole:
             self._send = lingering(self._receive, self._send)
         await self.answer(error.status, error.encoded(), [(b"content-type", b"application/json"), *extra])
 
