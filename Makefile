@@ -21,7 +21,7 @@ unit: $(STAMP)-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: $(STAMP)-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: a warning that is not printed is not counted either
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
