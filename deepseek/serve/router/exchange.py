@@ -163,9 +163,12 @@ class Exchange:
         while (event := self._connection.next_event()) is self._h11.NEED_DATA:
             self._since = asyncio.get_running_loop().time()
             try:
-                self._connection.receive_data(await self._reader.read(PIECE))
+                data = await self._reader.read(PIECE)
             finally:
                 self._since = None
+            if not data and self._connection.their_state is self._h11.SEND_RESPONSE:
+                raise ConnectionResetError("closed without an answer")
+            self._connection.receive_data(data)
         if isinstance(event, self._h11.ConnectionClosed):
             raise ConnectionResetError("closed without an answer")
         return event
