@@ -20,8 +20,9 @@ types: $(STAMP)-dev
 unit: $(STAMP)-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Not --quiet: a warning that is not printed does not count as one.
 docs: $(STAMP)-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: a warning that is not printed is not counted either
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
