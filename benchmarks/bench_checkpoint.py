@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ def main() -> None:
         for label, background in (("ours, foreground", False), ("ours, background", True)):
             config = CheckpointConfig(asynchronous=background, keep_last=1)
             writer = Checkpointer(place / label.split()[1], config)
-            ways[label] = lambda step, writer=writer: with_ours(state, writer, step)  # type: ignore[misc]
+            ways[label] = partial(with_ours, state, writer)
         for step in range(arguments.repeats + 1):
             for label, way in ways.items():
                 rows.setdefault(label, []).append(way(step))

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -73,10 +74,12 @@ def main() -> None:
     def line(name: str, seconds: float, megabytes: float = size) -> None:
         print(f"{name:<46}{megabytes / seconds:10.1f} MB/s{seconds:10.2f} s")
 
+    def clean(cleaner: Cleaner) -> object:
+        return [cleaner.clean(t) for t in texts]
+
     line("read", best(lambda: list(open_source(config))))
     for preset in ("code", "web"):
-        cleaner = Cleaner(CleanConfig(preset=preset))
-        line(f"clean, preset {preset}", best(lambda c=cleaner: [c.clean(t) for t in texts], 1))
+        line(f"clean, preset {preset}", best(partial(clean, Cleaner(CleanConfig(preset=preset))), 1))
     line("dedup, exact", best(lambda: [Deduplicator(DedupConfig()).check(d) for d in documents]))
     near = Deduplicator(DedupConfig(near=True))
     line("dedup, exact and near", best(lambda: [near.check(d) for d in documents], 1))

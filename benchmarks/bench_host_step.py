@@ -16,7 +16,7 @@ import inspect
 import pstats
 import time
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ from deepseek.serve.sampler import SamplingConfig
 
 CHUNK = 25  #: steps that are timed together
 SAMPLING = {
-    "greedy": {"temperature": 0.0},
-    "random": {"temperature": 0.8, "top_p": 1.0, "seed": 1},
-    "top-p": {"temperature": 0.8, "top_p": 0.95, "seed": 1},
-    "logprobs": {"temperature": 0.0, "logprobs": 1},
-    "penalty": {"temperature": 0.0, "presence_penalty": 0.5},
-    "stop": {"temperature": 0.0, "stop": ("\n\n\n", "Observation:")},
+    "greedy": SamplingConfig(temperature=0.0),
+    "random": SamplingConfig(temperature=0.8, top_p=1.0, seed=1),
+    "top-p": SamplingConfig(temperature=0.8, top_p=0.95, seed=1),
+    "logprobs": SamplingConfig(temperature=0.0, logprobs=1),
+    "penalty": SamplingConfig(temperature=0.0, presence_penalty=0.5),
+    "stop": SamplingConfig(temperature=0.0, stop=("\n\n\n", "Observation:")),
 }
 
 
@@ -73,7 +73,7 @@ def measure(
 ) -> float:  # fmt: skip
     """Microseconds of a step, the least of the chunks' means; ``counts``: of torch's operations in one step."""
     engine = engine_of(streams, ahead, length)
-    config = SamplingConfig(max_tokens=steps + 64, ignore_eos=True, **SAMPLING[sampling])  # type: ignore[arg-type]
+    config = replace(SAMPLING[sampling], max_tokens=steps + 64, ignore_eos=True)
     for i in range(streams):
         engine.add(Request(str(i), tuple(range(1, 40 + i % 32)), config))
     for _ in range(20):

@@ -305,7 +305,8 @@ EXPERT_PLANTS: dict[str, PlantExpert] = {
 def experts(work: Path, trials: int) -> dict[str, Any]:
     """Every kind of bad expert in ``trials`` copies, and what the healthy models are suspected of."""
     names = [name for name, shape in shapes().items() if shape.moe.experts]
-    bases, report = Bases(work, names), {}
+    bases = Bases(work, names)
+    report: dict[str, Any] = {}
     for name, model in bases.models.items():
         found = suspect_experts(examine_experts(model, bases.batches[name]))
         report[f"healthy {name}"] = [s.to_dict() for s in found]
@@ -341,10 +342,15 @@ def overhead(repeats: int = 15) -> dict[str, Any]:
     tracer, one = TraceCapture(Path(), step), next(batch.split(1))
     seconds: dict[str, list[float]] = {"step": [], "heads": [], "hook": []}
     inputs = head_inputs(model, one)
+
+    def idle() -> None:
+        for _ in range(1000):
+            tracer(1, None)
+
     for _ in range(repeats):
         seconds["step"].append(timed(lambda: step(batch)))
         seconds["heads"].append(timed(lambda: [head_statistics(a, x, y, queries=32) for a, x, y in inputs]))
-        seconds["hook"].append(timed(lambda: [tracer(1, None) for _ in range(1000)]) / 1000)
+        seconds["hook"].append(timed(idle) / 1000)
     told = {name: statistics.median(values[2:]) for name, values in seconds.items()}
     every = told["heads"] / 0.005 / told["step"]
     print(

@@ -159,6 +159,7 @@ def experts(
             for p in moe.parameters():
                 torch.nn.init.normal_(p, std=0.05)
             models.append(moe)
+        ways: dict[str, tuple[bool, contextlib.AbstractContextManager[None]]]
         ways = {format: (False, contextlib.nullcontext())}
         if exact:
             ways[f"{format} exact"] = (True, contextlib.nullcontext())

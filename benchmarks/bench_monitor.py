@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def read(folder: Path, steps: int) -> dict[str, float]:
     began = time.perf_counter()
     reader = SeriesReader(folder)
     opened = time.perf_counter() - began
-    first = [timed(lambda name=name: reader.read(name)) for name in NAMES[100:120]]  # type: ignore[misc]
+    first = [timed(partial(reader.read, name)) for name in NAMES[100:120]]
     again = [timed(lambda: reader.read(NAMES[0])) for _ in range(50)]
     zoomed = [timed(lambda: reader.read(NAMES[0], steps // 3, steps // 2)) for _ in range(50)]
     whole = [timed(lambda: reader.raw(NAMES[0])) for _ in range(10)]

@@ -86,7 +86,8 @@ class Layer:
         self.caches = [[made(pages, page, K, D) for _ in range(3)] for _ in range(sets)]
         self.pools = [[made(pages, page // STRIDE, K, D) for _ in range(2)] for _ in range(sets)]
         self.sink, self.gate = made(2, K, D), torch.rand(S * case.rows, H, device=self.device)
-        self.rope = torch.randn(2, S * case.rows, D // 2, device=self.device).unbind()
+        cos, sin = torch.randn(2, S * case.rows, D // 2, device=self.device)
+        self.rope = cos, sin
         self.turn = 0
 
     def attend(self, rows: StepRows | None = None) -> Tensor:
@@ -94,7 +95,8 @@ class Layer:
         self.turn += 1
         k, v, _ = self.caches[at]
         if self.case.kind == "H":
-            pooled = Pooled(self.q, self.gate, *self.pools[at], self.sink, BLOCK, STRIDE)
+            k_pool, v_pool = self.pools[at]
+            pooled = Pooled(self.q, self.gate, k_pool, v_pool, self.sink, BLOCK, STRIDE)
             return paged_hybrid_attention(self.q_rope, k, v, pooled, rows, WINDOW)
         return paged_attention(self.q, k, v, rows.global_SP, rows, WINDOW if self.case.kind == "L" else None)
 
@@ -103,8 +105,8 @@ class Layer:
         return self.attend(replace(self.rows))
 
     def append(self) -> None:
-        K, (k, v, raw) = self.new.shape[1] // 2, self.caches[0]
-        extra = (raw, tuple(self.pools[0]), BLOCK, STRIDE) if self.case.kind == "H" else ()
+        K, (k, v, raw), (k_pool, v_pool) = self.new.shape[1] // 2, self.caches[0], self.pools[0]
+        extra = (raw, (k_pool, v_pool), BLOCK, STRIDE) if self.case.kind == "H" else ()
         slot = self.rows.global_slot_N
         append_rows(self.q, self.new[:, :K], self.new[:, K:], self.rope, (k, v), self.rows, slot, *extra)
 
@@ -117,7 +119,8 @@ class Layer:
         write_pages(k, v, turned[:, -K:], self.new[:, K:], self.rows.global_slot_N)
         if self.case.kind == "H":
             raw.flatten(0, 1).index_copy_(0, self.rows.global_slot_N, self.new[:, :K])
-            pool_pages(raw, v, *self.pools[0], self.rows, BLOCK, STRIDE)
+            k_pool, v_pool = self.pools[0]
+            pool_pages(raw, v, k_pool, v_pool, self.rows, BLOCK, STRIDE)
 
     def naive(self) -> Tensor:
         """One sequence after the other: gather, repeat heads, SDPA."""
@@ -132,7 +135,7 @@ class Layer:
             seen = place <= place[-c.rows :, None]
             if c.kind == "L":
                 seen &= place > place[-c.rows :, None] - WINDOW
-            out.append(F.scaled_dot_product_attention(q, *kv, attn_mask=seen)[0].transpose(0, 1))
+            out.append(F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=seen)[0].transpose(0, 1))
         return torch.cat(out)
 
     def contiguous(self) -> Callable[[], Tensor]:
@@ -150,9 +153,8 @@ class Layer:
         def call() -> Tensor:
             nonlocal turn
             turn += 1
-            return F.scaled_dot_product_attention(
-                q, *sets[turn % len(sets)], is_causal=causal, enable_gqa=True
-            )
+            k, v = sets[turn % len(sets)]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
         return call
 
@@ -192,7 +194,7 @@ def wide(layer: Layer) -> float:
 
 def cpu_seconds(work: Callable[[], object], budget: float) -> float:
     work()
-    start, times = time.perf_counter(), []
+    start, times = time.perf_counter(), list[float]()
     while time.perf_counter() - start < budget or len(times) < 5:
         before = time.perf_counter()
         work()
@@ -299,7 +301,7 @@ def _flex(layer: Layer) -> Callable[[], Tensor]:
     before = c.length - c.rows
     mask = create_block_mask(lambda b, h, i, j: i + before >= j, None, None, c.rows, c.length)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, *kv, block_mask=mask, enable_gqa=True)
+    return lambda: compiled(q, kv[0], kv[1], block_mask=mask, enable_gqa=True)
 
 
 def same_bits(args: argparse.Namespace) -> dict[str, bool]:

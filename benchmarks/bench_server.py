@@ -50,7 +50,8 @@ def main() -> None:
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(f"{args.run}: {len(names)} series, steps {first:,} to {last:,}; {load}")
     with tempfile.TemporaryDirectory() as place, served(Path(place), args.run, args.runs) as (port, process):
-        found = {"requests": requests(port, process.pid, names, last, args.repeats), "clients": {}}
+        answers = requests(port, process.pid, names, last, args.repeats)
+        found: dict[str, Any] = {"requests": answers, "clients": {}}
         found["server_mib_with_all_runs_open"] = megabytes(process.pid)
         print(f"server: {found['server_mib_with_all_runs_open']:.0f} MiB with {args.runs} runs open")
         if args.clients:
@@ -175,10 +176,10 @@ def gather(listening: list[socket.socket], mark: bytes) -> list[float]:
     waiting, arrived = selectors.DefaultSelector(), []
     held = dict.fromkeys(listening, b"")
     for each in listening:
-        waiting.register(each, selectors.EVENT_READ)
+        waiting.register(each, selectors.EVENT_READ, data=each)
     while held:
         for key, _ in waiting.select(30):
-            each = key.fileobj
+            each = key.data
             data = each.recv(65536)
             assert data, "the server closed a stream"
             held[each] = held[each][-64:] + data

@@ -108,7 +108,7 @@ def loop(streams: int, steps: int) -> tuple[float, float]:
         return iter([] if engine.left else [(wire.STOP,)])
 
     took = channel.receive
-    channel.receive = lambda chunks=1: [*took(chunks), *messages()]  # type: ignore[method-assign,misc]
+    channel.receive = lambda chunks=1: [*took(chunks), *messages()]  # type: ignore[method-assign]
     wall, cpu = time.perf_counter(), time.process_time()
     worker.run(engine, channel, beat)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -19,7 +19,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,11 +131,11 @@ class Recorder:
         self.watch, self.outcome, self.stop, self.after = watch, outcome, stop, after
         self._found_at: int | None = None
 
-    def update(self, step: int, row: dict[str, float], when: float) -> list[Incident]:
-        self.outcome.rows.append((step, dict(row), when))
+    def update(self, step: int, row: Mapping[str, float], time: float) -> list[Incident]:
+        self.outcome.rows.append((step, dict(row), time))
         if self._found_at is not None and step >= self._found_at + self.after:
             self.stop.request("found")
-        return self._note(self.watch.update(step, row, when), step)
+        return self._note(self.watch.update(step, row, time), step)
 
     def tick(self, now: float) -> list[Incident]:
         return self._note(self.watch.idle(now), self.outcome.rows[-1][0] if self.outcome.rows else 0)
@@ -177,6 +177,22 @@ class Text:
         return found
 
 
+class LiveSchedule(Schedule):
+    """The schedule of a run, and the fault that is about it; ``step`` counts from 0."""
+
+    def __init__(self, live: Live) -> None:
+        super().__init__(ScheduleConfig(warmup=0.02), TOTAL)
+        self.live = live
+
+    def apply(self, optimizer: Any, step: int) -> float:
+        lr = super().apply(optimizer, step)
+        if self.live.fault == "learning rate x50" and step + 1 >= self.live.at:
+            for group in optimizer.param_groups:
+                group["lr"] *= 50
+            lr *= 50
+        return lr
+
+
 class Live:
     """One run with one fault (or none: ``fault=""``)."""
 
@@ -202,7 +218,7 @@ class Live:
         self.model = Transformer(model)
         optimizer = build_optimizer(self.model, OptimConfig(name="adamw", lr=2e-3))
         self.step = TrainStep(self.model, next_token_loss, optimizer, choose("fp32", torch.device("cpu")))
-        self.schedule = Schedule(ScheduleConfig(warmup=0.02), TOTAL)
+        self.schedule = LiveSchedule(self)
         self.each, self.sampled, self.memory = (
             StepProbe(self.step),
             SampledProbe(self.step),
@@ -216,15 +232,15 @@ class Live:
         with tempfile.TemporaryDirectory() as place:
             sink = StoreSink(Path(place), self.watch, every=4, seconds=0.1)
             with attached(sink), work_clock(self.clock):
-                steps = self.at + self.most
+                steps, hooks = self.at + self.most, (self._after,)
                 with suppress(Hung):
-                    fit(self.step, self._batches(), self, steps=steps, hooks=(self._after,), stop=self.stop)
+                    fit(self.step, self._batches(), self.schedule, steps=steps, hooks=hooks, stop=self.stop)
                 sink.flush()
         times = np.diff([when for _, _, when in self.outcome.rows])
         self.outcome.step_seconds = float(np.median(times)) if len(times) else math.nan
         return self.outcome
 
-    # What ``fit`` calls: the batches, the schedule, and a hook after every step.
+    # What ``fit`` calls: the batches, and a hook after every step.
 
     def _batches(self) -> Iterator[Batch]:
         for step in range(1, 10**9):
@@ -244,15 +260,6 @@ class Live:
                 self.sampled.prepare()
             self.batch, self.began = batch, began
             yield batch
-
-    def apply(self, optimizer: Any, step: int) -> float:
-        """The schedule; ``step`` counts from 0."""
-        lr = self.schedule.apply(optimizer, step)
-        if self.fault == "learning rate x50" and step + 1 >= self.at:
-            for group in optimizer.param_groups:
-                group["lr"] *= 50
-            lr *= 50
-        return lr
 
     def _after(self, step: int, result: StepResult) -> None:
         reading = self.each(result)

@@ -66,7 +66,7 @@ def measure(engine: Engine, steps: int, longest: int, seed: int = 0) -> tuple[np
         return made
 
     engine.scheduler.plan = told  # type: ignore[method-assign]
-    seconds, number, wanted = [], 0, 1
+    seconds, number, wanted = list[float](), 0, 1
     while len(seconds) < steps:
         if len(seconds) % 50 == 0:
             wanted = round(32 ** rng.random())

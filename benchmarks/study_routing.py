@@ -18,6 +18,7 @@ import json
 import random
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from deepseek.serve.router import RouterConfig
 from deepseek.serve.router.affinity import prefix_key
@@ -33,6 +34,9 @@ POLICIES = [
     "affinity-unbounded 1024",
 ]
 SYSTEM, USER, ANSWER = 800, 100, 200  # tokens; a user's message varies by ±50%
+
+#: A conversation: its messages, their tokens, the turns left, its name. In the queue it asks; a replica has answered.
+Talk: TypeAlias = tuple[list[dict[str, str]], list[int], int, int]
 
 
 @dataclass
@@ -78,20 +82,20 @@ def simulate(policy: str, options: argparse.Namespace) -> dict[str, float]:
     engines = {r.name: Simulated(options.cache) for r in fleet.replicas}
     weights = [1 / (i + 1) for i in range(50)]
     turn = itertools.count()
-    queue: list[tuple[float, int, str, object]] = []
+    queue: list[tuple[float, int, Talk | Replica]] = []
     at = 0.0
     while at < options.hours * 3600:
         at += chance.expovariate(options.rate)
         system = f"system {chance.choices(range(50), weights)[0]} " + "x" * 3000
-        talk = ([{"role": "system", "content": system}], [SYSTEM], chance.randint(1, 8), next(turn))
-        heapq.heappush(queue, (at, next(turn), "ask", talk))
+        talk: Talk = ([{"role": "system", "content": system}], [SYSTEM], chance.randint(1, 8), next(turn))
+        heapq.heappush(queue, (at, next(turn), talk))
     waits, hits, total, worst, looks, around = [], 0, 0, 0.0, 0, itertools.cycle(fleet.replicas)
     while queue:
-        now, _, kind, what = heapq.heappop(queue)
-        if kind == "end":
-            what.outstanding -= 1  # type: ignore[attr-defined]
+        now, _, what = heapq.heappop(queue)
+        if isinstance(what, Replica):
+            what.outstanding -= 1
             continue
-        messages, lengths, left, name = what  # type: ignore[misc]
+        messages, lengths, left, name = what
         length = int(USER * chance.uniform(0.5, 1.5))
         messages = [*messages, {"role": "user", "content": f"{name} {len(messages)} {length}"}]
         lengths = [*lengths, length]
@@ -109,14 +113,14 @@ def simulate(policy: str, options: argparse.Namespace) -> dict[str, float]:
         mean = fleet.outstanding / len(fleet.replicas)
         worst, looks = worst + max(r.outstanding for r in fleet.replicas) / mean, looks + 1
         end = first + ANSWER / 50
-        heapq.heappush(queue, (end, next(turn), "end", chosen))
+        heapq.heappush(queue, (end, next(turn), chosen))
         if left > 1:
             messages, lengths = (
                 [*messages, {"role": "assistant", "content": f"{name} answer"}],
                 [*lengths, ANSWER],
             )
             heapq.heappush(
-                queue, (end + chance.expovariate(0.1), next(turn), "ask", (messages, lengths, left - 1, name))
+                queue, (end + chance.expovariate(0.1), next(turn), (messages, lengths, left - 1, name))
             )
     waits.sort()
     return {"cached %": 100 * hits / total, "first token p50 ms": 1e3 * waits[len(waits) // 2],

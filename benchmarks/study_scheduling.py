@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fit_step_time import features
 from scheduling_policies import (
@@ -297,7 +297,8 @@ def sessions(profile: Profile, rate: float, requests: int, seed: int) -> list[Ar
 def study(profile: Profile, args: argparse.Namespace, policies: list[tuple[str, str]], loads: list[float],
           out: Any) -> dict[tuple[str, float, str, str], list[dict[str, Any]]]:  # fmt: skip
     """Every policy on every trace, load and seed."""
-    most, found = capacity(profile), {}
+    most = capacity(profile)
+    found: dict[tuple[str, float, str, str], list[dict[str, Any]]] = {}
     for load in loads:
         for seed in range(args.seeds):
             for name, trace in traces(profile, load * most, args.requests, seed, args.trace).items():
@@ -316,7 +317,7 @@ def study(profile: Profile, args: argparse.Namespace, policies: list[tuple[str, 
 
 
 def table(
-    found: dict[tuple[str, float, str, str], list[dict[str, Any]]], column: int, what: str = "kept"
+    found: dict[tuple[str, float, str, str], list[dict[str, Any]]], column: Literal[2, 3], what: str = "kept"
 ) -> str:
     """Mean over seeds, in percent: a row per trace and load, a column per policy; the best of each row in bold."""
     policies = list(dict.fromkeys(key[column] for key in found))

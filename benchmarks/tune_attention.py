@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,13 +117,16 @@ def check(heads: int, kv: int, size: int) -> None:
                 documents = (torch.rand(2, length, device="cuda") < 3 / length).long().cumsum(1).int()
                 spans = document_spans(documents)
                 pooled = pooled_spans(documents, spans, BLOCK, STRIDE)
-            sizes = {"window": WINDOW, "block": BLOCK, "stride": STRIDE}
-            want = hybrid_attention_reference(*wide, **sizes, documents=documents)
+            want = hybrid_attention_reference(
+                *wide, window=WINDOW, block=BLOCK, stride=STRIDE, documents=documents
+            )
             weight = torch.randn_like(want)
             theirs = torch.autograd.grad((want * weight).sum(), wide)
             for tma in (False, True):
                 with forced_tuning(kernels.tuning_for(values[0]).reading(tma)):
-                    y = hybrid_attention_kernel(*values, **sizes, spans=spans, pooled=pooled)
+                    y = hybrid_attention_kernel(
+                        *values, window=WINDOW, block=BLOCK, stride=STRIDE, spans=spans, pooled=pooled
+                    )
                     ours = torch.autograd.grad((y * weight).sum(), values)
                 errors = [relative(a, b) for a, b in zip((y, *ours), (want, *theirs))]
                 told = " ".join(f"{n} {e:.1e}" for n, e in zip(names, errors))
@@ -156,7 +160,8 @@ class Calls:
 def tunings(base: Tuning, part: str) -> Iterator[tuple[str, Tuning]]:
     for tma in (False, True):
         for tiles in CANDIDATES[part]:
-            yield f"{part} {tiles} tma={tma}", replace(base, **{part: Tiles(*tiles, tma)})
+            changed: dict[str, Any] = {part: Tiles(*tiles, tma)}
+            yield f"{part} {tiles} tma={tma}", replace(base, **changed)
 
 
 def sweep(rows: int, length: int, heads: int, kv: int, size: int) -> None:

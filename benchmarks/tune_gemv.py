@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -87,7 +87,7 @@ def compile_one(job: tuple[Case, Tile, int]) -> str:
     return ""
 
 
-def microseconds(run: Callable[..., Tensor], sets: list[tuple[Tensor, ...]], repeats: int = 5) -> float:
+def microseconds(run: Callable[..., Tensor], sets: Sequence[tuple[Tensor, ...]], repeats: int = 5) -> float:
     """Of one product, by graphs over all copies."""
     for one in sets[:2]:
         run(*one)
