@@ -260,6 +260,27 @@ def test_one_that_is_only_busy_is_not_dropped_at_once(
         assert known.unanswered == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_replica_that_hangs_has_not_answered_is_given_to_another(
+    two: tuple[FakeReplica, FakeReplica], stream: bool
+) -> None:
+    """It is alive and its connections stand, but nothing comes: not the answer, and nothing about its readiness."""
+    a, b = two
+    with routed(a, b, poll=0.05, poll_seconds=0.3) as router, ThreadPoolExecutor(1) as pool:
+        until(lambda: len(router.router.fleet.usable()) == 2)
+        next(r for r in router.router.fleet.replicas if r.name == b.url).used = 100  # a is asked first
+        a.allowed = 0
+        answer = pool.submit(router.complete, max_tokens=3, stream=stream)
+        until(lambda: a.running == 1)
+        a.slow = 30.0
+        got = answer.result()
+        assert got.status == 200
+        assert got.body.count(b'"b"' if stream else b"b b b") == (3 if stream else 1)
+        assert router.metric(f'retries_total{{replica="{a.url}"}}') == 1
+        a.allowed, a.slow = None, 0.0
+        until(lambda: a.running == 0 and a.left == 1)
+
+
 def test_work_that_broke_is_not_repeated(two: tuple[FakeReplica, FakeReplica]) -> None:
     """A request that breaks one replica must not visit the others."""
     with routed(*two) as router:

@@ -99,10 +99,12 @@ class Exchange:
                         break
                     event = self._connection.next_event()
                 if data:
+                    self.replica.waiting.discard(self._give_up)
                     yield bytes(data)
 
     def close(self) -> None:
         """Leave; a replica that is still at work sees that nobody listens any more."""
+        self.replica.waiting.discard(self._give_up)
         if self._timer is not None:
             self._timer.cancel()
         if self._writer is not None:
@@ -121,7 +123,12 @@ class Exchange:
             raise ExchangeError(f"no connection: {error or 'no answer'}", "connect", False) from None
         assert self._writer is not None
         keep_alive(self._writer.get_extra_info("socket"))
+        self.replica.waiting.add(self._give_up)
         self._watch()
+
+    def _give_up(self, reason: str) -> None:
+        if self._reader is not None:
+            self._reader.set_exception(ConnectionAbortedError(reason))
 
     def _watch(self) -> None:
         """Give the replica up when it is waited for too long; one timer, so that a token costs none."""

@@ -73,6 +73,7 @@ class Replica:
         used: number of the last request it got, for turns.
         was_ready: it has been ready at least once.
         unanswered: questions for its readiness, in a row, that it gave no answer to.
+        waiting: what to call, with the reason, for each request that has nothing of its answer yet, when it hangs.
     """
 
     address: Address
@@ -84,6 +85,7 @@ class Replica:
     used: int = 0
     was_ready: bool = False
     unanswered: int = 0
+    waiting: set[Callable[[str], None]] = field(default_factory=set, repr=False)
     failures: int = field(default=0, repr=False)
     ejections: int = field(default=0, repr=False)
     ejected_until: float = field(default=-math.inf, repr=False)
@@ -111,6 +113,11 @@ class Replica:
         self.continues |= ready and not self.ready  # a new start, perhaps as another program
         self.ready, self.reason = ready, "" if ready else reason
         self.was_ready |= ready
+
+    def hung(self, reason: str) -> None:
+        """It says nothing any more, not even that it is not ready: nobody waits for it."""
+        for give_up in tuple(self.waiting):
+            give_up(reason)
 
     def succeeded(self) -> None:
         self.failures = self.ejections = 0

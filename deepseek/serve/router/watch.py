@@ -92,6 +92,8 @@ class Watch:
                 replica.unanswered += 1
                 if replica.ready and replica.unanswered < UNANSWERED:
                     return  # it may only be busy, and so may we
+                if replica.ready:
+                    replica.hung(reason)
         replica.told(ready, reason)
         if before != (replica.ready, replica.reason):
             self.say(f"replica {replica.name} is {'ready' if ready else f'not ready: {reason}'}")
