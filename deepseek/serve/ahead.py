@@ -47,9 +47,9 @@ class InFlight:
 
     Attributes:
         drawing: the tokens, if any.
-        simple: every sequence draws one token here, and nothing but its log-probabilities is read besides.
-        follows: and the next step can be launched without the host: all that run are here, and their next tokens are
-            ``foreseeable``.
+        simple: a sequence draws one token here or none, and nothing but its log-probabilities is read besides.
+        follows: and the next step can be launched without the host: all that run draw one here, and their next tokens
+            are ``foreseeable``.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class InFlight:
         return self.drawing.read() if self.drawing is not None else []
 
     def tokens(self) -> list[int] | None:
-        """Wait for the tokens; one for each work, or ``None`` where it takes ``read``."""
+        """Wait for the tokens; one for each work that ``samples``, or ``None`` where it takes ``read``."""
         return self.drawing.tokens() if self.drawing is not None and self.simple else None
 
     def logprobs(self) -> list[TokenLogprobs | None] | None:

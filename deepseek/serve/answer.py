@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deepseek.serve.decoder import Traced
 from deepseek.serve.generate import Completion
 from deepseek.serve.request import Output, TokenLogprobs, TokenTrace
-from deepseek.serve.sampling import Sampled, SamplingState
+from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs
 from deepseek.serve.scheduler import Work
 from deepseek.serve.speculative import Proposer
 from deepseek.serve.text import TextStream
+
+LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
 
 
 @dataclass(eq=False)
@@ -36,8 +39,30 @@ class Answer:
         return self.prompt_logprobs is not None and work.start < work.sequence.prompt_length
 
     def simple(self, work: Work) -> bool:
-        """Whether all that is made of ``work``, which draws a token, is that token."""
-        return self.proposer is None and not self.reads(work)
+        """Whether all that is made of ``work`` is one token, or none."""
+        return self.proposer is None and not (work.sequence.request.embed or self.reads(work))
+
+    def read_prompt(self, work: Work, hidden_NC: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
+        """Log-probabilities of the prompt's tokens after each of the chunk's rows, some rows' logits at a time."""
+        request, found = work.sequence.request, self.prompt_logprobs
+        following = request.prompt[work.start + 1 : work.start + work.rows + 1]
+        if work.start == 0 or found is None:
+            found = self.prompt_logprobs = [None]
+        if work.start + 1 < len(found):  # a preempted prompt is read twice
+            return
+        top = request.sampling.prompt_logprobs or 0
+        for at in range(0, len(following), LOGIT_ROWS):
+            some = following[at : at + LOGIT_ROWS]
+            found += prompt_logprobs(logits(hidden_NC[at : at + len(some)]), some, top)
+
+    def embed(self, work: Work, hidden_NC: Tensor) -> Tensor | None:
+        """Add up a chunk's hidden states; at the end of the prompt, their mean at length one."""
+        total, length = hidden_NC.double().sum(0), work.sequence.prompt_length
+        # A preempted prompt begins again at its first row.
+        self.embedding = self.embedding + total if work.start and self.embedding is not None else total
+        if work.start + work.rows < length:
+            return None
+        return torch.nn.functional.normalize(self.embedding / length, dim=0)
 
     def extend(self, sampled: Sequence[Sampled]) -> tuple[list[int], str]:
         """Take what was sampled as far as the answer goes on; the tokens taken, and the text they make showable."""

@@ -80,16 +80,19 @@ def weights(scores: Tensor, best_R: Tensor, temperature_R: Tensor) -> Tensor:
     return x.exp_()  # MKL's gives equal numbers equal results, wherever they lie
 
 
-def draw_all(scores_RV: Tensor, filters: Filters, uniform_R: Tensor) -> Tensor:
+def draw_all(
+    scores_RV: Tensor, filters: Filters, uniform_R: Tensor, likeliest_R: Tensor | None = None
+) -> Tensor:
     """A token of each row out of all (``top_k`` and ``top_p`` are not looked at), without sorting; int64 ``[R]``.
 
     Args:
         scores_RV: any floating-point type.
         uniform_R: fp64 in [0, 1), one per row.
+        likeliest_R: a token of each row's best score, if it is known.
     """
     slices = parts(scores_RV)
     if len(slices) == 1:
-        return _draw_all(scores_RV.float(), filters, uniform_R)
+        return _draw_all(scores_RV.float(), filters, uniform_R, likeliest_R)
     return torch.cat(
         [_draw_all(scores_RV[part].float(), filters.rows(part), uniform_R[part]) for part in slices]
     )
@@ -143,8 +146,14 @@ def parts(scores_RV: Tensor) -> list[slice]:
     return [slice(first, first + some) for first in range(0, rows, some)]
 
 
-def _draw_all(scores_RV: Tensor, filters: Filters, uniform_R: Tensor) -> Tensor:
-    share = weights(scores_RV, scores_RV.amax(-1), filters.temperature_R)
+def _draw_all(
+    scores_RV: Tensor, filters: Filters, uniform_R: Tensor, likeliest_R: Tensor | None = None
+) -> Tensor:
+    if likeliest_R is None:
+        best_R = scores_RV.amax(-1)
+    else:
+        best_R = scores_RV.gather(-1, likeliest_R[:, None])[:, 0]
+    share = weights(scores_RV, best_R, filters.temperature_R)
     if filters.min_p_R is not None:
         share *= share >= filters.min_p_R[:, None]
     upto = whole(share).cumsum(-1)

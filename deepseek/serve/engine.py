@@ -51,13 +51,11 @@ from deepseek.serve.request import (
     Request,
 )
 from deepseek.serve.sampler import SamplingConfig
-from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs
+from deepseek.serve.sampling import Sampled, SamplingState
 from deepseek.serve.scheduler import Scheduled, Scheduler, StaticBudget, Work, rows_of
 from deepseek.serve.speculative import NgramProposer
 from deepseek.serve.text import TextStream, begins_text
 from deepseek.weights.gguf_parts import model_name
-
-LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
 
 
 class Engine:
@@ -150,9 +148,11 @@ class Engine:
             RequestError: it can never be served.
         """
         self._check(request)
-        room = min(request.sampling.max_tokens, self.max_length - len(request.prompt))
-        least = min(request.sampling.min_tokens, room)
-        sampling = replace(request.sampling, max_tokens=max(room, 1), min_tokens=least)
+        sampling = request.sampling
+        room = min(sampling.max_tokens, self.max_length - len(request.prompt))
+        if room < sampling.max_tokens:
+            least = min(sampling.min_tokens, room)
+            sampling = replace(sampling, max_tokens=max(room, 1), min_tokens=least)
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         tokenizer = self._tokenizer
         ends = tokenizer.end_ids if tokenizer is not None else ()
@@ -268,11 +268,15 @@ class Engine:
             self.decoder.tables.leave(sequence)
         if not plan.work:
             return None
-        flight = self.launcher.start(sorted(plan.work, key=lambda w: w.rows != 1), began)
+        work = plan.work
+        if rows_of(work) > len(work):
+            work.sort(key=lambda w: w.rows != 1)
+        flight = self.launcher.start(work, began)
         flight.follows = (
-            flight.simple
-            and len(flight.work) == len(self.scheduler.running)
-            and all(w.sequence.engine.state.foreseeable for w in flight.work)
+            self.ahead
+            and flight.simple
+            and len(flight.sampling) == len(work) == len(self.scheduler.running)
+            and all(w.sequence.engine.state.foreseeable for w in work)
         )
         return flight
 
@@ -311,7 +315,7 @@ class Engine:
                 outputs += self._embed(w, flight.hidden[first:end])
                 continue
             if answer.reads(w):
-                self._read_prompt(w, flight.hidden[first:end])
+                answer.read_prompt(w, flight.hidden[first:end], self.launcher.logits)
             if sampled is None:
                 self.scheduler.advance(w, w.rows)
             else:
@@ -320,12 +324,12 @@ class Engine:
         return outputs
 
     def _append(self, flight: InFlight, tokens: list[int]) -> list[Output]:
-        """``_extend`` where every sequence has one token, and most have nothing else to tell."""
-        going, drawn = flight.counting, list(zip(flight.work, tokens, flight.logprobs() or repeat(None)))
-        if len(going) < len(drawn):
+        """``_read`` where every sequence that drew has one token, and most have nothing else to tell."""
+        going, drawn = flight.counting, list(zip(flight.sampling, tokens, flight.logprobs() or repeat(None)))
+        if len(going) < len(flight.work):
             drawn = [one for one in drawn if flight.counts(one[0])]
         self.scheduler.advance_all(going)
-        self._totals["generated_tokens"] += len(going)
+        self._totals["generated_tokens"] += len(drawn)
         outputs = list[Output]()
         for (sequence, *_), token, logprobs in drawn:
             answer: Answer = sequence.engine
@@ -393,33 +397,16 @@ class Engine:
             self.feedback.observe(seconds, answers, rows_of(flight.work) - answers)
 
     def _embed(self, work: Work, hidden_NC: Tensor) -> list[Output]:
-        """Add up a chunk's hidden states; at the end of the prompt, their mean at length one."""
+        """The embedding, once the prompt is read to its end."""
         sequence, answer = work.sequence, work.sequence.engine
-        total = hidden_NC.double().sum(0)
-        # A preempted prompt begins again at its first row.
-        answer.embedding = answer.embedding + total if work.start and answer.embedding is not None else total
-        if work.start + work.rows < sequence.prompt_length:
+        mean = answer.embed(work, hidden_NC)
+        if mean is None:
             return []
-        mean = torch.nn.functional.normalize(answer.embedding / sequence.prompt_length, dim=0)
         if not bool(torch.isfinite(mean).all()):
             error = f"the hidden states of the prompt are not finite; {self._advice()}"
             return [self._end(sequence, "error", error=error)]
         self._totals["prompt_tokens"] += sequence.prompt_length
         return [self._end(sequence, "stop", embedding=tuple(mean.float().tolist()))]
-
-    def _read_prompt(self, work: Work, hidden_NC: Tensor) -> None:
-        """Log-probabilities of the prompt's tokens after each of the chunk's rows, some rows' logits at a time."""
-        sequence, answer = work.sequence, work.sequence.engine
-        following = sequence.request.prompt[work.start + 1 : work.start + work.rows + 1]
-        if work.start == 0:
-            answer.prompt_logprobs = [None]
-        if work.start + 1 < len(answer.prompt_logprobs):  # a preempted prompt is read twice
-            return
-        top = sequence.request.sampling.prompt_logprobs or 0
-        for at in range(0, len(following), LOGIT_ROWS):
-            some = following[at : at + LOGIT_ROWS]
-            logits = self.launcher.logits(hidden_NC[at : at + len(some)])
-            answer.prompt_logprobs += prompt_logprobs(logits, some, top)
 
     def _propose(self) -> None:
         if not self.config.speculate:

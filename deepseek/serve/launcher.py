@@ -37,20 +37,25 @@ class Launcher:
 
     def start(self, work: list[Work], began: float) -> InFlight:
         """A step of which all is known; single rows come first in ``work``."""
+        drafts: list[list[int]] = []
         if work[-1].rows == 1:
             tokens = [sequence.tokens[start] for sequence, start, *_ in work]
+            samples = [
+                start + 1 == len(sequence.tokens) and not sequence.request.embed
+                for sequence, start, *_ in work
+            ]
         else:
             tokens = [token for w in work for token in _row_tokens(w)]
-        samples = [w.samples and not w.sequence.request.embed for w in work]
+            samples = [w.samples and not w.sequence.request.embed for w in work]
+            drafts = [w.sequence.draft[: w.drafts] for w, draws in zip(work, samples) if draws]
         traced = Traced({}, {}) if any(w.sequence.request.trace for w in work) else None
         host = self.decoder.tables.host_rows(work)
         hidden, logits, best = self._run(work, host, tokens, traced)
         flight = InFlight(work, samples, host, hidden, traced, began)
-        flight.simple = all(samples) and traced is None and all(w.sequence.engine.simple(w) for w in work)
+        flight.simple = traced is None and all(w.sequence.engine.simple(w) for w in work)
         if flight.sampling:
             if logits is None or len(flight.sampling) < len(work):
                 logits, best = self.logits(_some(hidden, flight.rows())), None
-            drafts = [w.sequence.draft[: w.drafts] for w in flight.sampling]
             flight.drawing = self._draw(flight.sampling, drafts, logits, best)
         return flight
 

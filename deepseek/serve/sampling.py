@@ -441,7 +441,9 @@ def _launch(
         return likeliest(logits_RV) if best_R2 is None else best_R2
     edited = not ways.plain and not all(map(_bare, rows))
     scores_RV = _edited(logits_RV, rows) if edited else logits_RV
-    if best_R2 is not None and not edited:
+    if edited:
+        best_R2 = None  # of other scores
+    if best_R2 is not None:
         token_R, health_R = best_R2.unbind(1)
     else:
         if ways.greedy:
@@ -462,7 +464,8 @@ def _launch(
             few = torch.where(short, _SHORT, _GOOD)
             health_R = health_R | few if at is None else health_R.index_add(0, at, few)
         else:
-            token = draw_all(scores, group.filters, uniform)
+            first = None if best_R2 is None else token_R if at is None else token_R[at]
+            token = draw_all(scores, group.filters, uniform, first)
         token_R = token if at is None else token_R.index_copy(0, at, token)
     head = torch.stack([token_R, health_R], 1)
     if (asked := ways.asked) is None:

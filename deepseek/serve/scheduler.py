@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from deepseek.serve.pages import Pages, SequencePages
 from deepseek.serve.request import Request
 
-_new = tuple.__new__
+_new = tuple.__new__  # of a ``Work`` without the call of Python that ``Work(…)`` is
 
 
 @dataclass(eq=False)
@@ -158,7 +158,7 @@ class Scheduler:
         left = max(self.budget.rows(len(decoding), waiting_rows), len(decoding), 1)
         for sequence in decoding:
             if not sequence.draft and sequence.computed < sequence.pages.reach and not preempted:
-                work.append(Work(sequence, sequence.computed, 1))
+                work.append(_new(Work, (sequence, sequence.computed, 1, 0)))
                 left -= 1
                 continue
             if sequence in preempted:
@@ -201,7 +201,6 @@ class Scheduler:
         """
         if self.waiting and (self.admits or len(going) < len(self.running)):
             return []
-        # As ``Work(…)``, without the call of Python that a named tuple's constructor is.
         work = [_new(Work, (sequence, start + rows, 1, 0)) for sequence, start, rows, _ in going]
         pages, globals_, windows = self.pages, 0, 0
         growing = [w for w in work if w.start >= w.sequence.pages.reach]

@@ -35,14 +35,12 @@ class PageTables:
         self._known: dict[Scheduled, tuple[int, int, int]] = {}
         self._changes = 0
 
-    def place(self, sequence: Scheduled) -> int:
-        """The row of a sequence, brought up to date."""
+    def _write(self, sequence: Scheduled) -> None:
+        """Bring the row of a sequence up to date; a new one gets a row."""
         row, held = self._place.get(sequence), sequence.pages
         if row is None:
             row = self._place[sequence] = self._free.pop()
             self.both[:, row] = 0
-        elif not held.changed:
-            return row
         globals_, windows, dropped = self._known.get(sequence, (0, 0, 0))
         self._globals[row, globals_ : len(held.globals)] = held.globals[globals_:]
         self._windows[row, windows : len(held.windows)] = held.windows[windows:]
@@ -51,24 +49,25 @@ class PageTables:
         held.changed = False
         self._changes += 1
         self.stamps[row] = self._changes
-        return row
 
     def host_rows(self, work: Sequence[Work], before: HostRows | None = None) -> HostRows:
         """What attention needs to know of the step; single rows come first in ``work``.
 
         ``before``: of a step of the same sequences in the same order, if this one is their next row each.
         """
+        for sequence, *_ in work:
+            if sequence.pages.changed:
+                self._write(sequence)
         if before is not None and before.decodes == len(work):
-            for sequence, *_ in work:
-                if sequence.pages.changed:
-                    self.place(sequence)
             place_S, start_S, counts, decodes = before.place_S, before.length_S, before.rows, len(work)
             longest = before.longest + 1
         else:
-            place_S = np.array([self.place(w.sequence) for w in work])
+            place_S = np.array([self._place[sequence] for sequence, *_ in work])
             start_S, counts = np.array([w.start for w in work]), [w.rows for w in work]
-            decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-            longest = max(w.start + w.rows for w in work)
+            decodes = len(counts)
+            if sum(counts) > decodes:
+                decodes = next(i for i, count in enumerate(counts) if count != 1)
+            longest = max([start + rows for _, start, rows, _ in work])
         if decodes == len(work):
             place_N, position_N, length_S = place_S, start_S, start_S + 1
         else:

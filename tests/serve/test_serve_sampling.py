@@ -216,6 +216,18 @@ def test_a_token_without_probability_is_never_drawn() -> None:
         assert int(distribution.draw_best(scores, filters, u, 1)[0]) in (1, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_knowing_the_likeliest_token_changes_nothing(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    scores = (3 * torch.randn(50, 40, generator=generator)).round(decimals=1).to(dtype)  # with equal ones
+    scores[7, 3:] = -math.inf
+    heat, p = torch.linspace(0.1, 2.0, 50), torch.full((50,), 2.0, dtype=torch.float64)
+    filters = distribution.Filters(heat, torch.full((50,), 40), p, torch.full((50,), 0.01))
+    uniform = torch.rand(50, dtype=torch.float64, generator=generator)
+    wanted = distribution.draw_all(scores, filters, uniform)
+    assert torch.equal(distribution.draw_all(scores, filters, uniform, scores.argmax(-1)), wanted)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
 def test_a_gpu_draws_what_the_cpu_draws() -> None:
     """Exponentials differ in the last bit: a random number between the two sums comes once in millions."""
