@@ -117,6 +117,7 @@ async def _serve(
         ending.cancel()
         await asyncio.gather(loading, ending, return_exceptions=True)
         await client.close()
+        gc.unfreeze()  # or libraries that count their objects at the end report them all as leaked
 
 
 def load_texts(path: str) -> tuple[Tokenizer, Chat | None]:
