@@ -12,10 +12,11 @@ from torch import Tensor
 from deepseek.serve.decoder import Traced
 from deepseek.serve.generate import Completion
 from deepseek.serve.request import Output, TokenLogprobs, TokenTrace
-from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs
+from deepseek.serve.sampling import Sampled, SamplingState
 from deepseek.serve.scheduler import Work
 from deepseek.serve.speculative import Proposer
 from deepseek.serve.text import TextStream
+from deepseek.serve.token_logprobs import prompt_logprobs
 
 LOGIT_ROWS = 256  #: rows of a prompt whose logits exist at once
 

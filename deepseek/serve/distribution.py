@@ -22,6 +22,10 @@ from deepseek.ops.triton import kernels, runs_on
 
 COLDEST = 1e-6  #: below this temperature the most likely token has all the probability that fp32 can tell
 CACHED = 1 << 18  #: scores worked on at once by a CPU: 2 MiB in int64
+#: How many of the most likely tokens are looked at first, and next, before a row is sorted in full. A second look
+#: costs a CPU what the work is, a GPU a wait: it looks at more at once.
+CANDIDATES, WIDER = 128, 2048
+GOOD, BAD, SHORT = 0, 1, 2  #: what is said of a row: well, no token can be drawn, it must be looked at again
 ONE = 1 << 40  #: the weight of the most likely token; 2^22 tokens of it still fit 63 bits
 
 

@@ -13,10 +13,11 @@ from deepseek.serve.adapters import AdapterBank
 from deepseek.serve.ahead import DrawnTokens, InFlight, Tokens
 from deepseek.serve.decoder import Decoder, RowAdapters, Traced
 from deepseek.serve.graphs import DecodeGraphs
-from deepseek.serve.sampling import Drawing, Ways
+from deepseek.serve.sampling import Drawing
 from deepseek.serve.scheduler import Work
 from deepseek.serve.tables import HostRows
 from deepseek.serve.transfer import Readback, put
+from deepseek.serve.ways import Ways
 
 
 class Launcher:

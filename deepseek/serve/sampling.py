@@ -23,20 +23,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deepseek.serve.distribution import Filters, best_tokens, draw_all, draw_best, likeliest, parts
+from deepseek.serve.distribution import BAD, GOOD, SHORT, draw_all, draw_best, likeliest
 from deepseek.serve.request import TokenLogprobs
-from deepseek.serve.sampling_config import SamplingConfig
 from deepseek.serve.sampling_state import Numbers, SamplingState, Updates
+from deepseek.serve.token_logprobs import packed_logprobs, read_logprobs
 from deepseek.serve.transfer import put
+from deepseek.serve.ways import Ways
 
-__all__ = ["Drawing", "Sampled", "SamplingState", "Ways", "prompt_logprobs", "sample", "sample_drafts"]
+__all__ = ["Drawing", "Sampled", "SamplingState", "sample", "sample_drafts"]
 
 #: Begins to bring a tensor to the host; what it returns waits for it, and gives it.
 Fetch = Callable[[Tensor], Callable[[], npt.NDArray[Any]]]
 
-#: How many of the most likely tokens are looked at first, and next, before a row is sorted in full. A second look
-#: costs a CPU what the work is, a GPU a wait: it looks at more at once.
-CANDIDATES, WIDER = 128, 2048
 TOGETHER = 16  #: places whose random numbers are sent at once, where steps follow each other
 
 
@@ -205,16 +203,6 @@ class Drawing:
         return answers
 
 
-def prompt_logprobs(logits_RV: Tensor, next_tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """For each row of logits the log-probability of the token that came next, and of the ``top`` best ones."""
-    tokens_R = torch.tensor(next_tokens, dtype=torch.int64, device=logits_RV.device)
-    packed = _logprobs(logits_RV, tokens_R, top, CANDIDATES).cpu()
-    if again := torch.nonzero(packed[:, 0])[:, 0].tolist():
-        index = torch.tensor(again, device=logits_RV.device)
-        packed[again] = _logprobs(logits_RV[index], tokens_R[index], top, logits_RV.shape[-1]).cpu()
-    return _read_logprobs(next_tokens, packed.numpy(), [top] * len(next_tokens))
-
-
 def _row(state: SamplingState, place: int) -> _Row:
     """``state`` as it is now, as a row."""
     if state.plain:
@@ -256,54 +244,6 @@ def _kept(row: _Row) -> _Row:
     if row.penalties is None:
         return row
     return row._replace(penalties=Updates(row.penalties.ids.copy(), row.penalties.amounts.copy()))
-
-
-_GOOD, _BAD, _SHORT = 0, 1, 2
-
-
-class _Group(NamedTuple):
-    """Rows that are drawn in one way; ``at``: the same on the device, ``None`` for all rows."""
-
-    rows: list[int]
-    at: Tensor | None
-    filters: Filters
-    sorts: bool  #: else one running sum
-    enough: int  #: candidates that its ``top_k`` asks for
-    totals: bool
-
-
-class Ways:
-    """How a step's rows are drawn, as far as their requests' options say: the same step after step.
-
-    Attributes:
-        top: log-probabilities asked for at a place; asked: which rows want any.
-        looks: how many candidates are looked at first, and then.
-        again: a row may need a second look.
-        likeliest: every row wants its likeliest token, and nothing else.
-    """
-
-    def __init__(self, states: list[SamplingState], vocabulary: int, device: torch.device) -> None:
-        self.states, configs = states, [state.config for state in states]
-        self.looks = [CANDIDATES, WIDER, vocabulary][device.type != "cpu" :]
-        self.plain = all(state.plain for state in states)
-        self.greedy = [i for i, state in enumerate(states) if state.greedy]
-        sorting = [c.top_k > 0 or c.top_p < 1 for c in configs]
-        self.groups = []
-        for sorts in (False, True):
-            rows = [i for i, state in enumerate(states) if not state.greedy and sorting[i] == sorts]
-            if rows:
-                at = None if len(rows) == len(states) else put(rows, device)
-                ks = [configs[i].top_k for i in rows]
-                enough = max((k + CANDIDATES for k in ks if k), default=0)
-                filters = _filters([configs[i] for i in rows], vocabulary, device)
-                self.groups.append(_Group(rows, at, filters, sorts, enough, not all(ks)))
-        asked = [i for i, c in enumerate(configs) if c.logprobs is not None]
-        self.asked: Tensor | slice | None = None
-        if asked:
-            self.asked = slice(None) if len(asked) == len(states) else put(asked, device)
-        self.top = max((c.logprobs or 0 for c in configs), default=0)
-        self.again = self.top > 0 or any(group.sorts for group in self.groups)
-        self.likeliest = self.plain and not self.groups and not asked
 
 
 class _Uniforms:
@@ -394,7 +334,7 @@ class _Draw:
         """After a wait: what was asked for, row by row."""
         found_R, asked = self._look(), [row.state.config.logprobs for row in self._rows]
         some = [i for i, top in enumerate(asked) if top is not None]
-        read = _read_logprobs(found_R[some, 0].tolist(), found_R[some, 1:], [asked[i] or 0 for i in some])
+        read = read_logprobs(found_R[some, 0].tolist(), found_R[some, 1:], [asked[i] or 0 for i in some])
         by_row = dict(zip(some, read))
         return [by_row.get(i) for i in range(len(asked))]
 
@@ -412,7 +352,7 @@ class _Draw:
         found_R = self._found = self._wait()
         logits, top = self._logits, self.ways.top
         for candidates in self.ways.looks[1:] if self.ways.again else ():
-            again = np.flatnonzero(found_R[:, 1] == _SHORT)
+            again = np.flatnonzero(found_R[:, 1] == SHORT)
             if not len(again):
                 break
             rows = [self._rows[i] for i in again.tolist()]
@@ -450,9 +390,9 @@ def _launch(
             best_R, token_R = scores_RV.max(-1)
         else:
             best_R, token_R = scores_RV.amax(-1), torch.zeros(len(rows), dtype=torch.int64, device=device)
-        health_R = torch.where(torch.isfinite(best_R), _GOOD, _BAD)
+        health_R = torch.where(torch.isfinite(best_R), GOOD, BAD)
     if edited:
-        health_R |= torch.where(torch.isfinite(logits_RV.amax(-1)), _GOOD, _BAD)
+        health_R |= torch.where(torch.isfinite(logits_RV.amax(-1)), GOOD, BAD)
     uniforms, further = random or (_Uniforms(rows, device), 0)
     for group in ways.groups:
         at = group.at
@@ -461,7 +401,7 @@ def _launch(
         if group.sorts:
             enough = max(candidates, group.enough)
             token, short = draw_best(scores, group.filters, uniform, enough, totals=group.totals)
-            few = torch.where(short, _SHORT, _GOOD)
+            few = torch.where(short, SHORT, GOOD)
             health_R = health_R | few if at is None else health_R.index_add(0, at, few)
         else:
             first = None if best_R2 is None else token_R if at is None else token_R[at]
@@ -470,7 +410,7 @@ def _launch(
     head = torch.stack([token_R, health_R], 1)
     if (asked := ways.asked) is None:
         return head
-    found = _logprobs(logits_RV[asked], token_R[asked], top, max(candidates, top))
+    found = packed_logprobs(logits_RV[asked], token_R[asked], top, max(candidates, top))
     packed = head.new_zeros(len(rows), 1 + found.shape[1])
     packed[:, 0], packed[:, 1] = token_R, health_R
     packed[asked, 1] |= found[:, 0]
@@ -481,21 +421,6 @@ def _launch(
 def _bare(row: _Row) -> bool:
     """Whether this row's scores are its logits, this time."""
     return row.penalties is None and row.banned is None and row.mask is None and not len(row.state.bias.ids)
-
-
-def _filters(configs: Sequence[SamplingConfig], vocabulary: int, device: torch.device) -> Filters:
-    """Some rows' options as tensors, in one transfer."""
-    table = [
-        (
-            c.temperature,
-            c.top_k if 0 < c.top_k < vocabulary else vocabulary,
-            c.top_p if c.top_p < 1 else 2.0,
-            c.min_p,
-        )
-        for c in configs
-    ]
-    heat, k, p, least = put(np.array(table, np.float64).T.copy(), device).unbind()
-    return Filters(heat.float(), k.long(), p, least.float() if any(c.min_p for c in configs) else None)
 
 
 def _edited(logits_RV: Tensor, rows: Sequence[_Row]) -> Tensor:
@@ -540,44 +465,10 @@ def _places(updates: Sequence[tuple[int, Numbers]], device: torch.device) -> tup
     return rows, columns
 
 
-def _logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int, candidates: int) -> Tensor:
-    """Of the model's own distribution; int64 ``[R, 3 + 2 top]``: health, log-probability, rank, best ids, theirs."""
-    top, packed = min(top, logits_RV.shape[-1]), []
-    for part in parts(logits_RV):
-        logits, token_R1 = logits_RV[part].float(), tokens_R[part, None]
-        own, total = logits.gather(-1, token_R1), logits.logsumexp(-1, keepdim=True)
-        rank = (logits > own).sum(-1, keepdim=True) + 1
-        earlier = torch.arange(logits.shape[-1], device=own.device) < token_R1
-        rank += ((logits == own) & earlier).sum(-1, keepdim=True)
-        columns = [torch.zeros_like(rank), _bits(own - total), rank]
-        if top:
-            best = best_tokens(logits, candidates)
-            columns[0] = torch.where(best.sure_R < top, _SHORT, _GOOD)[:, None]
-            columns += [best.ids_RK[:, :top], _bits(best.scores_RK[:, :top] - total)]
-        packed.append(torch.cat(columns, 1))
-    return torch.cat(packed)
-
-
-def _bits(x: Tensor) -> Tensor:
-    """fp32 numbers, bit by bit, in int64."""
-    return x.contiguous().view(torch.int32).long()
-
-
-def _read_logprobs(tokens: Sequence[int], packed_RX: Numbers, tops: Sequence[int]) -> list[TokenLogprobs]:
-    """From ``_logprobs``' rows, and how many of the best each row wants."""
-    floats_RX, n = packed_RX.astype(np.int32).view(np.float32), (packed_RX.shape[1] - 3) // 2
-    own, rank = floats_RX[:, 1].tolist(), packed_RX[:, 2].tolist()
-    ids, scores = packed_RX[:, 3 : 3 + n].tolist(), floats_RX[:, 3 + n :].tolist()
-    return [
-        TokenLogprobs(token, own[i], rank[i], tuple(zip(ids[i][:top], scores[i])))
-        for i, (token, top) in enumerate(zip(tokens, tops))
-    ]
-
-
 def _read(row: _Row, token: int, health: int, logprobs: TokenLogprobs | None) -> Sampled:
     if row.error:
         return Sampled(-1, None, row.error)
-    if health & _BAD:
+    if health & BAD:
         return Sampled(
             -1, None, "no token can be drawn: the logits are not finite, or every token is forbidden"
         )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.serve import graphs, sampling
+from deepseek.serve import graphs, sampling, ways
 from deepseek.serve.engine import Engine
 from deepseek.serve.graphs import DecodeGraphs, Run, Size, StepBuffers
 
@@ -131,7 +131,7 @@ def attach(engine: Engine, patch: pytest.MonkeyPatch, fast: bool = False) -> Que
     hidden = engine.decoder.hidden
 
     def launched(logits: Tensor, rows: Any, top: int, candidates: int, *more: Any) -> Tensor:
-        if candidates != sampling.CANDIDATES:  # a second look: somebody is waiting
+        if candidates != ways.CANDIDATES:  # a second look: somebody is waiting
             queue.wait()
             return launch(logits, rows, top, candidates, *more)
         asked = any(row.state.config.logprobs is not None for row in rows)

@@ -16,8 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek.errors import RequestError
-from deepseek.serve import SamplingConfig, distribution, sampling
-from deepseek.serve.sampling import Sampled, SamplingState, prompt_logprobs, sample, sample_drafts
+from deepseek.serve import SamplingConfig, distribution, sampling, ways
+from deepseek.serve.sampling import Sampled, SamplingState, sample, sample_drafts
+from deepseek.serve.token_logprobs import prompt_logprobs
 
 V = 500
 ENDS = (3, 4)
@@ -126,8 +127,8 @@ def test_a_row_draws_the_same_alone_in_any_batch_and_with_any_candidates(
     order = dice.sample(range(count), count)
     assert sample(logits[order], [states[i] for i in order]) == [together[i] for i in order]
     for first, second in [(1, 3), (20, 100)]:
-        monkeypatch.setattr(sampling, "CANDIDATES", first)
-        monkeypatch.setattr(sampling, "WIDER", second)
+        monkeypatch.setattr(ways, "CANDIDATES", first)
+        monkeypatch.setattr(ways, "WIDER", second)
         assert sample(logits, states) == together
 
 
