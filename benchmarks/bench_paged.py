@@ -106,9 +106,12 @@ class Layer:
 
     def append(self) -> None:
         K, (k, v, raw), (k_pool, v_pool) = self.new.shape[1] // 2, self.caches[0], self.pools[0]
-        extra = (raw, (k_pool, v_pool), BLOCK, STRIDE) if self.case.kind == "H" else ()
-        slot = self.rows.global_slot_N
-        append_rows(self.q, self.new[:, :K], self.new[:, K:], self.rope, (k, v), self.rows, slot, *extra)
+        new_k, new_v, slot = self.new[:, :K], self.new[:, K:], self.rows.global_slot_N
+        if self.case.kind == "H":
+            pool = (k_pool, v_pool)
+            append_rows(self.q, new_k, new_v, self.rope, (k, v), self.rows, slot, raw, pool, BLOCK, STRIDE)
+        else:
+            append_rows(self.q, new_k, new_v, self.rope, (k, v), self.rows, slot)
 
     def apart(self) -> None:
         """The same in separate launches."""

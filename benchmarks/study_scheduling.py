@@ -19,9 +19,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from fit_step_time import features
 from scheduling_policies import (
@@ -124,6 +124,9 @@ class Future:
         return self.sums[last] - self.sums[first]
 
 
+Gate: TypeAlias = Everybody | Cap | Wait  #: says whether a request may come in
+
+
 class Simulation:
     """One trace through the real scheduler under one policy, in simulated time."""
 
@@ -217,7 +220,7 @@ class Simulation:
                 "refused": 1 - len(served) / len(lives), "ttft_p99": ttft[int(0.99 * (len(ttft) - 1))],
                 "tpot_p99": tpot[int(0.99 * (len(tpot) - 1))], "preemptions": self.scheduler.preemptions}  # fmt: skip
 
-    def _budget(self, name: str, comings: dict[str, Coming]) -> Any:
+    def _budget(self, name: str, comings: dict[str, Coming]) -> Static | Feedback:
         if name.startswith("static"):
             rows, _, running = name.split()[1].partition("/")
             self.running = int(running or self.running)
@@ -228,14 +231,16 @@ class Simulation:
         floor, most = {"": (0.25, 4.0), "low": (0.25, 1.0), "high": (1.0, 4.0)}[bend]
         return Forecasting(self.profile.slo, comings[kind], floor, most)
 
-    def _gate(self, name: str, comings: dict[str, Coming]) -> Any:
+    def _gate(self, name: str, comings: dict[str, Coming]) -> Gate:
         if name.startswith("cap"):
             return Cap(int(name.split()[1]))
         slo = self.profile.slo
-        kinds = {"all": Everybody, "wait": lambda: Wait(slo), "lenient wait": lambda: Wait(slo, lenient=True),
-                 "account": lambda: Account(slo, self.backlog, self._look, lenient=True),
-                 "strict account": lambda: Account(slo, self.backlog, self._look, lenient=False),
-                 "whole": lambda: self.whole}  # fmt: skip
+        kinds: dict[str, Callable[[], Gate]] = {
+            "all": Everybody, "wait": lambda: Wait(slo), "lenient wait": lambda: Wait(slo, lenient=True),
+            "account": lambda: Account(slo, self.backlog, self._look, lenient=True),
+            "strict account": lambda: Account(slo, self.backlog, self._look, lenient=False),
+            "whole": lambda: self.whole,
+        }  # fmt: skip
         return kinds[name]() if name in kinds else ForecastWait(slo, comings[name])
 
 
@@ -255,16 +260,11 @@ def traces(
 ) -> dict[str, list[Arrival]]:
     """The same mean rate and lengths in every form."""
     t = profile.slo.ttft
-    options: dict[str, Any] = {
-        "rate": rate,
-        "requests": requests,
-        "prompt": profile.prompt,
-        "output": profile.output,
-    }
+    config = TraceConfig(rate=rate, requests=requests, prompt=profile.prompt, output=profile.output)
     found = {
-        "poisson": synthetic(TraceConfig(**options), seed),
-        "bursty": synthetic(TraceConfig(kind="bursty", busy=5 * t, calm=20 * t, **options), seed),
-        "gamma": synthetic(TraceConfig(kind="gamma", **options), seed),
+        "poisson": synthetic(config, seed),
+        "bursty": synthetic(replace(config, kind="bursty", busy=5 * t, calm=20 * t), seed),
+        "gamma": synthetic(replace(config, kind="gamma"), seed),
         "sessions": sessions(profile, rate, requests, seed),
     }
     if file is not None:
