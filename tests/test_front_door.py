@@ -83,6 +83,13 @@ def test_importing_is_cheap() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_engine_starts_without_a_compiler() -> None:
+    """torch's compiler and Triton take over a second to import."""
+    code = "import sys, deepseek.serve.engine; print([m for m in ('torch._dynamo', 'triton') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_training_config_as_the_source_writes_it() -> None:
     config = ds.TrainingConfig(precision_mode="auto", loss_scaling_factor=128, grad_clip_threshold=1.0)
     assert (config.precision_mode, config.loss_scaling_factor, config.grad_clip_threshold) == (

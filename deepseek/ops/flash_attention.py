@@ -66,7 +66,6 @@ def kernels() -> Any:
     return import_module("flash_attn.cute.interface")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def usable(
     device: torch.device,
     dtype: torch.dtype,
@@ -99,6 +98,10 @@ def usable(
     if asked and why:
         raise ConfigError(f"DEEPSEEK_FLASH=1, but {why}; unset it to run torch's attention")
     return not why
+
+
+# As ``torch.compiler.assume_constant_result`` does, which imports the whole compiler: a second at every start.
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
