@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 if not torch.cuda.is_available():
     sys.exit("error: this needs a CUDA GPU of capability 9.0 or 10.0, and flash-attn-4")
 
+from deepseek.bench.timing import graph_seconds
 from deepseek.ops import flash_attention
 from deepseek.ops.attention import document_spans, window_attention_kernel
 
@@ -42,28 +43,9 @@ def inputs(B: int, T: int, H: int, K: int, D: int) -> list[Tensor]:
     return [x.transpose(1, 2).requires_grad_() for x in (q, k, v)]
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 8) -> float:
-    """GPU time of one call, by a graph of ``repeats`` calls; the best of five replays."""
-    work()  # on the leaves' own stream: what autograd and cuBLAS set up there cannot be captured
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(repeats):
-            work()
-    best = float("inf")
-    for _ in range(5):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        graph.replay()
-        b.record()
-        torch.cuda.synchronize()
-        best = min(best, a.elapsed_time(b) / repeats)
-    return best
+def milliseconds(work: Callable[[], object]) -> float:
+    """GPU time of one call, the best of five replays of a graph."""
+    return 1e3 * min(graph_seconds(work, repeats=8))
 
 
 def exact(leaves: list[Tensor], do: Tensor, seen: Tensor) -> list[Tensor]:

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.bench.ceilings import copy_tb_per_s
+from deepseek.bench.timing import graph_seconds
 from deepseek.ops.paged_attention import (
     Pooled,
     StepRows,
@@ -205,26 +206,9 @@ def cpu_seconds(work: Callable[[], object], budget: float) -> float:
     return statistics.median(times)
 
 
-def gpu_seconds(work: Callable[[], object], repeats: int = 24) -> float:
-    """By a CUDA graph of ``repeats`` calls; the median of seven replays."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            work()
-    times = []
-    for _ in range(7):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        graph.replay()
-        b.record()
-        torch.cuda.synchronize()
-        times.append(a.elapsed_time(b) / repeats / 1e3)
-    return statistics.median(times)
+def gpu_seconds(work: Callable[[], object]) -> float:
+    """The median of seven replays of a graph."""
+    return statistics.median(graph_seconds(work, repeats=24, replays=7))
 
 
 def on_cpu(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     sys.exit("error: this needs a CUDA GPU, and Triton; `deepseek bench attention --quick` runs without")
 
+from deepseek.bench.timing import graph_seconds
 from deepseek.ops.attention import document_spans
 from deepseek.ops.hybrid_attention import hybrid_attention_kernel, hybrid_attention_reference, pooled_spans
 from deepseek.ops.triton import hybrid_attention as kernels
@@ -78,27 +79,9 @@ def inputs(
     return [x.requires_grad_() for x in made]
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 10) -> float:
-    """GPU time of one call, by a graph of ``repeats`` calls; the best of five replays."""
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            work()
-    best = float("inf")
-    for _ in range(5):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        graph.replay()
-        b.record()
-        torch.cuda.synchronize()
-        best = min(best, a.elapsed_time(b) / repeats)
-    return best
+def milliseconds(work: Callable[[], object]) -> float:
+    """GPU time of one call, the best of five replays of a graph."""
+    return 1e3 * min(graph_seconds(work, repeats=10))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

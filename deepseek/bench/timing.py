@@ -108,6 +108,29 @@ def measure(call: Call, device: torch.device, *, rounds: int = 10, warmup: int =
     return race({"": call}, device, rounds=rounds, warmup=warmup)[""]
 
 
+def graph_seconds(call: Call, *, repeats: int, replays: int = 5, warmup: int = 2) -> list[float]:
+    """Seconds of one call, in each replay of a CUDA graph of ``repeats``: the GPU's work, not Python's launches."""
+    call()  # on the stream of its tensors: what autograd and cuBLAS set up there cannot be captured
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(warmup):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    seconds = []
+    for _ in range(replays):
+        timer = Timer(torch.device("cuda"))
+        timer.start()
+        graph.replay()
+        timer.stop()
+        torch.cuda.synchronize()
+        seconds.append(timer.seconds / repeats)
+    return seconds
+
+
 def _burst(call: Call, device: torch.device, warmup: int, seconds: float) -> int:
     """How many calls last ``seconds``, judged by the last of the warm-up calls."""
     timer = Timer(device)
