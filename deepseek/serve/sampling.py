@@ -135,11 +135,8 @@ class Drawing:
                 for s in states
             ]
         else:
-            rows, used, first = (
-                [],
-                list[int](),
-                0,
-            )  # rows after a token that the grammar forbids are not needed
+            # Rows after a token that the grammar forbids are not needed.
+            rows, used, first = [], list[int](), 0
             for state, draft in zip(states, drafts, strict=True):
                 planned = _draft_rows(state, draft)
                 rows += planned

@@ -65,6 +65,7 @@ def test_a_disk_that_stays_full_ends_nothing() -> None:
     for i in range(2000):
         log.write(Record(str(i)))
     log.close()
+    assert log.lost + log._unwritten == 2000, "and every line that is lost is counted"
 
 
 def test_several_processes_may_share_a_file(tmp_path: Path) -> None:

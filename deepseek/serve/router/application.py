@@ -58,14 +58,11 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  #: methods that may be tried again
 LOST, CRASHED = "engine_lost", "engine_crashed"
 #: Error codes by which a stream that has said nothing yet ends as a 503 would.
 ENDED = frozenset({LOST, CRASHED, "engine_unavailable", "aborted", "draining"})
-SUSPECTS, SUSPECT_SHARE = (
-    2,
-    0.01,
-)  #: as ``retry_burst``, and of ``retry_share``, for requests that may break replicas
+#: For requests that may break replicas: as ``retry_burst``, and what part of ``retry_share``.
+SUSPECTS, SUSPECT_SHARE = 2, 0.01
 REFUSAL = 1 << 16  #: bytes of a refusal that are kept
-HELD = (
-    1 << 20
-)  #: bytes of an answer, or of an event, that are held until it is whole: it comes as a whole or not at all
+#: Bytes of an answer, or of an event, that are held until it is whole: it comes as a whole or not at all.
+HELD = 1 << 20
 JSON = (b"content-type", b"application/json")
 
 log = logging.getLogger("deepseek.serve")

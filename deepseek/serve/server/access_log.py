@@ -64,10 +64,8 @@ class AccessLog:
 
     def __init__(self, where: str) -> None:
         self.lost = 0  # of a full queue
-        self._unwritten, self._torn = (
-            0,
-            False,
-        )  # lines that the file did not take; it has a part of the last one
+        self._unwritten = 0  # lines that the file did not take
+        self._torn = False  # it has a part of the last one
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST)
         self._file: FileIO | None = None  # standard error unless told
         self._thread: threading.Thread | None = None
