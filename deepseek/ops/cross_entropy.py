@@ -30,22 +30,22 @@ def chunk_rows(vocab: int, element_size: int, cuda: bool) -> int:
 
 
 def reference_rows(
-    logits_NV: Tensor, targets_N: Tensor, ignore: int, z_weight: float, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss and squared log-sum-exp of every row, fp32 at least; with ``gradient`` the logits become their gradient."""
+    logits_NV: Tensor, targets_N: Tensor, found_2N: Tensor, ignore: int, z_weight: float, gradient: bool
+) -> None:
+    """Loss and squared log-sum-exp of every row go into ``found_2N``, fp32 at least; with ``gradient`` the logits
+    become their gradient."""
     counted = targets_N != ignore
     wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     lse = wide.logsumexp(-1)
     own = targets_N.clamp(min=0)[:, None]
-    losses = (lse - wide.gather(1, own)[:, 0]).masked_fill(~counted, 0.0)
-    squares = lse.square().masked_fill(~counted, 0.0)
+    found_2N[0] = (lse - wide.gather(1, own)[:, 0]).masked_fill(~counted, 0.0)
+    found_2N[1] = lse.square().masked_fill(~counted, 0.0)
     if gradient:
         d = wide.sub_(lse[:, None]) if wide is logits_NV else wide - lse[:, None]
         d.exp_().mul_((counted * (1 + 2 * z_weight * lse))[:, None])
         d.scatter_add_(1, own, -counted[:, None].to(d.dtype))
         if d is not logits_NV:
             logits_NV.copy_(d)
-    return losses, squares
 
 
 @torch.library.custom_op("deepseek::linear_cross_entropy", mutates_args=())
@@ -55,20 +55,22 @@ def _linear_cross_entropy(
     cuda = hidden_NC.is_cuda
     rows = kernels("cross_entropy").rows if cuda and available() else reference_rows
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
-    nats, squares = (torch.zeros((), device=hidden_NC.device, dtype=wide) for _ in range(2))
+    n = hidden_NC.shape[0]
+    found_2N = hidden_NC.new_empty(2, n, dtype=wide)
     d_hidden = torch.empty_like(hidden_NC) if gradient else hidden_NC.new_empty(0)
-    d_weight = torch.zeros_like(weight_VC, dtype=wide) if gradient else hidden_NC.new_empty(0, dtype=wide)
+    d_weight = torch.empty_like(weight_VC, dtype=wide) if gradient else hidden_NC.new_empty(0, dtype=wide)
+    if n == 0:
+        d_weight.zero_()
     size = chunk_rows(weight_VC.shape[0], hidden_NC.element_size(), cuda)
-    for start in range(0, hidden_NC.shape[0], size):
+    for start in range(0, n, size):
         here = slice(start, start + size)
         hidden = hidden_NC[here]
         logits = F.linear(hidden, weight_VC)
-        loss, square = rows(logits, targets_N[here], IGNORE, z_weight, gradient)
-        nats, squares = nats + loss.sum(), squares + square.sum()
+        rows(logits, targets_N[here], found_2N[:, here], IGNORE, z_weight, gradient)
         if gradient:
             torch.mm(logits, weight_VC, out=d_hidden[here])
-            _accumulate(d_weight, logits.T, hidden)
-    return nats, squares, d_hidden, d_weight
+            _accumulate(d_weight, logits.T, hidden, first=start == 0)
+    return found_2N[0].sum(), found_2N[1].sum(), d_hidden, d_weight
 
 
 @_linear_cross_entropy.register_fake
@@ -81,12 +83,15 @@ def _(
     return hidden_NC.new_empty((), dtype=wide), hidden_NC.new_empty((), dtype=wide), d_hidden, d_weight
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in the precision of ``total``."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b`` in the precision of ``total``; at ``first`` its contents do not count."""
+    beta = 0 if first else 1
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif total.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += (a @ b).to(total.dtype)
 
@@ -98,8 +103,12 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def _backward(ctx: Any, d_nats: Tensor, d_squares: Tensor, *_: Tensor) -> tuple[Any, ...]:
     d_hidden, d_weight = ctx.saved_tensors
-    hidden, weight = ctx.dtypes
-    return (d_hidden * d_nats).to(hidden), (d_weight * d_nats).to(weight), None, None, None
+    return _times(d_hidden, d_nats, ctx.dtypes[0]), _times(d_weight, d_nats, ctx.dtypes[1]), None, None, None
+
+
+def _times(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x · factor``, rounded to ``dtype`` as it is written."""
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_context)

@@ -64,7 +64,16 @@ def test_no_gradient_is_made_where_none_is_asked_for() -> None:
     assert gradient.shape == hidden.shape
 
 
-def test_bf16_gradients_are_those_of_fp32_up_to_rounding() -> None:
+def test_no_rows_are_nothing() -> None:
+    hidden, weight, targets = case()
+    nats, squares = linear_cross_entropy(hidden[:0], weight, targets[:0])
+    assert nats.item() == squares.item() == 0
+    assert torch.autograd.grad(nats, weight)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_bf16_gradients_are_those_of_fp32_up_to_rounding(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES_CPU", rows * V * 2)
     hidden, weight, targets = case(torch.bfloat16)
     got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], (hidden, weight))
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]

@@ -1,4 +1,9 @@
-"""Triton kernel of the loss: log-sum-exp, loss and the logits' gradient in one visit of a row, in place."""
+"""Triton kernels of the loss: log-sum-exp, loss and the logits' gradient in one visit of a row, in place.
+
+A bf16 row is read once where registers hold it, two logits in each: at 64 logits a thread the kernel needs 64
+registers, so that two rows of 32,768 share a multiprocessor and one is read while the other is computed. Unpacked, a
+row would take twice the registers and have a multiprocessor for itself. Other rows are read twice, block by block.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,54 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+LOGITS_PER_THREAD = 64
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _unpack(pairs, shift):
+    """The logits in the lower and in the upper halves of 32-bit words, fp32. ``shift``: 16."""
+    low, high = pairs << shift, pairs >> shift << shift
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _whole_row_kernel(
+    logits, targets, losses, squares, vocab, ignore, z_weight, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """bf16 logits; ``vocab`` a multiple of 16, so that loads are 16 bytes wide, and at most ``BLOCK``."""
+    n = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + n)
+    row = logits + n * vocab
+    counted = target != ignore
+    known = (target >= 0) & (target < vocab)
+    own = tl.load(row + tl.where(known, target, 0)).to(tl.float32)
+    own = tl.where(known, own, float("nan"))  # an id that is none spoils the step, which is then skipped
+    words = row.to(tl.pointer_type(tl.uint32), bitcast=True)
+    w = tl.arange(0, BLOCK // 2)
+    here = w < vocab // 2
+    pairs = tl.load(words + w, mask=here, other=0xFF80FF80)  # twice minus infinity
+    low, high = _unpack(pairs, 16)
+    top = tl.max(tl.maximum(low, high), 0) * LOG2_E
+    # The other axes of the grid have one program, number 0. But the compiler does not know that: it has to unpack
+    # again, where it would keep what was unpacked before, which are twice as many registers.
+    low, high = _unpack(pairs, 16 + tl.program_id(1))
+    lse2 = top + tl.log2(tl.sum(tl.exp2(low * LOG2_E - top) + tl.exp2(high * LOG2_E - top), 0))
+    lse = lse2 * LN_2
+    tl.store(losses + n, tl.where(counted, lse - own, 0.0))
+    tl.store(squares + n, tl.where(counted, lse * lse, 0.0))
+    if GRADIENT:
+        pull = tl.where(counted, 1.0 + 2.0 * z_weight * lse, 0.0)
+        low, high = _unpack(pairs, 16 + tl.program_id(2))
+        d = tl.interleave(pull * tl.exp2(low * LOG2_E - lse2), pull * tl.exp2(high * LOG2_E - lse2))
+        v = tl.arange(0, BLOCK)
+        # Every lane has read the target's logit: the reductions above waited for it.
+        tl.store(row + v, d.to(logits.dtype.element_ty), mask=v < vocab)
+        tl.debug_barrier()  # the target's gradient goes over what a lane has just stored
+        d_own = pull * tl.exp2(own * LOG2_E - lse2) - 1.0
+        tl.store(row + target, d_own.to(logits.dtype.element_ty), mask=counted & known)
 
 
 @triton.jit
@@ -44,22 +97,24 @@ def _rows_kernel(
 
 
 def rows(
-    logits_NV: Tensor, targets_N: Tensor, ignore: int, z_weight: float, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """See ``deepseek.ops.cross_entropy``: loss and squared log-sum-exp of every row, fp32 ``[N]``."""
+    logits_NV: Tensor, targets_N: Tensor, found_2N: Tensor, ignore: int, z_weight: float, gradient: bool
+) -> None:
+    """See ``deepseek.ops.cross_entropy``: loss and squared log-sum-exp of every row go into ``found_2N``, fp32."""
     n, vocab = logits_NV.shape
-    losses, squares = (torch.empty(n, device=logits_NV.device, dtype=torch.float32) for _ in range(2))
-    block = min(4096, triton.next_power_of_2(vocab))
-    _rows_kernel[(n,)](
-        logits_NV,
-        targets_N,
-        losses,
-        squares,
-        vocab,
-        ignore,
-        z_weight,
-        GRADIENT=gradient,
-        BLOCK=block,
-        num_warps=8,
-    )
-    return losses, squares
+    losses, squares = found_2N.unbind()
+    arguments = (logits_NV, targets_N, losses, squares, vocab, ignore, z_weight)
+    block = triton.next_power_of_2(vocab)
+    if fits(vocab, logits_NV.dtype):
+        warps = max(1, block // (32 * LOGITS_PER_THREAD))
+        _whole_row_kernel[(n,)](*arguments, GRADIENT=gradient, BLOCK=block, num_warps=warps)
+    else:
+        _rows_kernel[(n,)](*arguments, GRADIENT=gradient, BLOCK=min(4096, block), num_warps=8)
+
+
+def fits(vocab: int, dtype: torch.dtype) -> bool:
+    """Whether rows are read once.
+
+    65,536 logits are the most that 1,024 threads hold. They take half of a multiprocessor's registers at least, so that
+    nothing overlaps, and lanes beyond the vocabulary compute too: that is not worth it where many are.
+    """
+    return dtype == torch.bfloat16 and vocab % 16 == 0 and (vocab <= 32_768 or 49_152 <= vocab <= 65_536)
