@@ -64,9 +64,9 @@ class Block(nn.Module):
     def forward(
         self, x_BTC: Tensor, context: Context, valid_BT: Tensor | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerStats]:
-        mixed, gate = self.attention(self.attention_norm(x_BTC), context, cache)
-        x_BTC = x_BTC + mixed
-        y = self.ffn_norm(x_BTC)
+        x_BTC, y = self.attention_norm.beside(x_BTC)
+        y, gate = self.attention(y, context, cache)
+        x_BTC, y = self.ffn_norm.after_sum(x_BTC, y)
         routing = None
         if isinstance(self.ffn, MoE):
             y, routing = self.ffn(y, valid_BT)

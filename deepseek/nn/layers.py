@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.ops import rms_norm as fused
 from deepseek.ops.experts import swiglu
 from deepseek.ops.swiglu import fuses, swiglu_linear
 
@@ -28,7 +29,10 @@ def to_compute_dtype(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in fp32 at least (arXiv 1910.07467)."""
+    """Root-mean-square norm over the last dimension, computed in fp32 at least (arXiv 1910.07467).
+
+    On a GPU one kernel each way, differentiable once; a compiler fuses a norm that is called with what is around it.
+    """
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -36,8 +40,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.fuses(x) and not torch.compiler.is_compiling():
+            return fused.rms_norm(x, self.weight, self.eps)
         wide = widen(x)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` for the residual stream, and its norm; that ``x`` must not be changed in place."""
+        return fused.rms_norm_beside(x, self.weight, self.eps) if self._joins(x) else (x, self(x))
+
+    def after_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + y`` and its norm."""
+        if self._joins(x) and (x.dtype, x.shape) == (y.dtype, y.shape):
+            return fused.add_rms_norm(x, y, self.weight, self.eps)
+        x = x + y
+        return x, self(x)
+
+    def _joins(self, x: Tensor) -> bool:
+        """Whether norm and residual stream are one operation; not under autocast, which a compiler fuses with them."""
+        return fused.fuses(x) and x.dtype == compute_dtype(x.device, x.dtype) and _is_plain(self, RMSNorm)
 
 
 class SwiGLU(nn.Module):
@@ -50,20 +71,20 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.gate_up(x)
-        if fuses(hidden) and _is_plain(self.down):
+        if fuses(hidden) and _is_plain(self.down, nn.Linear):
             return swiglu_linear(hidden, self.down.weight, self.down.bias)
         return self.down(swiglu(hidden))
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling ``linear`` is nothing but its product: no subclass, nobody who listens."""
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is nothing but what its ``kind`` computes: no subclass, nobody who listens."""
     hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    return type(linear) is nn.Linear and not any(hooks)
+    return type(module) is kind and not any(hooks)
 
 
 def layer_norm(

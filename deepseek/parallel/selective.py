@@ -1,7 +1,7 @@
 """Selective checkpointing: results that are dear to compute are kept, the rest is computed again.
 
-Dear are matrix products, attention, top-k, communication and this package's own operations; norms, activations,
-rotations and residual sums are cheap. So no FLOP of a matrix product is spent twice.
+Dear are matrix products, attention, top-k, communication and this package's own operations, its rotation and norms
+excepted; norms, activations, rotations and residual sums are cheap. So no FLOP of a matrix product is spent twice.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ OPERATIONS = (
     "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math",
 )  # fmt: skip
 NAMESPACES = ("deepseek", "_c10d_functional")
+CHEAP = ("rotary", "rms_norm", "add_rms_norm", "wait_tensor")  #: in these namespaces
 
 
 def is_dear(op: Any) -> bool:
@@ -34,7 +35,7 @@ def is_dear(op: Any) -> bool:
     name = name.partition(".")[0]
     if namespace == "aten":
         return name in OPERATIONS
-    return namespace == "flex_attention" or (namespace in NAMESPACES and name != "wait_tensor")
+    return namespace == "flex_attention" or (namespace in NAMESPACES and name not in CHEAP)
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
