@@ -1,7 +1,7 @@
-"""``total += addend`` for an fp32 total and a narrower addend: how gradients of micro-batches add up.
+"""How gradients of micro-batches add up: two narrow ones to an fp32 total, then narrow ones into it.
 
-Torch's addition of two formats loads element by element; the kernel here loads 16 bytes a thread, and is bound by
-memory: 10 bytes an element with a bf16 addend.
+Torch's addition of two formats loads element by element; the kernels here load 16 bytes a thread, and are bound by
+memory: with bf16 addends 8 bytes an element for the first two, 10 for each further one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,25 @@ def add_(total: Tensor, addend: Tensor) -> None:
         total.add_(addend)
 
 
+def wide_sum(a: Tensor, b: Tensor) -> Tensor:
+    """``a + b`` in fp32 or wider, each widened first: the same bits as ``add_`` of ``b`` to a wide copy of ``a``.
+
+    Args:
+        a, b: any float dtype, of the same shape.
+    """
+    if a.is_cuda and a.dtype == b.dtype and narrow(a) and narrow(b) and a.shape == b.shape and available():
+        return kernels("accumulate").wide_sum(a, b)
+    total = a.to(torch.promote_types(a.dtype, torch.float32), copy=True)
+    add_(total, b)
+    return total
+
+
+def narrow(x: Tensor) -> bool:
+    """Whether the kernels take ``x`` as an addend: 16 bits, contiguous."""
+    return x.dtype in (torch.bfloat16, torch.float16) and x.is_contiguous()
+
+
 def fits(total: Tensor, addend: Tensor) -> bool:
     """Whether the kernel takes these: an fp32 total, a 16-bit addend, both contiguous and of one shape."""
-    narrow = addend.dtype in (torch.bfloat16, torch.float16) and total.dtype == torch.float32
-    return narrow and total.shape == addend.shape and total.is_contiguous() and addend.is_contiguous()
+    wide = total.dtype == torch.float32 and total.is_contiguous()
+    return wide and narrow(addend) and total.shape == addend.shape

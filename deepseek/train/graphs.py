@@ -1,9 +1,10 @@
 """Steps replayed as CUDA graphs: the host says "again" instead of launching thousands of kernels.
 
-Three graphs are captured after a few ordinary steps: the first micro-batch, a further one, and the update. They read
-batches from buffers of fixed address and write sums, gradients and results to such. What changes from step to step and
-is a number on the host (learning rates, betas, how many targets a batch has) is copied into tensors before a replay.
-A batch of another shape goes through the ordinary step, which shares weights and state.
+Graphs are captured after a few ordinary steps: of the first micro-batch, of the second, of a further one (they add up
+gradients differently: see ``Accumulator``), and of the update. They read batches from buffers of fixed address and
+write sums, gradients and results to such. What changes from step to step and is a number on the host (learning rates,
+betas, how many targets a batch has) is copied into tensors before a replay. A batch of another shape goes through the
+ordinary step, which shares weights and state.
 """
 
 from __future__ import annotations
@@ -124,8 +125,10 @@ class _Captured:
         self.factor = torch.ones((), device=step.device)
         share = rows / batch.rows
         with step.accumulator.over(self.micro_batches):
-            self.sums, self._first = record(lambda: step.micro(self.input, share, factor=self.factor))
-            self._further = self._record_further(share, record) if self.micro_batches > 1 else None
+            self.sums, replay = record(lambda: step.micro(self.input, share, factor=self.factor))
+            further = [self._record_further(share, record) for _ in range(min(self.micro_batches - 1, 2))]
+            assert not step.accumulator.waiting, "a parameter has a gradient of one micro-batch only"
+        self._micro = [replay, *further]
         self.result, self._finish = record(lambda: step.finish(self.sums))
 
     def _record_further(self, share: float, record: Recorder) -> Callable[[], None]:
@@ -144,12 +147,10 @@ class _Captured:
         watch = Stopwatch(self.step.device)
         self.step.optimizer.fill()
         self.factor.fill_(self.targets / max(batch.n_targets, 1))
-        replay = self._first
-        for part in batch.split(self.input.rows):
+        for i, part in enumerate(batch.split(self.input.rows)):
             for (_, static), (_, value) in zip(_tensors(self.input), _tensors(part), strict=True):
                 static.copy_(value, non_blocking=True)
-            replay()
-            replay = self._further or replay
+            self._micro[min(i, len(self._micro) - 1)]()
         self._finish()
         watch.lap("step")
         # Copies: the next replay overwrites what this one found, and events are read later.

@@ -43,6 +43,28 @@ def test_whatever_the_kernel_does_not_take_is_added_all_the_same() -> None:
     assert wide.equal(want)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2048,), (5, 33, 40), (0, 4)])
+def test_the_kernel_of_two_narrow_ones_is_torchs_sum(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    a, b = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
+    total = kernels("accumulate").wide_sum(a, b)
+    assert total.dtype == torch.float32
+    assert total.equal(a.float() + b.float())
+
+
+def test_the_sum_of_two_is_a_wide_copy_and_an_addition() -> None:
+    narrow = [torch.randn(6, 4, device=DEVICE).to(t) for t in (torch.bfloat16, torch.float16)]
+    wide, apart = torch.randn(6, 4, device=DEVICE), torch.randn(4, 6, device=DEVICE).bfloat16().T
+    for a in (*narrow, wide, apart):
+        for b in (*narrow, wide, apart):
+            before, total = a.clone(), accumulate.wide_sum(a, b)
+            assert total.dtype == torch.float32
+            assert total.equal(a.float() + b.float())
+            assert a.equal(before)
+    assert accumulate.wide_sum(wide.double(), narrow[0]).dtype == torch.float64
+
+
 def test_hundreds_of_small_ones_are_not_lost() -> None:
     total = torch.full((64,), 256.0, device=DEVICE)
     for _ in range(256):
