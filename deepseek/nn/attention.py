@@ -1,6 +1,6 @@
 """Grouped-query attention (arXiv 2305.13245) over whole rows or a sliding window; RoPE, optional QK-norm.
 
-``Attention`` does what every kind shares: project, normalise heads, mix, project out. A kind says only how
+``Attention`` does what every kind shares: project, normalise heads, rotate, mix, project out. A kind says only how
 positions are mixed. ``Context`` is what all layers of one forward pass share: rotations, documents, masks.
 
 Shape letters: B rows, T positions, H query heads, K key/value heads, D head size, C hidden size.
@@ -9,7 +9,6 @@ Shape letters: B rows, T positions, H query heads, K key/value heads, D head siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -33,6 +32,7 @@ from deepseek.ops.attention import (
     window_mask,
 )
 from deepseek.ops.hybrid_attention import PooledSpans, pooled_mask, pooled_spans
+from deepseek.ops.rotary import fuses, rotary
 
 
 @configclass
@@ -168,7 +168,13 @@ class Context:
 
 
 class Attention(nn.Module, ABC):
-    """Project to heads, ``mix`` positions, project back."""
+    """Project to heads, ``mix`` positions, project back.
+
+    Attributes:
+        rotates: whether ``mix`` is given rotated queries and keys; otherwise it gets them as they are.
+    """
+
+    rotates = True
 
     def __init__(self, hidden: int, config: AttentionConfig, eps: float = 1e-6) -> None:
         super().__init__()
@@ -185,26 +191,40 @@ class Attention(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, C]`` → ``[B, T, C]`` and the mean gate per head ``[H]`` (hybrid layers only)."""
         x_BTC = to_compute_dtype(x_BTC)
-        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y in self._project(x_BTC))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self._project(x_BTC, context.rope if self.rotates else None)
         y, gate = self.mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x_BTC, context, cache)
         return self.output(y.transpose(1, 2).flatten(2)), gate
 
-    def _project(self, x_BTC: Tensor) -> Sequence[Tensor]:
-        """Queries, keys and values; on a GPU as one product, for which the small weights are laid side by side."""
+    def _project(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, T, H, D]``, keys and values ``[B, T, K, D]``, normalised, and rotated by ``rope`` if given.
+
+        On a GPU one product, for which the small weights are laid side by side, and one operation that takes it apart.
+        """
         parts = (self.query, self.key, self.value)
-        if not x_BTC.is_cuda or self.query.weight.dtype != x_BTC.dtype:
-            return [part(x_BTC) for part in parts]
-        bias = torch.cat([part.bias for part in parts]) if self.config.bias else None
-        y = F.linear(x_BTC, torch.cat([part.weight for part in parts]), bias)
-        return y.split([part.out_features for part in parts], -1)
+        if self._merges(x_BTC):
+            bias = torch.cat([part.bias for part in parts]) if self.config.bias else None
+            y_BTE = F.linear(x_BTC, torch.cat([part.weight for part in parts]), bias)
+            if rope is not None and self.query_norm is None and fuses(y_BTE):
+                return rotary(y_BTE, *rope, self.config.heads)
+            split = y_BTE.split([part.out_features for part in parts], -1)
+        else:
+            split = tuple(part(x_BTC) for part in parts)
+        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y in split)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rope is not None:
+            q, k = (rotate(y.transpose(1, 2), rope).transpose(1, 2) for y in (q, k))
+        return q, k, v
+
+    def _merges(self, x_BTC: Tensor) -> bool:
+        """Whether queries, keys and values are one product."""
+        return x_BTC.is_cuda and self.query.weight.dtype == x_BTC.dtype
 
     @abstractmethod
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, context: Context, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """``q [B, H, T, D]`` attends to ``k, v [B, K, T, D]`` (not yet rotated) and to the cache."""
+        """``q [B, H, T, D]`` attends to ``k, v [B, K, T, D]``, rotated if ``rotates``, and to the cache."""
 
     @abstractmethod
     def new_cache(self) -> LayerCache: ...
@@ -213,11 +233,13 @@ class Attention(nn.Module, ABC):
 class FullAttention(Attention):
     """Every position sees every earlier one of its document."""
 
+    def __init__(self, hidden: int, config: AttentionConfig, eps: float = 1e-6) -> None:
+        super().__init__(hidden, config, eps)
+        self.rotates = config.full_rope
+
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, context: Context, cache: LayerCache | None
     ) -> tuple[Tensor, None]:
-        if self.config.full_rope:
-            q, k = rotate(q, context.rope), rotate(k, context.rope)
         if cache is not None:
             k, v, _ = cache.extend(k, v)
         if "F" in context.flash:
@@ -236,7 +258,7 @@ class WindowAttention(Attention):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, context: Context, cache: LayerCache | None
     ) -> tuple[Tensor, None]:
-        q, k, window = rotate(q, context.rope), rotate(k, context.rope), self.config.window
+        window = self.config.window
         keys, values, first = cache.extend(k, v) if cache is not None else (k, v, 0)
         if context.start:
             places = torch.arange(first, first + keys.shape[2], device=context.device)

@@ -27,6 +27,8 @@ from deepseek.ops.hybrid_attention import (
 class HybridAttention(Attention):
     """``γ · attention over pooled blocks + (1 − γ) · attention over the window``."""
 
+    rotates = False  # blocks are pooled, and asked for, without rotation; the window alone has it
+
     def __init__(self, hidden: int, config: AttentionConfig, eps: float = 1e-6) -> None:
         super().__init__(hidden, config, eps)
         self.sink = nn.Parameter(torch.zeros(2, config.kv_heads, config.head_dim))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
-from deepseek.nn.layers import widen
+from deepseek.ops.rotary import rotated
 
 #: The options that each type reads; any other must keep its default.
 READS = {
@@ -183,7 +183,4 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     The result lies in memory as ``[B, T, H, D]``, the layout of the projections: attention kernels answer in the layout
     of the query, and nothing has to be copied on the way in or out.
     """
-    cos, sin = (t.movedim(-2, -3) if t.dim() == 4 else t[:, None] for t in table)
-    a, b = widen(x).transpose(1, 2).chunk(2, dim=-1)
-    y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return y.to(x.dtype).transpose(1, 2)
+    return rotated(x.transpose(1, 2), *table).transpose(1, 2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek.nn.attention import Attention, AttentionConfig, Context, FullAttention, WindowAttention
+from deepseek.nn.cache import LayerCache
 from deepseek.nn.hybrid import HybridAttention
 from deepseek.nn.rope import rope_table, rotate
 from deepseek.ops.paged_attention import (
@@ -46,23 +47,28 @@ class Case:
         moved = [[x.to(device, dtype) for x in some] for some in (self.x, self.q, self.k, self.v)]
         return Case(self.kind, self.layer.to(device, dtype), *moved)
 
+    def _mixed(self, sequence: int, lo: int, hi: int, context: Context, cache: LayerCache | None) -> Tensor:
+        """``[T, H, D]`` of the model's own module for these positions."""
+        x, *heads = (some[sequence][None, lo:hi] for some in (self.x, self.q, self.k, self.v))
+        q, k, v = (y.transpose(1, 2) for y in heads)
+        if self.layer.rotates:
+            q, k = rotate(q, context.rope), rotate(k, context.rope)
+        return self.layer.mix(q, k, v, x, context, cache)[0][0].transpose(0, 1)
+
     @torch.no_grad()
     def whole(self, sequence: int) -> Tensor:
         """``[T, H, D]`` of the model's own module over the whole sequence."""
-        x, q, k, v = (some[sequence] for some in (self.x, self.q, self.k, self.v))
+        x = self.x[sequence]
         context = Context(self.config, len(x), x.device, kinds=self.kind, dtype=x.dtype)
-        heads = [y.transpose(0, 1)[None] for y in (q, k, v)]
-        return self.layer.mix(*heads, x[None], context, None)[0][0].transpose(0, 1)
+        return self._mixed(sequence, 0, len(x), context, None)
 
     @torch.no_grad()
     def decoded(self, sequence: int, prompt: int) -> Tensor:
         """The same by the model's own cache: a prompt, then a position at a time."""
-        x, q, k, v = (some[sequence] for some in (self.x, self.q, self.k, self.v))
-        cache, parts = self.layer.new_cache(), []
+        x, cache, parts = self.x[sequence], self.layer.new_cache(), []
         for lo, hi in [(0, prompt), *((t, t + 1) for t in range(prompt, len(x)))]:
             context = Context(self.config, hi - lo, x.device, start=lo, kinds=self.kind, dtype=x.dtype)
-            heads = [y[lo:hi].transpose(0, 1)[None] for y in (q, k, v)]
-            parts.append(self.layer.mix(*heads, x[None, lo:hi], context, cache)[0][0].transpose(0, 1))
+            parts.append(self._mixed(sequence, lo, hi, context, cache))
         return torch.cat(parts)
 
 
