@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepseek.ops import rms_norm as fused
 from deepseek.ops.experts import swiglu
-from deepseek.ops.swiglu import fuses, swiglu_linear
+from deepseek.ops.swiglu import fuses, fuses_network, swiglu_linear, swiglu_network
 
 
 def widen(x: Tensor) -> Tensor:
@@ -70,10 +70,16 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(size, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.gate_up(x)
-        if fuses(hidden) and _is_plain(self.down, nn.Linear):
-            return swiglu_linear(hidden, self.down.weight, self.down.bias)
-        return self.down(swiglu(hidden))
+        up, down = self.gate_up, self.down
+        plain = _is_plain(down, nn.Linear)
+        if plain and _is_plain(up, nn.Linear) and all(layer.bias is None for layer in (up, down)):
+            narrow = to_compute_dtype(x)
+            if fuses_network(narrow, up.weight, down.weight):
+                return swiglu_network(narrow, up.weight, down.weight)
+        hidden = up(x)
+        if fuses(hidden) and plain:
+            return swiglu_linear(hidden, down.weight, down.bias)
+        return down(swiglu(hidden))
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -76,13 +76,19 @@ def gather(x_ND: Tensor, token_R: Tensor, ends_E: Tensor) -> Tensor:
     return x_ND.index_select(0, token_R)
 
 
-def sum_rows(y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k: int) -> Tensor:
-    """``out[n] = Σ y[row]`` over token n's assignments, added up in fp32 at least."""
-    wide = torch.promote_types(y_RD.dtype, torch.float32)
-    out = y_RD.index_select(0, row_A[: tokens * top_k]).view(tokens, top_k, -1).sum(1, dtype=wide)
+def sum_rows(
+    y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k: int, gate_A: Tensor | None = None
+) -> Tensor:
+    """``out[n] = Σ gate · y[row]`` over token n's assignments, added up in fp32 at least; without gates as if 1."""
+    wide, chosen = torch.promote_types(y_RD.dtype, torch.float32), tokens * top_k
+    y = y_RD.index_select(0, row_A[:chosen])
+    if gate_A is not None:
+        y = y.to(wide) * gate_A[:chosen, None].to(wide)
+    out = y.view(tokens, top_k, -1).sum(1, dtype=wide)
     used = rescued_S >= 0
     if bool(used.any()):
-        out.index_add_(0, rescued_S[used], y_RD.index_select(0, row_A[tokens * top_k :][used]).to(wide))
+        y = y_RD.index_select(0, row_A[chosen:][used]).to(wide)
+        out.index_add_(0, rescued_S[used], y if gate_A is None else y * gate_A[chosen:][used, None].to(wide))
     return out.to(y_RD.dtype)
 
 
@@ -110,14 +116,28 @@ def swiglu_backward(
     return d_h, y.mul_(gate), d_gate
 
 
-def sample_hidden(h_RF2: Tensor, ends_E: Tensor, sample: int) -> Tensor:
-    """Sum of ``silu(a)·b`` over at most ``sample`` evenly spaced rows of every expert: fp32 (or wider) ``[E, F]``."""
-    wide = torch.promote_types(h_RF2.dtype, torch.float32)
+def sample_hidden(hidden: Tensor, ends_E: Tensor, sample: int) -> Tensor:
+    """Sum of ``silu(a)·b`` over at most ``sample`` evenly spaced rows of every expert: fp32 (or wider) ``[E, F]``.
+
+    ``hidden``: ``[a, b]`` side by side ``[R, 2F]``, or as neighbours ``[R, F, 2]``.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     sums, start = [], 0
     for end in ends_E.tolist():
         count, taken = end - start, min(end - start, sample)
-        rows = start + torch.arange(taken, device=h_RF2.device) * count // max(taken, 1)
-        a, b = h_RF2.index_select(0, rows).chunk(2, -1)
+        rows = start + torch.arange(taken, device=hidden.device) * count // max(taken, 1)
+        h = hidden.index_select(0, rows)
+        a, b = h.unbind(-1) if h.dim() == 3 else h.chunk(2, -1)
         sums.append((F.silu(a) * b).sum(0, dtype=wide))
         start = end
     return torch.stack(sums)
+
+
+def pair(w: Tensor) -> Tensor:
+    """``[…, 2F]``, halves side by side → the same numbers with those of one place as neighbours."""
+    return w.unflatten(-1, (2, -1)).mT.flatten(-2)
+
+
+def unpair(w: Tensor) -> Tensor:
+    """The reverse of ``pair``."""
+    return w.unflatten(-1, (-1, 2)).mT.flatten(-2)

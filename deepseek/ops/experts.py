@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops import expert_rows, expert_tiles
+from deepseek.ops import expert_rows, expert_tiles, fused_experts, fused_products
 from deepseek.ops.triton import available, kernels
 from deepseek.registry import get_op, register_op
 
 Backend = Literal["auto", "grouped_mm", "tiles", "loop"]
+FUSED = "fused"  #: in place of a backend: the whole path is ``fused_experts``
 
 
 class Dispatch(NamedTuple):
@@ -278,6 +279,10 @@ def _experts(
     rescued_S: Tensor, w_in_EDF2: Tensor, w_out_EFD: Tensor, top_k: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = _rows(x_ND)
+    if backend == FUSED:
+        return fused_experts.forward(
+            rows, x_ND, gate_A, row_A, token_R, ends_E, rescued_S, w_in_EDF2, w_out_EFD, top_k
+        )
     hidden = grouped_linear(rows.gather(x_ND, token_R, ends_E), w_in_EDF2, ends_E, backend)
     inner = rows.swiglu(hidden, gate_A, assignment_R, ends_E)
     y = grouped_linear(inner, w_out_EFD, ends_E, backend)
@@ -289,7 +294,9 @@ def _(
     x_ND: Tensor, gate_A: Tensor, row_A: Tensor, token_R: Tensor, assignment_R: Tensor, ends_E: Tensor,
     rescued_S: Tensor, w_in_EDF2: Tensor, w_out_EFD: Tensor, top_k: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x_ND), x_ND.new_empty(token_R.shape[0], w_in_EDF2.shape[2])
+    wide = w_in_EDF2.shape[2]
+    shape = (wide // 2, 2) if backend == FUSED else (wide,)
+    return torch.empty_like(x_ND), x_ND.new_empty(token_R.shape[0], *shape)
 
 
 @torch.library.custom_op("deepseek::experts_backward", mutates_args=())
@@ -299,6 +306,11 @@ def _experts_backward(
     top_k: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = _rows(x_ND)
+    if backend == FUSED:
+        return fused_experts.backward(
+            rows, d_out.contiguous(), x_ND, gate_A, row_A, token_R, assignment_R, ends_E, rescued_S, w_in_EDF2,
+            w_out_EFD, hidden_RF2, top_k,
+        )  # fmt: skip
     d_y = rows.gather(d_out.contiguous(), token_R, ends_E)
     d_inner = grouped_linear(d_y, w_out_EFD.mT, ends_E, backend)
     d_hidden, inner, d_gate = rows.swiglu_backward(hidden_RF2, gate_A, assignment_R, ends_E, d_inner)
@@ -345,11 +357,15 @@ def run_experts(
     Args:
         x_ND: tokens. gate_A: what ``gates`` returns, fp32 at least.
         weight_in_EDF2: ``[E, D, 2F]`` gate and up projections side by side. weight_out_EFD: ``[E, F, D]``.
-        backend: of the grouped matmuls.
+        backend: of the grouped matmuls. 'auto' in training is ``fused_experts``, where they are usable.
 
     Returns:
-        ``out [N, D]`` in the dtype of ``x``, and the first projection's output ``[R, 2F]`` (for ``sample_hidden``).
+        ``out [N, D]`` in the dtype of ``x``, and the first projection's output (for ``sample_hidden``): ``[R, 2F]``, of
+        fused experts ``[R, F, 2]``.
     """
+    if backend == "auto" and torch.is_grad_enabled():
+        sizes = weight_out_EFD.shape[2], weight_out_EFD.shape[1]
+        backend = FUSED if fused_products.usable(x_ND.device, x_ND.dtype, True, *sizes) else backend
     top_k = (where.row_A.shape[0] - where.rescued_S.shape[0]) // x_ND.shape[0]
     out, hidden = _experts(
         x_ND.contiguous(), gate_A, where.row_A, where.token_R, where.assignment_R, where.ends_E, where.rescued_S,
@@ -359,15 +375,19 @@ def run_experts(
 
 
 @torch.library.custom_op("deepseek::sample_hidden", mutates_args=())
-def sample_hidden(hidden_RF2: Tensor, ends_E: Tensor, sample: int) -> Tensor:
-    """Sum of ``silu(a)·b`` over at most ``sample`` evenly spaced rows of every expert: ``[E, F]``, fp32 at least."""
-    return _rows(hidden_RF2).sample_hidden(hidden_RF2, ends_E, sample)
+def sample_hidden(hidden: Tensor, ends_E: Tensor, sample: int) -> Tensor:
+    """Sum of ``silu(a)·b`` over at most ``sample`` evenly spaced rows of every expert: ``[E, F]``, fp32 at least.
+
+    ``hidden``: as ``run_experts`` returns it.
+    """
+    return _rows(hidden).sample_hidden(hidden, ends_E, sample)
 
 
 @sample_hidden.register_fake
-def _(hidden_RF2: Tensor, ends_E: Tensor, sample: int) -> Tensor:
-    wide = torch.promote_types(hidden_RF2.dtype, torch.float32)
-    return hidden_RF2.new_empty(ends_E.shape[0], hidden_RF2.shape[1] // 2, dtype=wide)
+def _(hidden: Tensor, ends_E: Tensor, sample: int) -> Tensor:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    inner = hidden.shape[1] if hidden.dim() == 3 else hidden.shape[1] // 2
+    return hidden.new_empty(ends_E.shape[0], inner, dtype=wide)
 
 
 class _ContiguousGrad(torch.autograd.Function):

@@ -11,59 +11,37 @@ Shape letters: B rows, T positions, H query heads, K key/value heads (K divides 
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from deepseek.errors import ConfigError, MissingExtraError
-
-log = logging.getLogger(__name__)
+from deepseek.ops.optional import OptionalKernels
 
 CAPABILITIES = ((9, 0), (10, 0))
 HEAD_DIMS = (64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
-SWITCH = {"": None, "auto": None, "0": False, "1": True}
 SLOT = 32  #: positions a row must have for each slot of documents, which cost memory and empty programs
 WIDE = 1024  #: windows from which on it beats our own kernel: 1.4 times at 1,024, not at 128 (LOG.md)
-TOLERANCE = 2e-2  #: relative error of a 16-bit output or gradient at which the kernels are not believed
-
-_forced: bool | None = None
-
-
-@contextmanager
-def forced(use: bool) -> Iterator[None]:
-    """As ``DEEPSEEK_FLASH=1`` or ``0``, inside a ``with`` block: for benchmarks and tests."""
-    global _forced
-    before, _forced = _forced, use
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def switch() -> bool | None:
-    """What the user asks for: on, off, or ``None`` for whatever works."""
-    if _forced is not None:
-        return _forced
-    value = os.environ.get("DEEPSEEK_FLASH", "")
-    if value not in SWITCH:
-        raise ConfigError(f"DEEPSEEK_FLASH={value!r} must be 0, 1 or auto")
-    return SWITCH[value]
 
 
 def kernels() -> Any:
     """The package's module of kernels, imported when first needed; it must have ``_flash_attn_fwd`` and ``_bwd``."""
     return import_module("flash_attn.cute.interface")
+
+
+def _load() -> None:
+    module = kernels()
+    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+        getattr(module, name)
+
+
+package = OptionalKernels(
+    "FlashAttention-4", "torch's attention runs", "flash-attn-4", "flash", "flash_attn", "DEEPSEEK_FLASH", _load
+)  # fmt: skip
+forced = package.forced
 
 
 def usable(
@@ -85,19 +63,16 @@ def usable(
     Raises:
         MissingExtraError, ConfigError: it is switched on, ``device`` is CUDA, and it cannot be had.
     """
-    asked = switch()
-    if device.type != "cuda" or asked is False:
-        return False
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if deterministic and not asked:
+    if deterministic and not package.asked():
         return False
-    if asked and _missing(_broken()):
-        raise MissingExtraError("flash-attn-4", "flash", "DEEPSEEK_FLASH=1")
-    why = _refusal(device, dtype, head_dim)
-    why = why or _failure(device, dtype, head_dim, group, packed, window, deterministic)
-    if asked and why:
-        raise ConfigError(f"DEEPSEEK_FLASH=1, but {why}; unset it to run torch's attention")
-    return not why
+    kind = f"heads of {head_dim} in {dtype}", device, group, packed, window, deterministic
+    return package.usable(
+        device,
+        lambda: _refusal(device, dtype, head_dim),
+        kind,
+        lambda: relative_error(device, dtype, head_dim, group, packed, window, deterministic),
+    )
 
 
 # As ``torch.compiler.assume_constant_result`` does, which imports the whole compiler: a second at every start.
@@ -111,57 +86,6 @@ def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     if head_dim not in HEAD_DIMS or dtype not in DTYPES:
         return f"FlashAttention-4 is used for 16-bit heads of {HEAD_DIMS}, not {head_dim} of {dtype}"
     return ""
-
-
-def _missing(error: Exception | None) -> bool:
-    return isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("flash_attn")
-
-
-@cache
-def _broken() -> Exception | None:
-    """What importing the package raised; told in the log unless the package is simply not there."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = kernels()
-        for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
-            getattr(module, name)
-    except Exception as error:
-        if not _missing(error):
-            log.warning("no FlashAttention-4, torch's attention runs instead: %r", error)
-        return error
-    return None
-
-
-@cache
-def _failure(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    group: int,
-    packed: bool,
-    window: bool,
-    deterministic: bool,
-) -> str:
-    """Why kernels of this kind cannot be used, or nothing: found by a small problem, and told in the log."""
-    if error := _broken():
-        return f"FlashAttention-4 cannot be imported ({error!r})"
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            _disable_current_modes(),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # the compiler's own, about types it knows in another way
-            worst = relative_error(device, dtype, head_dim, group, packed, window, deterministic)
-        if worst < TOLERANCE:
-            return ""
-        why = f"FlashAttention-4 is off by {worst:.1e} from float64, more than {TOLERANCE}"
-    except Exception as error:
-        why = f"FlashAttention-4 does not run here ({type(error).__name__}: {str(error)[:500]})"
-    log.warning("%s; torch's attention runs instead, for heads of %d in %s", why, head_dim, dtype)
-    return why
 
 
 def relative_error(

@@ -6,7 +6,11 @@ are as small as where a compiler recomputes, in eager mode too, and every tensor
 
 On CUDA only: elsewhere a layer stays plain torch, which a compiler may fuse.
 
-Shape letters: N rows, F features after the activation, C features of the result.
+Where ``fused_products`` are usable, ``swiglu_network`` is the whole network: the first product answers with the
+activation too, and the product with the output's gradient with both gradients. Gate and up are neighbours then; the
+first weight and its gradient are laid so, and back, around cuBLAS's products.
+
+Shape letters: N rows, D features before, F after the activation, C features of the result.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.ops import fused_products
 from deepseek.ops.experts import swiglu
 from deepseek.ops.triton import available, kernels
 
@@ -93,3 +98,77 @@ def swiglu_linear(h: Tensor, weight_CF: Tensor, bias_C: Tensor | None = None) ->
     bias = None if bias_C is None else bias_C.to(h.dtype)
     y = _swiglu_linear(h.reshape(-1, h.shape[-1]), weight_CF.to(h.dtype), bias)
     return y.view(*h.shape[:-1], weight_CF.shape[0])
+
+
+# --- the whole network, by fused products ---------------------------------------------------------------------------
+
+
+def fuses_network(x: Tensor, weight_2FD: Tensor, weight_CF: Tensor) -> bool:
+    """Whether ``swiglu_network`` runs here, in training; a first answer may compile kernels."""
+    if not x.is_cuda or not torch.is_grad_enabled():
+        return False
+    sizes = weight_2FD.shape[1], weight_CF.shape[1], weight_CF.shape[0]
+    return fused_products.usable(x.device, x.dtype, False, *sizes)
+
+
+@torch.library.custom_op("deepseek::swiglu_network", mutates_args=())
+def _swiglu_network(x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(x_ND):
+        h, product = fused_products.products().dense_up(x_ND, weight_2FD)
+    return product @ weight_CF.T, h
+
+
+@_swiglu_network.register_fake
+def _(x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x_ND.shape[0]
+    return x_ND.new_empty(rows, weight_CF.shape[0]), x_ND.new_empty(rows, weight_CF.shape[1], 2)
+
+
+@torch.library.custom_op("deepseek::swiglu_network_backward", mutates_args=())
+def _swiglu_network_backward(
+    d_y_NC: Tensor, x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor, h_NF2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(x_ND):
+        d_h, product = fused_products.products().dense_down_gradient(d_y_NC.contiguous(), weight_CF, h_NF2)
+    d_weight_out = d_y_NC.T @ product
+    del product
+    d_h = d_h.flatten(1)
+    paired = weight_2FD.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+    d_paired = (d_h.T @ x_ND).unflatten(0, (-1, 2)).transpose(0, 1)
+    return d_h @ paired, d_paired.flatten(0, 1), d_weight_out
+
+
+@_swiglu_network_backward.register_fake
+def _(
+    d_y_NC: Tensor, x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor, h_NF2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x_ND.new_empty(x_ND.shape),
+        weight_2FD.new_empty(weight_2FD.shape),
+        weight_CF.new_empty(weight_CF.shape),
+    )
+
+
+def _network_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _network_gradient(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _swiglu_network_backward(d_y, *ctx.saved_tensors)
+
+
+_swiglu_network.register_autograd(_network_gradient, setup_context=_network_context)
+
+
+def swiglu_network(x: Tensor, weight_2FD: Tensor, weight_CF: Tensor) -> Tensor:
+    """``down(silu(gate(x)) · up(x))``, where ``fuses_network`` says so.
+
+    Args:
+        x: ``[..., D]``, bf16. weight_2FD: gate above up. weight_CF: of down. Both cast to bf16.
+
+    Returns:
+        ``[..., C]`` in the dtype of ``x``; differentiable once.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y, _ = _swiglu_network(flat, weight_2FD.to(x.dtype), weight_CF.to(x.dtype))
+    return y.view(*x.shape[:-1], weight_CF.shape[0])

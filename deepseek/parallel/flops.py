@@ -44,7 +44,7 @@ def _router(x: Shape, weight: Shape, *rest: Any, **more: Any) -> int:
 
 
 def _experts(x: Shape, gate: Shape, row: Shape, token: Shape, *rest: Any, **more: Any) -> int:
-    w_in, w_out = (s for s in rest if isinstance(s, (tuple, torch.Size)) and len(s) == 3)
+    w_in, w_out = [s for s in rest if isinstance(s, (tuple, torch.Size)) and len(s) == 3][:2]
     return 2 * token[0] * (prod(w_in[1:]) + prod(w_out[1:]))
 
 
@@ -68,6 +68,10 @@ def _swiglu_linear_backward(
     return _swiglu_linear(h, weight) * (2 if weight_too else 1)
 
 
+def _swiglu_network(x: Shape, up: Shape, down: Shape, *rest: Any, **more: Any) -> int:
+    return 2 * x[0] * (prod(up) + prod(down))
+
+
 def _window(q: Shape, k: Shape, v: Shape, start: Any, end: Any, window: int, **more: Any) -> int:
     return 4 * prod(q) * min(window, q[2])
 
@@ -88,6 +92,8 @@ _OURS: dict[str, Callable[..., int]] = {
     "linear_cross_entropy": _cross_entropy,
     "swiglu_linear": _swiglu_linear,
     "swiglu_linear_backward": _swiglu_linear_backward,
+    "swiglu_network": _swiglu_network,
+    "swiglu_network_backward": lambda grad, *given, **more: 2 * _swiglu_network(*given),
     "flash_attention": _flash,
     "flash_attention_backward": lambda grad, q, k, v, out, lse, offsets, window, *rest, **more: (
         5 * _flash(q, k, v, offsets, window) // 2

@@ -122,11 +122,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def fresh(value: Any) -> Iterator[Any]:
-    for found in (flash._broken, flash._failure):
-        found.cache_clear()
+    flash.package.forget()
     yield value
-    for found in (flash._broken, flash._failure):
-        found.cache_clear()
+    flash.package.forget()
 
 
 def tensors(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -459,7 +457,7 @@ def test_doctor_says_which_attention(
 needs_package = pytest.mark.skipif(
     not torch.cuda.is_available()
     or torch.cuda.get_device_capability() not in flash.CAPABILITIES
-    or flash._broken() is not None,
+    or flash.package.broken() is not None,
     reason="needs flash-attn-4 and a GPU of capability 9.0 or 10.0",
 )
 
