@@ -19,7 +19,7 @@ def _accumulate_kernel(total, addend, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_kernel(total, a, b, n, BLOCK: tl.constexpr):
+def _wide_sum_kernel(total, a, b, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
     first = tl.load(a + i, mask=here, other=0.0).to(tl.float32)
@@ -38,5 +38,5 @@ def wide_sum(a: Tensor, b: Tensor) -> Tensor:
     """See ``deepseek.ops.accumulate``; both contiguous and of 16 bits."""
     total, n = torch.empty_like(a, dtype=torch.float32), a.numel()
     if n:
-        _sum_kernel[(triton.cdiv(n, BLOCK),)](total, a, b, n, BLOCK=BLOCK, num_warps=4)
+        _wide_sum_kernel[(triton.cdiv(n, BLOCK),)](total, a, b, n, BLOCK=BLOCK, num_warps=4)
     return total
