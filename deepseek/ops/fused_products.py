@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,19 +153,20 @@ class Products:
 
     def __init__(self) -> None:
         self._package = import_module("quack.gemm_interface")
-        config = import_module("quack.gemm_config").GemmConfig
-        self._tiles = {
-            name: config(
-                tile_m=m, tile_n=n, pingpong=turns, cluster_m=share, cluster_n=1, swap_ab=False,
-                is_dynamic_persistent=False, device_capacity=9,
-            )
-            for name, (m, n, turns, share) in TILES.items()
-        }  # fmt: skip
+        self._config = import_module("quack.gemm_config").GemmConfig
+        self.tiles = {name: self.tile(*sizes) for name, sizes in TILES.items()}
+
+    def tile(self, rows: int, columns: int, turns: bool, share: int) -> Any:
+        """The package's options for one of ``TILES``."""
+        return self._config(
+            tile_m=rows, tile_n=columns, pingpong=turns, cluster_m=share, cluster_n=1, swap_ab=False,
+            is_dynamic_persistent=False, device_capacity=9,
+        )  # fmt: skip
 
     def up(self, x_ND: Tensor, w_EDF2: Tensor, starts: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
         """``h = x[token] @ w[e]``, gate and up as neighbours: ``[R, F, 2]`` and ``silu(gate) · up [R, F]``."""
         h, y = self._package.gemm_act(
-            x_ND, w_EDF2, activation="swiglu", cu_seqlens_m=starts, A_idx=token_R, config=self._tiles["up"]
+            x_ND, w_EDF2, activation="swiglu", cu_seqlens_m=starts, A_idx=token_R, config=self.tiles["up"]
         )
         return h.unflatten(1, (-1, 2)), y
 
@@ -175,14 +177,14 @@ class Products:
         [R, F]``, and the gates' own gradient, fp32 ``[R]``."""
         d_h, y, d_gate = self._package.gemm_dact(
             d_ND, w_EFD.mT, h_RF2.flatten(1), activation="swiglu", colvec_scale=gate_R, colvec_reduce=True,
-            cu_seqlens_m=starts, A_idx=token_R, dynamic_scheduler=False, config=self._tiles["down_gradient"],
+            cu_seqlens_m=starts, A_idx=token_R, dynamic_scheduler=False, config=self.tiles["down_gradient"],
         )  # fmt: skip
         return d_h.view_as(h_RF2), y, d_gate
 
     def rows(self, x_RD: Tensor, w_EDF: Tensor, starts: Tensor) -> Tensor:
         """``x @ w[e]``, ``[R, F]``."""
         out = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
-        self._package.gemm_tuned.fn(x_RD, w_EDF, out, cu_seqlens_m=starts, config=self._tiles["rows"])
+        self._package.gemm_tuned.fn(x_RD, w_EDF, out, cu_seqlens_m=starts, config=self.tiles["rows"])
         return out
 
     def outer(
@@ -193,14 +195,14 @@ class Products:
         E, D, inner = starts.shape[0] - 1, x_ND.shape[1], y_RF.shape[1]
         out = x_ND.new_empty(E, inner, D).mT if turned else x_ND.new_empty(E, D, inner)
         self._package.gemm_tuned.fn(
-            x_ND.mT, y_RF, out, cu_seqlens_k=starts, A_idx=token_R, config=self._tiles["outer"]
+            x_ND.mT, y_RF, out, cu_seqlens_k=starts, A_idx=token_R, config=self.tiles["outer"]
         )
         return out
 
     def dense_up(self, x_ND: Tensor, w_2FD: Tensor) -> tuple[Tensor, Tensor]:
         """``h = x @ wᵀ`` of a weight with gate and up one below the other, as ``up``: ``[N, F, 2]`` and ``[N, F]``."""
         h, y = self._package.gemm_act(
-            x_ND, w_2FD.mT, activation="swiglu", concat_layout=("B",), config=self._tiles["dense_up"]
+            x_ND, w_2FD.mT, activation="swiglu", concat_layout=("B",), config=self.tiles["dense_up"]
         )
         return h.unflatten(1, (-1, 2)), y
 
@@ -208,7 +210,7 @@ class Products:
         """With ``d @ w``: the gradient of ``h [N, F, 2]`` and ``silu(gate) · up [N, F]``."""
         d_h, y = self._package.gemm_dact(
             d_NC, w_CF, h_NF2.flatten(1), activation="swiglu", dynamic_scheduler=False,
-            config=self._tiles["down_gradient"],
+            config=self.tiles["down_gradient"],
         )  # fmt: skip
         return d_h.view_as(h_NF2), y
 
