@@ -107,7 +107,7 @@ def _backward(ctx: Any, d_nats: Tensor, d_squares: Tensor, *_: Tensor) -> tuple[
 
 
 def _times(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x · factor``, rounded to ``dtype`` as it is written. (A scalar tensor would be rounded to the dtype of ``x``.)"""
+    """``x · factor``, rounded to ``dtype`` as it is written. (A 0-d factor would be rounded to the dtype of ``x``.)"""
     return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
