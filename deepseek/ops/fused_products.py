@@ -3,9 +3,10 @@
 Optional: it comes with the extra ``flash`` (Hopper GPUs). ``fused_experts`` and ``swiglu`` are made of them in
 training. The kernels want gate and up as neighbours, ``[…, F, 2]``.
 
-Before it is believed, the kernels are compiled (seconds, once a machine: the package keeps them) and compared with
-float64; a package that cannot be imported, compiled or trusted is told once in the log, and the plain path goes on.
-``DEEPSEEK_FUSED_PRODUCTS=0`` turns it off, ``1`` makes it an error when a CUDA device cannot have it.
+Before it is believed, the kernels are compiled (seconds, once a machine: they are kept in our cache directory, or in
+``QUACK_CACHE_DIR``) and compared with float64; a package that cannot be imported, compiled or trusted is told once in
+the log, and the plain path goes on. ``DEEPSEEK_FUSED_PRODUCTS=0`` turns it off, ``1`` makes it an error when a CUDA
+device cannot have it.
 
 Shape letters: N tokens or rows, R rows sorted by expert, E experts, D hidden size, F size after the activation.
 ``starts [E + 1]`` says where each expert's rows start; rows from ``starts[-1]`` on are unused, and what they hold is
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek.ops.native.compiler import directory
 from deepseek.ops.optional import OptionalKernels
 
 CAPABILITIES = ((9, 0),)
@@ -152,6 +154,9 @@ class Products:
     """The package's kernels under the shapes of this file; imported when made."""
 
     def __init__(self) -> None:
+        store: Any = import_module("quack.cache")
+        if store.CACHE_DIR is None:  # what lies there is run, and the package's own choice is open to others
+            store.CACHE_DIR = str(directory() / "quack")
         self._package = import_module("quack.gemm_interface")
         self._config = import_module("quack.gemm_config").GemmConfig
         self.tiles = {name: self.tile(*sizes) for name, sizes in TILES.items()}

@@ -12,7 +12,7 @@ import torch
 
 from deepseek.assemble import pick_device
 from deepseek.errors import DeepseekError
-from deepseek.ops import flash_attention, native
+from deepseek.ops import flash_attention, fused_products, native
 from deepseek.ops.attention import KERNEL_HEAD_DIMS
 from deepseek.ops.attention import pick_backend as pick_attention
 from deepseek.ops.experts import pick_backend
@@ -89,7 +89,11 @@ def _operations(device: torch.device) -> dict[str, str]:
         "full attention": f"{_whole_rows(device, work)}; packed documents by {packed}",
         "window attention": attention + _choices("window_attention"),
         "hybrid attention": attention + _choices("hybrid_attention"),
-        "experts": f"{pick_backend(probe)}" + _choices("grouped_linear") + f"; rows by {rows}",
+        "experts": f"{pick_backend(probe)}"
+        + _choices("grouped_linear")
+        + f"; rows by {rows}"
+        + _fused(device, work, True),
+        "dense networks": f"torch; rows by {rows}" + _fused(device, work, False),
         "head and loss": f"one operation, in chunks; rows by {rows}",
         "optimizer": "Muon for hidden matrices, fused AdamW for the rest",
         "train.compile": compiled,
@@ -112,6 +116,15 @@ def _whole_rows(device: torch.device, dtype: torch.dtype) -> str:
     if not sizes:
         return plain
     return f"in training FlashAttention-4 for heads of {', '.join(map(str, sizes))}, else {plain}"
+
+
+def _fused(device: torch.device, dtype: torch.dtype, grouped: bool) -> str:
+    """Asking is trying, as above."""
+    try:
+        found = fused_products.usable(device, dtype, grouped, fused_products.UNIT)
+    except DeepseekError as error:
+        return f" ({error})"
+    return f"; in training fused products for sizes of multiples of {fused_products.UNIT}" if found else ""
 
 
 def _cpu_serving() -> str:
