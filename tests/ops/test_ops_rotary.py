@@ -185,7 +185,7 @@ def test_layers_with_it_are_layers_without(
     calls = counted(monkeypatch)
     monkeypatch.setattr(Attention, "_merges", lambda self, x: True)
     monkeypatch.setattr(attention, "fuses", lambda y: True)
-    torch.testing.assert_close(results(made, packed), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results(made, packed), want, rtol=1e-4, atol=1e-4)
     assert calls == [4] * uses
 
 
@@ -203,7 +203,7 @@ def test_layers_in_every_mode(mode: str, compiled: bool) -> None:
         torch._dynamo.reset()
         for block in made.blocks:
             block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(results(made, True), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results(made, True), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("fused")
@@ -214,7 +214,7 @@ def test_cached_positions_are_those_of_the_whole_row() -> None:
         cache, parts = made.new_cache(), []
         for part in tokens.split([11, 1, 12], dim=1):
             parts.append(made(part, cache=cache).hidden)
-        torch.testing.assert_close(torch.cat(parts, 1), made(tokens).hidden, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, 1), made(tokens).hidden, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
