@@ -66,11 +66,12 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerStats]:
         x_BTC, y = self.attention_norm.beside(x_BTC)
         y, gate = self.attention(y, context, cache)
-        x_BTC, y = self.ffn_norm.after_sum(x_BTC, y)
         routing = None
         if isinstance(self.ffn, MoE):
-            y, routing = self.ffn(y, valid_BT)
+            x_BTC, y, again = self.ffn_norm.after_sum_twice(x_BTC, y)
+            y, routing = self.ffn(y, valid_BT, again)
         else:
+            x_BTC, y = self.ffn_norm.after_sum(x_BTC, y)
             y = self.ffn(y)
         return x_BTC + y, LayerStats(routing, gate)
 

@@ -56,6 +56,12 @@ class RMSNorm(nn.Module):
         x = x + y
         return x, self(x)
 
+    def after_sum_twice(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``x + y`` and its norm, and that once more where two readers' gradients meet in its kernel."""
+        if self._joins(x) and (x.dtype, x.shape) == (y.dtype, y.shape):
+            return fused.add_rms_norm_twice(x, y, self.weight, self.eps)
+        return *self.after_sum(x, y), None
+
     def _joins(self, x: Tensor) -> bool:
         """Whether norm and residual stream are one operation; not under autocast, which a compiler fuses with them."""
         return fused.fuses(x) and x.dtype == compute_dtype(x.device, x.dtype) and _is_plain(self, RMSNorm)

@@ -166,11 +166,17 @@ class MoE(nn.Module):
         self.register_buffer("default_EC", torch.zeros(c.experts, hidden), persistent=c.default_decay > 0)
         self.drift = DriftResponse(c.experts, hidden) if c.drift_response else None
 
-    def forward(self, x_BTC: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
-        """``[B, T, C]`` → ``[B, T, C]`` and what routing was; padding (not ``valid``) is not counted."""
+    def forward(
+        self, x_BTC: Tensor, valid_BT: Tensor | None = None, again_BTC: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats]:
+        """``[B, T, C]`` → ``[B, T, C]`` and what routing was; padding (not ``valid``) is not counted.
+
+        Args:
+            again_BTC: ``x_BTC`` once more, for the router, if what made it wants the two gradients and not their sum.
+        """
         c, x = self.config, to_compute_dtype(x_BTC).flatten(0, 1)
         valid = None if valid_BT is None else valid_BT.flatten()
-        routing = self.router(x_BTC.flatten(0, 1), valid)
+        routing = self.router((x_BTC if again_BTC is None else again_BTC).flatten(0, 1), valid)
         out, hidden = run_experts(x, routing.gate_A, routing.where, self.gate_up, self.down, c.backend)
         if self.training and c.default_decay > 0:
             # A copy: ``update`` moves the averages in place, perhaps before this graph's backward.

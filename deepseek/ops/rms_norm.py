@@ -3,7 +3,8 @@
 A pre-norm block adds to the residual stream and norms the sum. In backward the sum's gradient has two parts, one
 through the norm and one past it; the kernel here reads both and writes their total, which a norm on its own leaves to
 another pass over memory. Where nothing is added, ``rms_norm_beside`` hands its input on, so that it gets both parts,
-too. Kept for backward are the sum and one fp32 number a row.
+too; where two layers read the norm, ``add_rms_norm_twice`` has their gradients in two parts as well. Kept for backward
+are the sum and one fp32 number a row.
 
 On CUDA only: elsewhere a layer stays plain torch, which a compiler may fuse.
 
@@ -50,10 +51,12 @@ def reference(x: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def reference_gradient(
-    d_normed: Tensor, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor
+    d_normed: Tensor, d_again: Tensor | None, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient for ``x [..., C]`` and that for the weight ``[C]``: fp32 at least inside, each rounded once."""
     d, r = _wide(d_normed), rstd.unsqueeze(-1)
+    if d_again is not None:
+        d = d + d_again
     normed = _wide(x) * r
     d_weight = (d * normed).reshape(-1, x.shape[-1]).sum(0)
     d = d * weight_C.to(d.dtype)
@@ -93,29 +96,35 @@ def _(x: Tensor, y: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("deepseek::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(
-    d_normed: Tensor, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor, weight_too: bool
-) -> tuple[Tensor, Tensor]:
+    d_normed: Tensor, d_again: Tensor | None, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if fuses(x) and available():
-        d_x, d_weight = kernels("rms_norm").backward(d_normed, d_sum, x, weight_C, rstd, weight_too)
+        d_x, d_weight = kernels("rms_norm").backward(d_normed, d_again, d_sum, x, weight_C, rstd, weight_too)
         return d_x, d_weight
-    d_x, d_weight = reference_gradient(d_normed, d_sum, x, weight_C, rstd)
+    d_x, d_weight = reference_gradient(d_normed, d_again, d_sum, x, weight_C, rstd)
     return d_x.contiguous(), d_weight if weight_too else weight_C.new_empty(0)
 
 
 @_rms_norm_backward.register_fake
 def _(
-    d_normed: Tensor, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor, weight_too: bool
-) -> tuple[Tensor, Tensor]:
+    d_normed: Tensor, d_again: Tensor | None, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty(x), weight_C.new_empty(weight_C.shape if weight_too else 0)
 
 
 def _gradient(
-    d_sum: Tensor | None, d_normed: Tensor | None, saved: tuple[Tensor, ...], weight_too: bool
+    d_sum: Tensor | None,
+    d_normed: Tensor | None,
+    saved: tuple[Tensor, ...],
+    weight_too: bool,
+    d_again: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients for the sum and for the weight; either part of the first may be missing."""
     if d_normed is None:
         return d_sum, None
-    d, d_weight = _rms_norm_backward(d_normed, d_sum, *saved, weight_too)
+    d, d_weight = _rms_norm_backward(d_normed, d_again, d_sum, *saved, weight_too)
     return d, d_weight if weight_too else None
 
 
@@ -146,9 +155,10 @@ _rms_norm.register_autograd(_backward, setup_context=_context)
 _add_rms_norm.register_autograd(_backward_of_sum, setup_context=_context_of_sum)
 
 
-class _Beside(torch.autograd.Function):
-    """The one thing that an operation must not do: return its input. So this stands around the operations."""
+# An operation must not return its input, or one tensor twice. So these stand around the operations.
 
+
+class _Beside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         normed, rstd = _rms_norm(x, weight_C, eps)
@@ -159,6 +169,24 @@ class _Beside(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor, d_normed: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         return *_gradient(d_x, d_normed, ctx.saved_tensors, ctx.needs_input_grad[1]), None
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight_C: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total, normed, rstd = _add_rms_norm(x, y, weight_C, eps)
+        ctx.save_for_backward(total, weight_C, rstd)
+        return total, normed, normed.view_as(normed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_sum: Tensor, d_normed: Tensor, d_again: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        d, d_weight = _gradient(d_sum, d_normed, ctx.saved_tensors, ctx.needs_input_grad[2], d_again)
+        return d, d, d_weight, None
 
 
 def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -194,3 +222,12 @@ def add_rms_norm(x: Tensor, y: Tensor, weight_C: Tensor, eps: float) -> tuple[Te
     """
     total, normed, _ = _add_rms_norm(x, y, weight_C, eps)
     return total, normed
+
+
+def add_rms_norm_twice(x: Tensor, y: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``add_rms_norm``, whose second result comes twice, for two readers.
+
+    Their gradients then meet where that of the norm is computed. Both are one memory, not to be changed in place.
+    """
+    total, normed, again = _Twice.apply(x, y, weight_C, eps)
+    return total, normed, again

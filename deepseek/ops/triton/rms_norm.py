@@ -20,8 +20,9 @@ from deepseek.ops.triton import processors
 
 TILE = 2048  #: elements of a program of four warps
 WARPS = 16  #: of all programs of backward that a processor has at once
-STAGES = 2  #: iterations of backward whose loads are under way
-SUM = (64, 16)  #: parts and features of a tile when parts are added
+STAGES = 2  #: iterations of backward whose loads are under way, through shared memory
+AHEAD = 16 << 10  #: bytes of a tile up to which they are: four tiles fit any GPU's
+ADDED = (64, 16)  #: parts and features of a tile when parts are added
 
 
 @triton.jit
@@ -55,9 +56,9 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    d_normed, d_sum, x, weight, rstd, d_x, parts, rows, C,
-    SUM: tl.constexpr, WEIGHT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    d_normed, d_again, d_sum, x, weight, rstd, d_x, parts, rows, C,
+    AGAIN: tl.constexpr, SUM: tl.constexpr, WEIGHT: tl.constexpr, STAGES: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BC)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
@@ -65,6 +66,8 @@ def _backward_kernel(
     for start in tl.range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR, num_stages=STAGES):
         row = start + tl.arange(0, BR)
         d = _tile(d_normed, row, c, rows, C, EVEN)
+        if AGAIN:
+            d += _tile(d_again, row, c, rows, C, EVEN)
         normed = _tile(x, row, c, rows, C, EVEN)
         passed = _tile(d_sum, row, c, rows, C, EVEN) if SUM else 0.0  # before the sum over a row waits
         r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
@@ -113,20 +116,27 @@ def forward(x: Tensor, y: Tensor | None, weight_C: Tensor, eps: float) -> tuple[
 
 
 def backward(
-    d_normed: Tensor, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor, weight_too: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradient for the sum ``x [..., C]`` and that for the weight, which is empty unless ``weight_too``."""
+    d_normed: Tensor, d_again: Tensor | None, d_sum: Tensor | None, x: Tensor, weight_C: Tensor, rstd: Tensor,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient for the sum ``x [..., C]`` and that for the weight, which is empty unless ``weight_too``.
+
+    Args:
+        d_normed, d_again: parts of the norm's gradient. d_sum: that of the sum past the norm.
+    """
     x, C, rows = x.contiguous(), x.shape[-1], rstd.numel()
-    d_x, d_weight = torch.empty_like(x), weight_C.new_zeros(C if weight_too else 0)
+    d_x, d_weight = torch.empty_like(x), weight_C.new_empty(C if weight_too else 0)
     if not rows:
-        return d_x, d_weight
+        return d_x, d_weight.zero_()
     tile = options(C)
     programs = min(triton.cdiv(rows, tile["BR"]), processors(x.device) * max(1, WARPS // tile["num_warps"]))
+    ahead = tile["BR"] * tile["BC"] * x.element_size() <= AHEAD
     parts = rstd.new_empty((programs, C) if weight_too else 0)
     _backward_kernel[(programs,)](
-        d_normed.contiguous(), x if d_sum is None else d_sum.contiguous(), x, weight_C.contiguous(),
-        rstd.contiguous(), d_x, parts, rows, C, SUM=d_sum is not None, WEIGHT=weight_too, STAGES=STAGES, **tile,
+        d_normed.contiguous(), *(x if d is None else d.contiguous() for d in (d_again, d_sum)), x,
+        weight_C.contiguous(), rstd.contiguous(), d_x, parts, rows, C, AGAIN=d_again is not None,
+        SUM=d_sum is not None, WEIGHT=weight_too, STAGES=STAGES if ahead else 1, **tile,
     )  # fmt: skip
     if weight_too:
-        _sum_kernel[(triton.cdiv(C, SUM[1]),)](parts, d_weight, programs, C, BP=SUM[0], BC=SUM[1])
+        _sum_kernel[(triton.cdiv(C, ADDED[1]),)](parts, d_weight, programs, C, BP=ADDED[0], BC=ADDED[1])
     return d_x, d_weight
