@@ -30,7 +30,7 @@ KINDS = (
     ("matmul", r"gemm|nvjet|cublas|cutlass|xmma|triton_(tem|mm)|splitk|addmm|\bmm\b|bmm|aten::linear"),
     (
         "routing and indexing",
-        r"sort|radix|histogram|scatter|gather|index|topk|bincount|scan|permute|router|combine|dispatch|embedding|^_(count|place|rescue|sum|sum_rescued|sample)_kernel",
+        r"sort|radix|histogram|scatter|gather|index|topk|bincount|scan|permute|router|combine|dispatch|embedding|^_(count|offsets|place|liking|near|rescue|sum|sum_rescued|sample)_kernel",
     ),
 )
 REST = "memory-bound"

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek.ops.triton.rescue import rescue
+
 
 def _divisor(size: int, most: int, least: int = 64) -> int:
     """The largest power of two that divides ``size``, between ``least`` and ``most``."""
@@ -100,6 +102,23 @@ def _count_kernel(expert, counts, n, blocks, E: tl.constexpr, EP: tl.constexpr, 
 
 
 @triton.jit
+def _offsets_kernel(
+    counts, chosen, first, ends, blocks, floor, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program an expert: where its rows end, and the first row of each block's assignments to it."""
+    e = tl.program_id(0)
+    other = tl.arange(0, EP)
+    rows = tl.maximum(tl.load(chosen + other, mask=other < E, other=0), floor)
+    start = tl.sum(tl.where(other < e, rows, 0), 0)
+    tl.store(ends + e, tl.sum(tl.where(other <= e, rows, 0), 0))
+    for at in range(0, blocks, BLOCK):
+        b = at + tl.arange(0, BLOCK)
+        count = tl.load(counts + e * blocks + b, mask=b < blocks, other=0)
+        tl.store(first + e * blocks + b, start + tl.cumsum(count, 0) - count, mask=b < blocks)
+        start += tl.sum(count, 0)
+
+
+@triton.jit
 def _place_kernel(
     expert, first, row, assignment, token, n, blocks, K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -115,99 +134,11 @@ def _place_kernel(
     tl.store(token + place, a // K, mask=a < n)
 
 
-@triton.jit
-def _liking_kernel(
-    probs, expert, valid, missing, keys, n_tokens,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Keys ``[E, N]`` in the order of preference: real tokens by the bits of their probability, padding below them, -1
-    for those that chose the expert already. Nothing is written when no expert misses a token."""
-    e = tl.arange(0, EP)
-    if tl.max(tl.load(missing + e, mask=e < E, other=0), 0) > 0:
-        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        there = n < n_tokens
-        mask = there[:, None] & (e < E)[None, :]
-        p = tl.load(probs + n[:, None].to(tl.int64) * E + e[None, :], mask=mask, other=0.0)
-        key = p.to(tl.int32, bitcast=True)
-        if HAS_VALID:
-            key += tl.where(tl.load(valid + n, mask=there, other=0) != 0, 0x40000000, 0)[:, None]
-        else:
-            key += 0x40000000
-        for k in tl.static_range(K):
-            chosen = tl.load(expert + n * K + k, mask=there, other=-1)
-            key = tl.where(chosen[:, None] == e[None, :], -1, key)
-        tl.store(keys + e[None, :].to(tl.int64) * n_tokens + n[:, None], key, mask=mask)
-
-
-@triton.jit
-def _rescue_kernel(
-    keys,
-    chosen,
-    start,
-    row,
-    assignment,
-    token,
-    rescued,
-    n_tokens,
-    floor,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program an expert: the tokens that like it best, by an eight-fold search for the least key that counts."""
-    e = tl.program_id(0)
-    count = tl.load(chosen + e)
-    missing = floor - count
-    if missing > 0:
-        mine = keys + e.to(tl.int64) * n_tokens
-        low = 0  # the largest key that at least ``missing`` tokens reach lies in [low, low + 8 · step)
-        for digit in range(11):
-            step = 1 << tl.maximum(28 - 3 * digit, 0)
-            r1 = tl.zeros((BLOCK,), tl.int32)
-            r2, r3, r4, r5, r6, r7 = r1, r1, r1, r1, r1, r1
-            for at in range(0, n_tokens, BLOCK):
-                n = at + tl.arange(0, BLOCK)
-                above = tl.load(mine + n, mask=n < n_tokens, other=-1) - low
-                r1 += (above >= step).to(tl.int32)
-                r2 += (above >= 2 * step).to(tl.int32)
-                r3 += (above >= 3 * step).to(tl.int32)
-                r4 += (above >= 4 * step).to(tl.int32)
-                r5 += (above >= 5 * step).to(tl.int32)
-                r6 += (above >= 6 * step).to(tl.int32)
-                r7 += (above >= 7 * step).to(tl.int32)
-            reached = (tl.sum(r1, 0) >= missing).to(tl.int32) + (tl.sum(r2, 0) >= missing).to(tl.int32)
-            reached += (tl.sum(r3, 0) >= missing).to(tl.int32) + (tl.sum(r4, 0) >= missing).to(tl.int32)
-            reached += (tl.sum(r5, 0) >= missing).to(tl.int32) + (tl.sum(r6, 0) >= missing).to(tl.int32)
-            reached += (tl.sum(r7, 0) >= missing).to(tl.int32)
-            low += reached * step
-        counted = tl.zeros((BLOCK,), tl.int32)
-        for at in range(0, n_tokens, BLOCK):
-            n = at + tl.arange(0, BLOCK)
-            counted += (tl.load(mine + n, mask=n < n_tokens, other=-1) > low).to(tl.int32)
-        ties = missing - tl.sum(counted, 0)
-        done = 0
-        tied = 0
-        for at in range(0, n_tokens, BLOCK):
-            n = at + tl.arange(0, BLOCK)
-            key = tl.load(mine + n, mask=n < n_tokens, other=-1)
-            tie = (key == low).to(tl.int32)
-            take = ((key > low) | ((tie > 0) & (tied + tl.cumsum(tie, 0) <= ties))).to(tl.int32)
-            i = done + tl.cumsum(take, 0) - 1
-            slot = e * floor + i
-            place = tl.load(start + e) + count + i
-            tl.store(rescued + slot, n, mask=take > 0)
-            tl.store(row + n_tokens * K + slot, place, mask=take > 0)
-            tl.store(assignment + place, n_tokens * K + slot, mask=take > 0)
-            tl.store(token + place, n, mask=take > 0)
-            done += tl.sum(take, 0)
-            tied += tl.sum(tie, 0)
-
-
 def dispatch(
     expert_NK: Tensor, probs_NE: Tensor, valid_N: Tensor | None, floor: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``deepseek.ops.experts.dispatch``; two small passes over the assignments, none over the tokens' features."""
-    tokens, top_k = expert_NK.shape
-    experts, device, n = probs_NE.shape[1], expert_NK.device, expert_NK.numel()
+    top_k, experts, device, n = expert_NK.shape[1], probs_NE.shape[1], expert_NK.device, expert_NK.numel()
     slots = experts * floor
     padded = max(16, triton.next_power_of_2(experts))
     block = max(16, min(256, 16384 // padded))
@@ -215,27 +146,20 @@ def dispatch(
     counts = torch.empty(experts, blocks, device=device, dtype=torch.int32)
     _count_kernel[(blocks,)](expert_NK, counts, n, blocks, E=experts, EP=padded, BLOCK=block)
     chosen = counts.sum(1, dtype=torch.int32)
-    missing = (floor - chosen).clamp(min=0)
-    ends = (chosen + missing).cumsum(0, dtype=torch.int32)
-    start = ends - chosen - missing
-    first = counts.cumsum(1, dtype=torch.int32) - counts + start[:, None]
-    row = torch.full((n + slots,), -1, device=device, dtype=torch.int32)
+    first, ends = torch.empty_like(counts), torch.empty_like(chosen)
+    _offsets_kernel[(experts,)](
+        counts, chosen, first, ends, blocks, floor,
+        E=experts, EP=padded, BLOCK=max(16, min(1024, triton.next_power_of_2(blocks))),
+    )  # fmt: skip
+    row = torch.empty(n + slots, device=device, dtype=torch.int32)
     assignment = torch.zeros(n + slots, device=device, dtype=torch.int32)
     token = torch.zeros(n + slots, device=device, dtype=torch.int32)
-    rescued = torch.full((slots,), -1, device=device, dtype=torch.int32)
+    rescued = torch.empty(slots, device=device, dtype=torch.int32)
     _place_kernel[(blocks,)](
         expert_NK, first, row, assignment, token, n, blocks, K=top_k, EP=padded, BLOCK=block
     )  # fmt: skip
     if floor:
-        keys = torch.empty(experts, tokens, device=device, dtype=torch.int32)
-        _liking_kernel[(triton.cdiv(tokens, 64),)](
-            probs_NE, expert_NK, valid_N if valid_N is not None else chosen, missing, keys, tokens,
-            E=experts, EP=padded, K=top_k, HAS_VALID=valid_N is not None, BLOCK=64,
-        )  # fmt: skip
-        _rescue_kernel[(experts,)](
-            keys, chosen, start, row, assignment, token, rescued, tokens, floor, K=top_k,
-            BLOCK=min(2048, triton.next_power_of_2(tokens)), num_warps=8,
-        )  # fmt: skip
+        rescue(expert_NK, probs_NE, valid_N, floor, chosen, ends, row, assignment, token, rescued)
     return row, token, assignment, ends, chosen, rescued
 
 
