@@ -192,7 +192,10 @@ def gather(x_ND: Tensor, token_R: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @triton.jit
-def _sum_kernel(y, row, out, n_tokens, hidden, K: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+def _sum_kernel(
+    y, row, gate, out, n_tokens, hidden,
+    K: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     there = n < n_tokens
     for start in range(0, hidden, BD):
@@ -201,13 +204,18 @@ def _sum_kernel(y, row, out, n_tokens, hidden, K: tl.constexpr, BN: tl.constexpr
         total = tl.zeros((BN, BD), dtype=tl.float32)
         for k in tl.static_range(K):
             source = tl.load(row + n * K + k, mask=there, other=0).to(tl.int64)
-            total += tl.load(y + source[:, None] * hidden + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(y + source[:, None] * hidden + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            if GATED:
+                value *= tl.load(gate + n * K + k, mask=there, other=0.0).to(tl.float32)[:, None]
+            total += value
         at = out + n[:, None].to(tl.int64) * hidden + d[None, :]
         tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _sum_rescued_kernel(y, row, rescued, out, slots, hidden, SB: tl.constexpr, BD: tl.constexpr):
+def _sum_rescued_kernel(
+    y, row, gate, rescued, out, slots, hidden, GATED: tl.constexpr, SB: tl.constexpr, BD: tl.constexpr
+):
     for i in range(SB):
         s = tl.program_id(0) * SB + i
         token = tl.load(rescued + s, mask=s < slots, other=-1).to(tl.int64)
@@ -215,25 +223,32 @@ def _sum_rescued_kernel(y, row, rescued, out, slots, hidden, SB: tl.constexpr, B
             source = tl.load(row + s).to(tl.int64)
             for start in range(0, hidden, BD):
                 d = start + tl.arange(0, BD)
-                value = tl.load(y + source * hidden + d, mask=d < hidden, other=0.0)
+                value = tl.load(y + source * hidden + d, mask=d < hidden, other=0.0).to(tl.float32)
+                if GATED:
+                    value *= tl.load(gate + s).to(tl.float32)
                 tl.atomic_add(
                     out + token * hidden + d, value.to(out.dtype.element_ty), mask=d < hidden, sem="relaxed"
                 )
 
 
-def sum_rows(y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k: int) -> Tensor:
-    """``out[n] = Σ y[row]`` over token n's assignments, added up in fp32 (rescued ones in the output's dtype)."""
+def sum_rows(
+    y_RD: Tensor, row_A: Tensor, rescued_S: Tensor, tokens: int, top_k: int, gate_A: Tensor | None = None
+) -> Tensor:
+    """``out[n] = Σ gate · y[row]`` over token n's assignments, added up in fp32 (rescued ones in the output's dtype);
+    without gates as if all were 1."""
     hidden, slots = y_RD.shape[1], rescued_S.shape[0]
     out = y_RD.new_empty(tokens, hidden)
     block = _divisor(hidden, 512)
     rows = 8
+    gated, gate = gate_A is not None, row_A if gate_A is None else gate_A
     _sum_kernel[(triton.cdiv(tokens, rows),)](
-        y_RD, row_A, out, tokens, hidden, K=top_k, BN=rows, BD=block, num_warps=4
+        y_RD, row_A, gate, out, tokens, hidden, K=top_k, GATED=gated, BN=rows, BD=block, num_warps=4
     )
     if slots:
         _sum_rescued_kernel[(triton.cdiv(slots, 16),)](
-            y_RD, row_A[tokens * top_k :], rescued_S, out, slots, hidden, SB=16, BD=block, num_warps=4
-        )
+            y_RD, row_A[tokens * top_k :], gate[tokens * top_k :], rescued_S, out, slots, hidden,
+            GATED=gated, SB=16, BD=block, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -334,7 +349,9 @@ def swiglu_backward(
 
 
 @triton.jit
-def _sample_kernel(h, ends, out, inner, SAMPLE: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr):
+def _sample_kernel(
+    h, ends, out, inner, step, apart, SAMPLE: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr
+):
     e = tl.program_id(0)
     f = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
     start = tl.load(ends + e - 1, mask=e > 0, other=0)
@@ -345,18 +362,61 @@ def _sample_kernel(h, ends, out, inner, SAMPLE: tl.constexpr, BR: tl.constexpr, 
         i = at + tl.arange(0, BR)
         r = (start + i * count // tl.maximum(taken, 1)).to(tl.int64)[:, None]
         mask = (i < taken)[:, None] & (f < inner)
-        a = tl.load(h + r * 2 * inner + f, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(h + r * 2 * inner + inner + f, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(h + r * 2 * inner + f * step, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(h + r * 2 * inner + f * step + apart, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(b * a / (1 + tl.exp(-a)), 0)[None, :]
     tl.store(out + e * inner + f, total, mask=f < inner)
 
 
-def sample_hidden(h_RF2: Tensor, ends_E: Tensor, sample: int) -> Tensor:
-    """Sum of ``silu(a)·b`` over at most ``sample`` evenly spaced rows of every expert: fp32 ``[E, F]``."""
-    inner, experts = h_RF2.shape[1] // 2, ends_E.shape[0]
-    out = torch.empty(experts, inner, device=h_RF2.device, dtype=torch.float32)
+def sample_hidden(hidden: Tensor, ends_E: Tensor, sample: int) -> Tensor:
+    """Sum of ``silu(a)·b`` over at most ``sample`` evenly spaced rows of every expert: fp32 ``[E, F]``.
+
+    ``hidden``: ``[a, b]`` side by side ``[R, 2F]``, or as neighbours ``[R, F, 2]``.
+    """
+    inner, experts = hidden.shape[1] if hidden.dim() == 3 else hidden.shape[1] // 2, ends_E.shape[0]
+    step, apart = (2, 1) if hidden.dim() == 3 else (1, inner)
+    out = torch.empty(experts, inner, device=hidden.device, dtype=torch.float32)
     block = _divisor(inner, 128)
     _sample_kernel[(experts, triton.cdiv(inner, block))](
-        h_RF2, ends_E, out, inner, SAMPLE=sample, BR=32, BF=block, num_warps=4
+        hidden, ends_E, out, inner, step, apart, SAMPLE=sample, BR=32, BF=block, num_warps=4
     )
+    return out
+
+
+# --- gate and up as neighbours --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pair_kernel(w, out, n, half, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Places of a row of ``2 · half`` numbers: (i, half + i) to (2i, 2i + 1), or back."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    wide = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    a = i + i // half * half
+    if REVERSE:
+        both = tl.load(w + wide, mask=wide < 2 * n, other=0.0)
+        first, second = tl.split(tl.reshape(both, (BLOCK, 2)))
+        tl.store(out + a, first, mask=i < n)
+        tl.store(out + a + half, second, mask=i < n)
+    else:
+        first, second = tl.load(w + a, mask=i < n, other=0.0), tl.load(w + a + half, mask=i < n, other=0.0)
+        tl.store(out + wide, tl.interleave(first, second), mask=wide < 2 * n)
+
+
+def pair(w: Tensor) -> Tensor:
+    """``[…, 2F]``, halves side by side → the same numbers with those of one place as neighbours."""
+    return _paired(w, False)
+
+
+def unpair(w: Tensor) -> Tensor:
+    """The reverse of ``pair``."""
+    return _paired(w, True)
+
+
+def _paired(w: Tensor, reverse: bool) -> Tensor:
+    w = w.contiguous()
+    out, n = torch.empty_like(w), w.numel() // 2
+    if n:
+        _pair_kernel[(triton.cdiv(n, 1024),)](
+            w, out, n, w.shape[-1] // 2, REVERSE=reverse, BLOCK=1024, num_warps=4
+        )
     return out
