@@ -133,9 +133,14 @@ def _swiglu_network_backward(
     d_weight_out = d_y_NC.T @ product
     del product
     d_h = d_h.flatten(1)
-    paired = weight_2FD.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-    d_paired = (d_h.T @ x_ND).unflatten(0, (-1, 2)).transpose(0, 1)
-    return d_h @ paired, d_paired.flatten(0, 1), d_weight_out
+    return d_h @ _pair_rows(weight_2FD), _pair_rows(d_h.T @ x_ND, reverse=True), d_weight_out
+
+
+def _pair_rows(w_2FD: Tensor, reverse: bool = False) -> Tensor:
+    """Gate above up → the rows of one feature as neighbours; or back."""
+    if fuses(w_2FD) and available():
+        return kernels("swiglu").pair_rows(w_2FD, reverse)
+    return w_2FD.unflatten(0, (-1, 2) if reverse else (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
 @_swiglu_network_backward.register_fake

@@ -306,6 +306,18 @@ def test_the_kernels_of_pairs(shape: tuple[int, ...], dtype: torch.dtype) -> Non
         )
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (2, 2048), (10, 2500), (0, 4)])
+def test_the_kernel_of_paired_rows(shape: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    from deepseek.ops.triton import swiglu as kernel
+
+    w = torch.randn(shape).to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    half = shape[0] // 2
+    paired = torch.stack((w[:half], w[half:]), 1).flatten(0, 1)
+    assert kernel.pair_rows(w).equal(paired)
+    assert kernel.pair_rows(paired, reverse=True).equal(w)
+
+
 @pytest.mark.parametrize("floor", [0, 5])
 def test_the_kernels_of_gated_sums_and_neighbours(floor: int) -> None:
     pytest.importorskip("triton")

@@ -59,7 +59,7 @@ def test_rows_are_the_reference_in_float64(vocab: int, dtype: torch.dtype, z_wei
     want, want_d = ran(reference_rows, logits.double(), targets, z_weight)
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=2e-5)
     # One rounding of a gradient to its dtype, after errors of fp32 of arguments up to 120.
-    torch.testing.assert_close(d.double(), want_d, rtol=STEPS[dtype] + 4e-5, atol=1e-6)
+    torch.testing.assert_close(d.double(), want_d, rtol=STEPS[dtype] + 4e-5, atol=5e-6)
     assert found[:, 5].eq(0).all()
     assert d[5].eq(0).all()
     assert d[3, ::2].eq(0).all()

@@ -39,7 +39,7 @@ def _write(out, value, row, c, rows, C, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_kernel(
     x, y, weight, total, out, rstd, rows, C, eps,
     ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_gradient_kernel(
     d_normed, d_again, d_sum, x, weight, rstd, d_x, parts, rows, C,
     AGAIN: tl.constexpr, SUM: tl.constexpr, WEIGHT: tl.constexpr, STAGES: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
@@ -82,7 +82,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts, out, P, C, BP: tl.constexpr, BC: tl.constexpr):
+def _norm_parts_kernel(parts, out, P, C, BP: tl.constexpr, BC: tl.constexpr):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros((BP, BC), tl.float32)
     for start in range(0, P, BP):
@@ -108,7 +108,7 @@ def forward(x: Tensor, y: Tensor | None, weight_C: Tensor, eps: float) -> tuple[
     out, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     tile, rows = options(x.shape[-1]), rstd.numel()
     if rows:
-        _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        _norm_kernel[(triton.cdiv(rows, tile["BR"]),)](
             x, x if y is None else y.contiguous(), weight_C.contiguous(), total, out, rstd, rows, x.shape[-1],
             eps, ADD=y is not None, **tile,
         )  # fmt: skip
@@ -132,11 +132,13 @@ def backward(
     programs = min(triton.cdiv(rows, tile["BR"]), processors(x.device) * max(1, WARPS // tile["num_warps"]))
     ahead = tile["BR"] * tile["BC"] * x.element_size() <= AHEAD
     parts = rstd.new_empty((programs, C) if weight_too else 0)
-    _backward_kernel[(programs,)](
+    _norm_gradient_kernel[(programs,)](
         d_normed.contiguous(), *(x if d is None else d.contiguous() for d in (d_again, d_sum)), x,
         weight_C.contiguous(), rstd.contiguous(), d_x, parts, rows, C, AGAIN=d_again is not None,
         SUM=d_sum is not None, WEIGHT=weight_too, STAGES=STAGES if ahead else 1, **tile,
     )  # fmt: skip
     if weight_too:
-        _sum_kernel[(triton.cdiv(C, ADDED[1]),)](parts, d_weight, programs, C, BP=ADDED[0], BC=ADDED[1])
+        _norm_parts_kernel[(triton.cdiv(C, ADDED[1]),)](
+            parts, d_weight, programs, C, BP=ADDED[0], BC=ADDED[1]
+        )
     return d_x, d_weight

@@ -1,4 +1,4 @@
-"""Triton kernels of a dense SwiGLU: the product of both halves, and its gradient.
+"""Triton kernels of a dense SwiGLU: the product of both halves, its gradient, and weights with paired rows.
 
 Bound by memory: every element is read and written once, 16 bytes a thread. In backward one program has the same columns
 of both halves, so that both gradients and the product come from one sigmoid; a kernel over the wide result, which a
@@ -83,3 +83,28 @@ def gradient_in_place(h_N2F: Tensor, d_NF: Tensor, again: bool) -> Tensor:
     if d_NF.numel():
         _swiglu_gradient_kernel[grid](h, d_NF, d_h, rows, inner, PRODUCT=again, **options)
     return d_h
+
+
+@triton.jit
+def _pair_rows_kernel(w, out, columns, half, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row and ``BLOCK`` columns: row r of the paired matrix is row ``r // 2`` of one of the halves."""
+    r = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    apart = r // 2 + (r % 2) * half
+    source, target = (r, apart) if REVERSE else (apart, r)
+    tl.store(
+        out + target * columns + c, tl.load(w + source * columns + c, mask=c < columns), mask=c < columns
+    )
+
+
+def pair_rows(w_2FD: Tensor, reverse: bool = False) -> Tensor:
+    """``[2F, D]``, gate above up → the same rows with those of one feature as neighbours; or back."""
+    w = w_2FD.contiguous()
+    out = torch.empty_like(w)
+    rows, columns = w.shape
+    block = min(2048, triton.next_power_of_2(max(1, columns)))
+    if w.numel():
+        _pair_rows_kernel[(rows, triton.cdiv(columns, block))](
+            w, out, columns, rows // 2, REVERSE=reverse, BLOCK=block, num_warps=max(1, min(8, block // 256))
+        )
+    return out
