@@ -24,9 +24,11 @@ def make(seed: int, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize(("experts", "top_k"), [(6, 2), (16, 3), (3, 1), (65, 6)])
-def test_router(experts: int, top_k: int, normalise: bool) -> None:
-    x, weight, bias = make(0, N, D), make(1, experts, D) * 0.3, make(2, experts) * 0.1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 2), (16, 3), (3, 1), (65, 6), (130, 2)])
+def test_router(experts: int, top_k: int, normalise: bool, dtype: torch.dtype) -> None:
+    """Tokens in bf16 meet a weight of three parts: as exact as fp32, which one part or two would not be."""
+    x, weight, bias = make(0, N, D).to(dtype), make(1, experts, D) * 0.3, make(2, experts) * 0.1
     want = reference.router(x, weight, bias, top_k, normalise)
     probs, expert, gate = kernel.router(x, weight, bias, top_k, normalise)
     torch.testing.assert_close(probs, want[0], rtol=1e-4, atol=1e-5)

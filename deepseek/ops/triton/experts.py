@@ -26,11 +26,24 @@ def _divisor(size: int, most: int, least: int = 64) -> int:
 
 
 @triton.jit
+def _split_kernel(weight, parts, n, BLOCK: tl.constexpr):
+    """fp32 numbers as sums of three of bf16, which hold all their bits."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(weight + i, mask=i < n, other=0.0)
+    for part in tl.static_range(3):
+        piece = left.to(tl.bfloat16)
+        tl.store(parts + part * n + i, piece, mask=i < n)
+        left -= piece.to(tl.float32)
+
+
+@triton.jit
 def _router_kernel(
     x, weight, bias, probs, expert, gate, n_tokens, hidden,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALISE: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, NARROW: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """``PARTS`` 3: the weight is split, and each part is multiplied as bf16, which for tokens in bf16 is exact (not
+    ``NARROW``: as fp32, for the interpreter, which multiplies bf16 wrongly); 1: each fp32 product is three in tf32."""
     token = tl.program_id(0) * BN + tl.arange(0, BN)
     e = tl.arange(0, EP)
     there = token < n_tokens
@@ -39,12 +52,13 @@ def _router_kernel(
         d = start + tl.arange(0, BD)
         a = tl.load(x + token[:, None].to(tl.int64) * hidden + d[None, :],
                     mask=there[:, None] & (d < hidden)[None, :], other=0.0)  # fmt: skip
-        b = tl.load(
-            weight + e[None, :] * hidden + d[:, None],
-            mask=(e < E)[None, :] & (d < hidden)[:, None],
-            other=0.0,
-        )
-        scores += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        for part in tl.static_range(PARTS):
+            b = tl.load(weight + part * E * hidden + e[None, :] * hidden + d[:, None],
+                        mask=(e < E)[None, :] & (d < hidden)[:, None], other=0.0)  # fmt: skip
+            if NARROW:
+                scores = tl.dot(a, b, scores)
+            else:
+                scores += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
     scores = tl.where((e < E)[None, :], scores, float("-inf"))
     scores = tl.exp(scores - tl.max(scores, 1)[:, None])
     p = scores / tl.sum(scores, 1)[:, None]
@@ -68,6 +82,13 @@ def _router_kernel(
     tl.store(gate + at, gates, mask=mask)
 
 
+def _split(weight: Tensor) -> Tensor:
+    """``[3, E, D]`` in bf16, whose sum is ``weight``."""
+    parts, n = weight.new_empty(3, *weight.shape, dtype=torch.bfloat16), weight.numel()
+    _split_kernel[(triton.cdiv(n, 1024),)](weight.contiguous(), parts, n, BLOCK=1024, num_warps=4)
+    return parts
+
+
 def router(
     x: Tensor, weight: Tensor, bias: Tensor, top_k: int, normalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,12 +99,17 @@ def router(
     expert = torch.empty(tokens, top_k, device=x.device, dtype=torch.int32)
     gate = torch.empty(tokens, top_k, device=x.device, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(experts))
-    rows = 64 if padded <= 64 else 32
+    parts, rows = 1, 64 if padded <= 64 else 32
     depth = min(64, max(16, triton.next_power_of_2(hidden)))
+    if x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and padded <= 128:
+        # With more experts three parts need more shared memory than a GPU has, and registers than a thread.
+        parts, rows, weight = 3, 2 * rows, _split(weight)
+        depth = min(depth, 4096 // padded)
     _router_kernel[(triton.cdiv(tokens, rows),)](
         x, weight, bias, probs, expert, gate, tokens, hidden,
         E=experts, EP=padded, K=top_k, KP=triton.next_power_of_2(top_k),
-        NORMALISE=normalise, BN=rows, BD=depth, PRECISION="tf32x3", num_warps=4,
+        NORMALISE=normalise, PARTS=parts, NARROW=parts > 1 and x.is_cuda, BN=rows, BD=depth,
+        num_warps=8 if rows > 64 else 4, num_stages=2 if parts > 1 else 3,
     )  # fmt: skip
     return probs, expert, gate
 
