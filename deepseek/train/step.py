@@ -135,6 +135,7 @@ class TrainStep:
         watch, sums = Stopwatch(self.device), None
         parts = list(batch.split(self.micro_rows or batch.rows))
         self.optimizer.fill()
+        self.optimizer.zero_grad()  # of a step that failed between its micro-batches, gradients would be left
         # Ranks are added up like micro-batches, in fp32.
         with self.accumulator.over(len(parts) * comm.world()):
             for part in parts:

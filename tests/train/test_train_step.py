@@ -17,7 +17,7 @@ from deepseek.models import Transformer
 from deepseek.models.config import tiny
 from deepseek.nn.attention import AttentionConfig
 from deepseek.nn.moe import MoEConfig
-from deepseek.precision import Policy, choose
+from deepseek.precision import Policy, choose, lower
 from deepseek.train import (
     OptimConfig,
     Schedule,
@@ -185,6 +185,34 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(poison: Any) -> N
     healthy(batch(0))
     healthy(batch(1))
     assert same(snapshot(step), snapshot(healthy))  # nothing of the bad step is left
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_of_a_step_that_fails_half_way_nothing_reaches_the_next(masters: bool) -> None:
+    """Whoever catches the error (out of memory, say) and goes on must not add half a batch to the next one."""
+
+    def stepped() -> TrainStep:
+        net = model()
+        policy = replace(FP32, dtype=torch.bfloat16, masters=True) if masters else FP32
+        optimizer = build_optimizer(net, OptimConfig(lr=0.01), lower(net, policy))
+        return TrainStep(net, next_token_loss, optimizer, policy, micro_rows=1)
+
+    step, calls = stepped(), []
+
+    def fail(net: Transformer, part: Batch) -> Loss:
+        calls.append(part)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return next_token_loss(net, part)
+
+    step.loss_fn = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(batch(0))
+    step.loss_fn = next_token_loss
+    step(batch(1))
+    untroubled = stepped()
+    untroubled(batch(1))
+    assert same(snapshot(step), snapshot(untroubled))
 
 
 def fake(skipped: bool) -> StepResult:
