@@ -126,14 +126,15 @@ def _(x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor) -> tuple[Tensor, Tens
 
 @torch.library.custom_op("deepseek::swiglu_network_backward", mutates_args=())
 def _swiglu_network_backward(
-    d_y_NC: Tensor, x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor, h_NF2: Tensor
+    d_y_NC: Tensor, x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor, h_NF2: Tensor, weights_too: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(x_ND):
         d_h, product = fused_products.products().dense_down_gradient(d_y_NC.contiguous(), weight_CF, h_NF2)
-    d_weight_out = d_y_NC.T @ product
+    d_weight_out = d_y_NC.T @ product if weights_too else weight_CF.new_empty(0)
     del product
     d_h = d_h.flatten(1)
-    return d_h @ _pair_rows(weight_2FD), _pair_rows(d_h.T @ x_ND, reverse=True), d_weight_out
+    d_weight_in = _pair_rows(d_h.T @ x_ND, reverse=True) if weights_too else weight_2FD.new_empty(0)
+    return d_h @ _pair_rows(weight_2FD), d_weight_in, d_weight_out
 
 
 def _pair_rows(w_2FD: Tensor, reverse: bool = False) -> Tensor:
@@ -145,21 +146,20 @@ def _pair_rows(w_2FD: Tensor, reverse: bool = False) -> Tensor:
 
 @_swiglu_network_backward.register_fake
 def _(
-    d_y_NC: Tensor, x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor, h_NF2: Tensor
+    d_y_NC: Tensor, x_ND: Tensor, weight_2FD: Tensor, weight_CF: Tensor, h_NF2: Tensor, weights_too: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x_ND.new_empty(x_ND.shape),
-        weight_2FD.new_empty(weight_2FD.shape),
-        weight_CF.new_empty(weight_CF.shape),
-    )
+    d_in, d_out = (w.new_empty(w.shape if weights_too else 0) for w in (weight_2FD, weight_CF))
+    return x_ND.new_empty(x_ND.shape), d_in, d_out
 
 
 def _network_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _network_gradient(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _swiglu_network_backward(d_y, *ctx.saved_tensors)
+def _network_gradient(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    up, down = ctx.needs_input_grad[1:]
+    d_x, d_up, d_down = _swiglu_network_backward(d_y, *ctx.saved_tensors, up or down)
+    return d_x, d_up if up else None, d_down if down else None
 
 
 _swiglu_network.register_autograd(_network_gradient, setup_context=_network_context)

@@ -93,7 +93,9 @@ _OURS: dict[str, Callable[..., int]] = {
     "swiglu_linear": _swiglu_linear,
     "swiglu_linear_backward": _swiglu_linear_backward,
     "swiglu_network": _swiglu_network,
-    "swiglu_network_backward": lambda grad, *given, **more: 2 * _swiglu_network(*given),
+    "swiglu_network_backward": lambda grad, *given, **more: (
+        _swiglu_network(*given[:3]) * (2 if given[-1] else 1)
+    ),
     "flash_attention": _flash,
     "flash_attention_backward": lambda grad, q, k, v, out, lse, offsets, window, *rest, **more: (
         5 * _flash(q, k, v, offsets, window) // 2

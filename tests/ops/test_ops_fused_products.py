@@ -176,6 +176,21 @@ def test_a_layer_of_experts_counts_the_same_flops_and_compiles(
         torch.testing.assert_close(b, c, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [("gate_up", "down"), ("gate_up",), ("down",)])
+def test_a_frozen_network_has_no_products_for_its_weights(frozen: tuple[str, ...], used: None) -> None:
+    layer, x = SwiGLU(12, 20).double(), torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    for name in frozen:
+        layer.get_submodule(name).requires_grad_(False)
+    with flop_counter() as counted:
+        layer(x).square().sum().backward()
+    forward = 2 * 7 * (12 * 40 + 20 * 12)
+    assert counted.get_total_flops() == forward * (2 if len(frozen) == 2 else 3)
+    torch.testing.assert_close(x.grad, want)
+    for name in ("gate_up", "down"):
+        assert (layer.get_submodule(name).weight.grad is None) == (name in frozen)
+
+
 def test_a_dense_network_is_the_plain_path_s(used: None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = SwiGLU(12, 20).double()
