@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deepseek.config import configclass
 from deepseek.errors import ConfigError
 from deepseek.nn.cache import LayerCache
-from deepseek.nn.layers import RMSNorm, compute_dtype, to_compute_dtype
+from deepseek.nn.layers import RMSNorm, compute_dtype, is_plain, to_compute_dtype
 from deepseek.nn.rope import RopeScaling, counted_rope_table, rope_table, rotate
 from deepseek.ops import flash_attention
 from deepseek.ops.attention import (
@@ -217,8 +217,10 @@ class Attention(nn.Module, ABC):
         return q, k, v
 
     def _merges(self, x_BTC: Tensor) -> bool:
-        """Whether queries, keys and values are one product."""
-        return x_BTC.is_cuda and self.query.weight.dtype == x_BTC.dtype
+        """Whether queries, keys and values are one product: not where one of them is an adapter, or has a listener."""
+        if not x_BTC.is_cuda or not all(is_plain(p, nn.Linear) for p in (self.query, self.key, self.value)):
+            return False
+        return self.query.weight.dtype == x_BTC.dtype
 
     @abstractmethod
     def mix(

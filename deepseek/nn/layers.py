@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
 
     def _joins(self, x: Tensor) -> bool:
         """Whether norm and residual stream are one operation; not under autocast, which a compiler fuses with them."""
-        return fused.fuses(x) and x.dtype == compute_dtype(x.device, x.dtype) and _is_plain(self, RMSNorm)
+        return fused.fuses(x) and x.dtype == compute_dtype(x.device, x.dtype) and is_plain(self, RMSNorm)
 
 
 class SwiGLU(nn.Module):
@@ -77,26 +77,31 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.gate_up, self.down
-        plain = _is_plain(down, nn.Linear)
-        if plain and _is_plain(up, nn.Linear) and all(layer.bias is None for layer in (up, down)):
-            narrow = to_compute_dtype(x)
-            if fuses_network(narrow, up.weight, down.weight):
-                return swiglu_network(narrow, up.weight, down.weight)
+        plain = is_plain(down, nn.Linear)
+        if plain and is_plain(up, nn.Linear) and all(layer.bias is None for layer in (up, down)):
+            x = to_compute_dtype(x)
+            if fuses_network(x, up.weight, down.weight):
+                return swiglu_network(x, up.weight, down.weight)
         hidden = up(x)
         if fuses(hidden) and plain:
             return swiglu_linear(hidden, down.weight, down.bias)
         return down(swiglu(hidden))
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` is nothing but what its ``kind`` computes: no subclass, nobody who listens."""
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is nothing but what its ``kind`` computes: no subclass, nobody who listens.
+
+    Some libraries put a ``forward`` of their own into a module, to bring its weights; a compiler has no use for those.
+    """
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks)
+    if type(module) is not kind or any(hooks):
+        return False
+    return torch.compiler.is_compiling() or "forward" not in vars(module)
 
 
 def layer_norm(

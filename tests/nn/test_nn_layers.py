@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek.nn.layers import RMSNorm, SwiGLU
 from deepseek.nn.rope import rope_table, rotate
@@ -52,6 +55,20 @@ def test_rotated_scores_depend_on_distance_only() -> None:
 
     torch.testing.assert_close(score(9, 4), score(25, 20), rtol=0, atol=1e-5)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_autocast_converts_what_a_network_reads_once() -> None:
+    ffn, x, converted = SwiGLU(6, 10), torch.randn(4, 6), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].shape == x.shape:
+                converted.append(kwargs["dtype"])
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), torch.autocast("cpu", torch.bfloat16):
+        ffn(x)
+    assert converted == [torch.bfloat16]
 
 
 def test_swiglu_is_its_formula() -> None:

@@ -289,6 +289,16 @@ def test_who_listens_to_a_norm_hears_it() -> None:
     assert len(seen) == 2
 
 
+@pytest.mark.usefixtures("fused")
+def test_a_norm_with_a_forward_of_its_own_is_called() -> None:
+    """As libraries do that bring a module's weights when it runs."""
+    norm, x, calls = RMSNorm(6).to(DEVICE), torch.randn(4, 6, device=DEVICE), []
+    real = norm.forward
+    norm.forward = lambda x: calls.append(x) or real(x)  # type: ignore[method-assign, func-returns-value]
+    near(norm.beside(x)[1], norm.after_sum(x, x * 0)[1])
+    assert len(calls) == 2
+
+
 class Residual(nn.Module):
     """What a block does with its norms, around matrices instead of attention."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -261,3 +262,20 @@ def test_a_layer_on_cuda_hands_attention_what_the_operation_makes(
     assert calls == [4]
     assert [tuple(t.shape) for t in seen] == [(2, n, LENGTH, 8) for n in (4, 2, 2)]
     assert all(t.is_cuda and t.dtype == dtype and t.transpose(1, 2).is_contiguous() for t in seen)
+
+
+class Adapted(torch.nn.Linear):
+    """A linear layer that answers something else than its weight alone does."""
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_projection_that_is_more_than_its_weight_is_called(name: str) -> None:
+    """On a GPU the three are one product of their weights, which an adapter or a listener would never see."""
+    layer = attention.FullAttention(24, AttentionConfig(heads=4, kv_heads=2, head_dim=8))
+    on_a_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert layer._merges(on_a_gpu)
+    handle = getattr(layer, name).register_forward_hook(lambda *args: None)
+    assert not layer._merges(on_a_gpu)
+    handle.remove()
+    setattr(layer, name, Adapted(24, getattr(layer, name).out_features))
+    assert not layer._merges(on_a_gpu)
