@@ -76,7 +76,9 @@ class OptionalKernels:
                     warnings.simplefilter("ignore")
                     self._load()
             except Exception as error:
-                self._broken = error
+                # What is kept must not keep its frames: they hold every caller's tensors, a whole first step's.
+                error.__cause__ = error.__context__ = None
+                self._broken = error.with_traceback(None)
                 if not self._missing():
                     log.warning("no %s, %s instead: %r", self.name, self.instead, error)
         return self._broken
