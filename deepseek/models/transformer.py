@@ -21,7 +21,7 @@ from deepseek.models.config import ModelConfig
 from deepseek.nn.attention import Attention, Context, FullAttention, WindowAttention
 from deepseek.nn.cache import Cache, LayerCache
 from deepseek.nn.hybrid import HybridAttention
-from deepseek.nn.layers import RMSNorm, SwiGLU
+from deepseek.nn.layers import RMSNorm, SwiGLU, is_plain
 from deepseek.nn.moe import MoE, RoutingStats
 
 ATTENTION: dict[str, type[Attention]] = {"F": FullAttention, "L": WindowAttention, "H": HybridAttention}
@@ -68,7 +68,11 @@ class Block(nn.Module):
         y, gate = self.attention(y, context, cache)
         routing = None
         if isinstance(self.ffn, MoE):
-            x_BTC, y, again = self.ffn_norm.after_sum_twice(x_BTC, y)
+            again = None
+            if is_plain(self.ffn, MoE):
+                x_BTC, y, again = self.ffn_norm.after_sum_twice(x_BTC, y)
+            else:  # a hook may change what the experts read, and the router reads that, too
+                x_BTC, y = self.ffn_norm.after_sum(x_BTC, y)
             y, routing = self.ffn(y, valid_BT, again)
         else:
             x_BTC, y = self.ffn_norm.after_sum(x_BTC, y)

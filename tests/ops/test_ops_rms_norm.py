@@ -444,3 +444,15 @@ def test_a_models_gradients(pattern: str, ffn: str, compiled: bool, monkeypatch:
             block.compile(fullgraph=True, backend="aot_eager")
     for a, b in zip(gradients(), want):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.detach().abs().max() + 1))
+
+
+def test_a_router_reads_what_a_hook_gives_to_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, tokens = model("L", "E"), torch.randint(0, 64, (2, 40), device=DEVICE)
+    ffn = made.blocks[0].get_submodule("ffn")
+    ffn.register_forward_pre_hook(lambda module, args: (args[0].flip(-1), *args[1:]))
+    monkeypatch.setattr(op, "fuses", lambda x: False)
+    want = made(tokens)
+    monkeypatch.setattr(op, "fuses", lambda x: x.dtype in DTYPES)
+    got = made(tokens)
+    near(got.hidden, want.hidden)
+    assert got.layers[0].routing.chosen_E.equal(want.layers[0].routing.chosen_E)
