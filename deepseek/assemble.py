@@ -181,7 +181,8 @@ def _fill_meta(model: Transformer) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the accelerator if there is one, else the CPU. Raises ``ConfigError`` for a device that is absent."""
+    """'auto' is the accelerator if there is one, else the CPU; one with a number becomes the current one, on which
+    kernels of ours start. Raises ``ConfigError`` for a device that is absent."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -197,4 +198,6 @@ def pick_device(name: str) -> torch.device:
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         have = f"this machine has {torch.accelerator.device_count()} of type {device.type}, counted from 0"
         raise ConfigError(f"train.device={name!r} is not available: {have}")
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     return device

@@ -166,6 +166,21 @@ def test_devices_by_name() -> None:
     assert pick_device("auto").type == (accelerator.type if accelerator else "cpu")
 
 
+def test_a_numbered_device_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton starts kernels on the current device, whatever their tensors lie on."""
+    current: list[int] = []
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    for name in ("auto", "cuda", "cpu"):
+        pick_device(name)
+    assert not current
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert current == [1]
+
+
 def test_a_seed_makes_weights_a_function_of_the_config(config: PretrainConfig) -> None:
     first, second, other = (build(config.model, seed=s).state_dict() for s in (1, 1, 2))
     assert all(torch.equal(first[k], second[k]) for k in first)
