@@ -169,6 +169,15 @@ def test_a_step_that_is_forgotten_is_freed() -> None:
     assert [ref for ref in held if ref() is not None] == []
 
 
+def test_a_second_step_starts_from_zero_sums() -> None:
+    """Its gradients are those of the same weights in a first step."""
+    a, b = step_of(model(), micro_rows=1), step_of(model(seed=5), micro_rows=1)
+    a(batch(0))
+    b.model.load_state_dict(a.model.state_dict())
+    x, y = a(batch(1)), b(batch(1))
+    assert torch.equal(x.grad_norm, y.grad_norm)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("micro_rows", [0, 2])
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(name: str, micro_rows: int) -> None:

@@ -25,6 +25,14 @@ def _unpack(pairs, shift):
 
 
 @triton.jit
+def _own(row, target, vocab):
+    """The target's logit, fp32, and whether there is one: an id that is none spoils the step, which is then skipped."""
+    known = (target >= 0) & (target < vocab)
+    own = tl.load(row + tl.where(known, target, 0)).to(tl.float32)
+    return tl.where(known, own, float("nan")), known
+
+
+@triton.jit
 def _whole_row_kernel(
     logits, targets, losses, squares, vocab, ignore, z_weight, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -33,21 +41,22 @@ def _whole_row_kernel(
     target = tl.load(targets + n)
     row = logits + n * vocab
     counted = target != ignore
-    known = (target >= 0) & (target < vocab)
-    own = tl.load(row + tl.where(known, target, 0)).to(tl.float32)
-    own = tl.where(known, own, float("nan"))  # an id that is none spoils the step, which is then skipped
+    own, known = _own(row, target, vocab)
     words = row.to(tl.pointer_type(tl.uint32), bitcast=True)
     w = tl.arange(0, BLOCK // 2)
     here = w < vocab // 2
     pairs = tl.load(words + w, mask=here, other=0xFF80FF80)  # twice minus infinity
     low, high = _unpack(pairs, 16)
-    top = tl.max(tl.maximum(low, high), 0) * LOG2_E
+    highest = tl.max(tl.maximum(low, high), 0)
+    top = highest * LOG2_E
     # The other axes of the grid have one program, number 0. But the compiler does not know that: it has to unpack
     # again, where it would keep what was unpacked before, which are twice as many registers.
     low, high = _unpack(pairs, 16 + tl.program_id(1))
-    lse2 = top + tl.log2(tl.sum(tl.exp2(low * LOG2_E - top) + tl.exp2(high * LOG2_E - top), 0))
+    rest = tl.log2(tl.sum(tl.exp2(low * LOG2_E - top) + tl.exp2(high * LOG2_E - top), 0))
+    lse2 = top + rest
     lse = lse2 * LN_2
-    tl.store(losses + n, tl.where(counted, lse - own, 0.0))
+    # Large logits are subtracted from each other before anything is rounded: of a sure target much would be lost.
+    tl.store(losses + n, tl.where(counted, highest - own + rest * LN_2, 0.0))
     tl.store(squares + n, tl.where(counted, lse * lse, 0.0))
     if GRADIENT:
         pull = tl.where(counted, 1.0 + 2.0 * z_weight * lse, 0.0)
@@ -57,7 +66,7 @@ def _whole_row_kernel(
         # Every lane has read the target's logit: the reductions above waited for it.
         tl.store(row + v, d.to(logits.dtype.element_ty), mask=v < vocab)
         tl.debug_barrier()  # the target's gradient goes over what a lane has just stored
-        d_own = pull * tl.exp2(own * LOG2_E - lse2) - 1.0
+        d_own = pull * tl.exp2((own - highest) * LOG2_E - rest) - 1.0
         tl.store(row + target, d_own.to(logits.dtype.element_ty), mask=counted & known)
 
 
@@ -78,12 +87,11 @@ def _rows_kernel(
         total = total * tl.exp(highest - shift) + tl.exp(x - shift)
         highest = higher
     top = tl.max(highest, 0)
-    lse = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    rest = tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    lse = top + rest
     counted = target != ignore
-    known = (target >= 0) & (target < vocab)
-    own = tl.load(row + tl.where(known, target, 0)).to(tl.float32)
-    own = tl.where(known, own, float("nan"))  # an id that is none spoils the step, which is then skipped
-    tl.store(losses + n, tl.where(counted, lse - own, 0.0))
+    own, _ = _own(row, target, vocab)
+    tl.store(losses + n, tl.where(counted, top - own + rest, 0.0))  # in this order, as above
     tl.store(squares + n, tl.where(counted, lse * lse, 0.0))
     if GRADIENT:
         pull = tl.where(counted, 1.0 + 2.0 * z_weight * lse, 0.0)
