@@ -32,7 +32,8 @@ from deepseek.ops.attention import (
     window_mask,
 )
 from deepseek.ops.hybrid_attention import PooledSpans, pooled_mask, pooled_spans
-from deepseek.ops.rotary import fuses, rotary
+from deepseek.ops.rotary import rotary
+from deepseek.ops.triton import fuses
 
 
 @configclass

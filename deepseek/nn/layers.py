@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from deepseek.ops import rms_norm as fused
 from deepseek.ops.experts import swiglu
-from deepseek.ops.swiglu import fuses, fuses_network, swiglu_linear, swiglu_network
+from deepseek.ops.swiglu import fuses_network, swiglu_linear, swiglu_network
+from deepseek.ops.triton import fuses
 
 
 def widen(x: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deepseek.ops.triton import available, kernels
+from deepseek.ops.triton import fuses as takes
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  #: the kernels' sums are fp32
 WIDEST = 8192  #: features of a row that one program holds
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether these operations are meant for ``x``. Compilers trace this: it asks the tensor, not the machine."""
-    return x.is_cuda and x.dtype in DTYPES and 0 < x.shape[-1] <= WIDEST
+    """Whether these operations are meant for ``x``."""
+    return takes(x) and 0 < x.shape[-1] <= WIDEST
 
 
 def _forward(x: Tensor, y: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,14 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.ops.triton import available, kernels
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  #: the kernels rotate in fp32
-
-
-def fuses(y: Tensor) -> bool:
-    """Whether ``rotary`` is meant for ``y``. Compilers trace this: it asks the tensor, not the machine."""
-    return y.is_cuda and y.dtype in DTYPES
+from deepseek.ops.triton import available, fuses, kernels
 
 
 def rotated(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

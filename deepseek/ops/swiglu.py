@@ -23,14 +23,7 @@ from torch import Tensor
 
 from deepseek.ops import fused_products
 from deepseek.ops.experts import swiglu
-from deepseek.ops.triton import available, kernels
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  #: the kernels' sums are fp32
-
-
-def fuses(h: Tensor) -> bool:
-    """Whether ``swiglu_linear`` is meant for ``h``. Compilers trace this: it asks the tensor, not the machine."""
-    return h.is_cuda and h.dtype in DTYPES
+from deepseek.ops.triton import available, fuses, kernels
 
 
 @torch.library.custom_op("deepseek::swiglu_linear", mutates_args=())

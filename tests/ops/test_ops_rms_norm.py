@@ -16,7 +16,6 @@ from deepseek.models.config import tiny
 from deepseek.nn.layers import RMSNorm
 from deepseek.ops import rms_norm as op
 from deepseek.ops.rms_norm import (
-    DTYPES,
     WIDEST,
     add_rms_norm,
     add_rms_norm_twice,
@@ -24,6 +23,7 @@ from deepseek.ops.rms_norm import (
     rms_norm,
     rms_norm_beside,
 )
+from deepseek.ops.triton import DTYPES
 from deepseek.parallel.flops import flop_counter
 from deepseek.parallel.memory import activation_checkpoint
 from deepseek.parallel.saved import SavedBytes

@@ -14,7 +14,8 @@ from deepseek.nn import AttentionConfig, attention
 from deepseek.nn.attention import Attention, Context
 from deepseek.nn.rope import rope_table, rotate
 from deepseek.ops import rotary as op
-from deepseek.ops.rotary import DTYPES, fuses, rotary
+from deepseek.ops.rotary import rotary
+from deepseek.ops.triton import DTYPES
 from deepseek.parallel.memory import activation_checkpoint
 from deepseek.parallel.saved import SavedBytes
 from deepseek.parallel.selective import is_dear
@@ -121,16 +122,6 @@ def test_the_operations_are_well_formed(kind: int) -> None:
     strided = torch.randn(2, 2, 5, 8, device=DEVICE).transpose(1, 2)
     for d in (strided, strided.contiguous()):
         torch.library.opcheck(torch.ops.deepseek.rotary_backward.default, (d, d, d, *angles))
-
-
-def test_only_cuda_and_the_kernels_dtypes_are_fused() -> None:
-    assert not fuses(torch.empty(1))
-    assert not fuses(torch.empty(1, device="meta"))
-    with torch._subclasses.FakeTensorMode():
-        cuda = torch.empty(1, device="cuda")
-        assert fuses(cuda)
-        assert fuses(cuda.bfloat16())
-        assert not fuses(cuda.double())
 
 
 def test_checkpointing_runs_it_again() -> None:

@@ -13,7 +13,8 @@ from deepseek.nn import layers
 from deepseek.nn.layers import SwiGLU
 from deepseek.ops import swiglu as op
 from deepseek.ops.experts import swiglu
-from deepseek.ops.swiglu import DTYPES, fuses, swiglu_linear
+from deepseek.ops.swiglu import swiglu_linear
+from deepseek.ops.triton import DTYPES, fuses
 from deepseek.parallel.flops import flop_counter
 from deepseek.parallel.memory import activation_checkpoint
 from deepseek.parallel.saved import SavedBytes

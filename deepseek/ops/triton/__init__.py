@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  #: that kernels of training take; their sums are fp32
 
 
 @cache
@@ -22,6 +25,12 @@ def available() -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability() >= (8, 0)
     )
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether fused operations of training are meant for ``x``. Compilers trace this: it asks the tensor, not the
+    machine."""
+    return x.is_cuda and x.dtype in DTYPES
 
 
 _interpreted = False  #: set by tests: serving takes the kernels on a CPU too, in Triton's interpreter
